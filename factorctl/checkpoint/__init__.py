@@ -1,0 +1,1 @@
+"""Bytes on disk: sources, readers, writers, the manifest. Knows no model maths."""

@@ -1,0 +1,1 @@
+"""Parse, call one pipeline function, render. Owns no logic."""

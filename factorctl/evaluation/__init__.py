@@ -1,0 +1,1 @@
+"""What factoring cost: perplexity, task accuracy, layer fidelity, and the controls."""

@@ -1,0 +1,1 @@
+"""From a native checkpoint to what stock engines run."""

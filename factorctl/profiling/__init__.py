@@ -1,0 +1,1 @@
+"""What factoring won: FLOPs, latency, memory, expert load."""

@@ -1,0 +1,1 @@
+"""Losses, loop, schedule and state of finetuning."""
