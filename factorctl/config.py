@@ -47,9 +47,7 @@ class FactorShape:
         return base if self.shared_size == 0 else f"{base}+S{self.shared_size}"
 
 
-def factor_shape(
-    intermediate_size: int, *, num_experts: int, top_k: int | None, shared_fraction: float
-) -> FactorShape:
+def factor_shape(intermediate_size: int, *, num_experts: int, top_k: int | None, shared_fraction: float) -> FactorShape:
     """Sizes for a dense FFN of `intermediate_size` neurons; `top_k` defaults to half the experts.
 
     The shared size is the multiple of `num_experts` granularity nearest to `shared_fraction * F` that leaves
