@@ -1,0 +1,111 @@
+"""The factored FFN: what stands in for a decoder layer's dense FFN.
+
+    r = W_router x;  C = the K experts with the largest r
+    y = FFN_shared(x) + s * sum_{e in C} p_e(x) * FFN_e(x) + b_down,   s = a*K
+
+At K = N there is nothing to route: every expert runs with unit weight, which is the dense FFN exactly.
+At K = 0 only the shared neurons run: static pruning, the control that routing must beat.
+
+T tokens, D hidden_size, F intermediate_size, N num_experts, H expert_size, S shared_size, G = 2H.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from factorctl.config import FactorShape, Gate
+from factorctl.models import paths
+from factorctl.models.paths import ExpertWeights
+from factorctl.models.routing import Routing, route
+
+
+class FactoredFFN(nn.Module):
+    """A gated FFN whose neurons lie expert after expert, shared neurons first.
+
+    Parameters and their shapes, which are also the tensors on disk:
+        gate_up [N, 2H, D]: per expert the gate rows, then the up rows.
+        shared_gate_up [2S, D]: the same for the shared neurons; absent when S = 0.
+        down [D, F]: the dense layout with permuted columns, so that one copy serves every path.
+        router [N, D].
+        gate_up_bias [N, 2H], shared_gate_up_bias [2S], down_bias [D]: only where the source has FFN biases.
+
+    Args:
+        scale_a: the layer's `a`; `sum` is 1, `paper` is N/K, `fitted` comes from calibration.
+    """
+
+    def __init__(
+        self,
+        shape: FactorShape,
+        hidden_size: int,
+        activation: str,
+        *,
+        gate: Gate = "softmax",
+        scale_a: float = 1.0,
+        gate_up_bias: bool = False,
+        down_bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape, self.hidden_size = shape, hidden_size
+        self.gate, self.scale_a, self.top_k = gate, scale_a, shape.top_k
+        self.activation = ACT2FN[activation]
+
+        def parameter(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*size, dtype=dtype, device=device))
+
+        n, h, s = shape.num_experts, shape.expert_size, shape.shared_size
+        self.gate_up = parameter(n, 2 * h, hidden_size)
+        self.shared_gate_up = parameter(2 * s, hidden_size) if s else None
+        self.down = parameter(hidden_size, shape.intermediate_size)
+        self.router = parameter(n, hidden_size)
+        self.gate_up_bias = parameter(n, 2 * h) if gate_up_bias else None
+        self.shared_gate_up_bias = parameter(2 * s) if gate_up_bias and s else None
+        self.down_bias = parameter(hidden_size) if down_bias else None
+
+    def extra_repr(self) -> str:
+        return f"{self.shape.notation}, hidden_size={self.hidden_size}, gate={self.gate}, scale_a={self.scale_a:g}"
+
+    @property
+    def experts(self) -> ExpertWeights:
+        """The routed experts as views; nothing is copied."""
+        return ExpertWeights(self.gate_up, self.down[:, self.shape.shared_size :], self.gate_up_bias, self.activation)
+
+    def router_logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """W_router x, [T, N], in the router's own dtype."""
+        return F.linear(x_TD.to(self.router.dtype), self.router)
+
+    def route(self, x_TD: torch.Tensor) -> Routing:
+        return route(self.router_logits(x_TD), top_k=self.top_k, gate=self.gate, scale_a=self.scale_a)
+
+    def shared_hidden(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """act(gate x) * (up x) of the shared neurons, [T, S]."""
+        assert self.shared_gate_up is not None, "asked for shared neurons where S = 0"
+        gate_TS, up_TS = F.linear(x_TD, self.shared_gate_up, self.shared_gate_up_bias).chunk(2, dim=-1)
+        hidden_TS: torch.Tensor = self.activation(gate_TS) * up_TS
+        return hidden_TS
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x_TD = hidden_states.reshape(-1, self.hidden_size)
+        y_TD = self._all_experts(x_TD) if self.top_k == self.shape.num_experts else self._chosen_experts(x_TD)
+        return y_TD.view_as(hidden_states)
+
+    def _all_experts(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """K = N: the dense FFN with permuted neurons, one GEMM into [T, F] and one out of it."""
+        hidden = paths.hidden_of_all(x_TD, self.experts).flatten(1)
+        if self.shape.shared_size:
+            hidden = torch.cat([self.shared_hidden(x_TD), hidden], dim=-1)
+        return F.linear(hidden, self.down, self.down_bias)
+
+    def _chosen_experts(self, x_TD: torch.Tensor) -> torch.Tensor:
+        parts = []
+        if self.shape.shared_size:
+            parts.append(F.linear(self.shared_hidden(x_TD), self.down[:, : self.shape.shared_size]))
+        if self.top_k:
+            path = paths.loop if x_TD.device.type == "cpu" else paths.masked
+            parts.append(path(x_TD, self.experts, self.route(x_TD)))
+        y_TD = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        return y_TD if self.down_bias is None else y_TD + self.down_bias
