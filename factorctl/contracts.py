@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from factorctl.errors import FactorctlError, did_you_mean
+from factorctl.errors import FactorctlError
 from factorctl.errors import UsageError as UsageError  # re-exported: all that a plugin needs is here
+from factorctl.errors import did_you_mean as did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +170,8 @@ def validate(partition: Partition, *, num_neurons: int, num_experts: int, shared
     if wrong.numel():
         neuron = int(wrong[0])
         raise InvalidPartitionError(
-            f"{wrong.numel()} neurons are not placed exactly once; neuron {neuron} is placed {int(counts[neuron])} times"
+            f"{wrong.numel()} neurons are not placed exactly once; "
+            f"neuron {neuron} is placed {int(counts[neuron])} times"
         )
     return partition
 
