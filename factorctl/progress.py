@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -17,15 +17,10 @@ class Task(Protocol):
 class Progress(Protocol):
     """Listener for stages and remarks. The command line draws it; tests and libraries use `SilentProgress`."""
 
-    def stage(self, title: str, total: int | None = None, unit: str = "") -> _TaskContext: ...
+    def stage(self, title: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Task]: ...
 
     def note(self, message: str) -> None:
         """A remark that the user should see once (a default taken, a layer that kept its values)."""
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class _SilentTask:
