@@ -1,0 +1,153 @@
+"""factorctl.json: what an artefact is, what it came from, and what every one of its files must hash to.
+
+The manifest is written last. A directory whose manifest is valid is a complete artefact; any other is not one.
+It holds no clock times and no timings: the same work gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from factorctl.checkpoint.file_names import plain_name, regular_file
+from factorctl.checkpoint.hashing import FileRecord, hash_bytes, hash_file
+from factorctl.checkpoint.publishing import write_file
+from factorctl.checkpoint.strict_json import dump_json, read_json_object
+from factorctl.errors import IntegrityError, UsageError
+
+MANIFEST_NAME = "factorctl.json"
+SCHEMA_VERSION = 1
+MAX_FILE_SIZE = 2**50
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of factorctl.json; docs/manifest.md explains every field to a reader."""
+
+    kind: str
+    """`native` for a factored checkpoint, `export` for what stock engines run."""
+    stage: str
+    """The verb that made it: factorize, finetune or export."""
+    tool_version: str
+    source: Mapping[str, Any]
+    """The dense model: id, kind, resolved revision, files with their hashes."""
+    factored: Mapping[str, Any]
+    """Sizes, gate, scale, K and notation of the factored FFNs."""
+    parent: str | None = None
+    """sha256 of the parent artefact's manifest; None where the parent is the dense source."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The full resolved configuration of the verb."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What the verb found: strategy, per-layer permutation hashes, identity check, calibration, losses."""
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        return dump_json({"schema_version": SCHEMA_VERSION, **asdict(self)})
+
+    @property
+    def sha256(self) -> str:
+        """What a child names as its parent."""
+        return hash_bytes(self.to_bytes()).sha256
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write factorctl.json: the commit point of the artefact."""
+    write_file(directory / MANIFEST_NAME, manifest.to_bytes())
+
+
+def is_artefact(directory: Path) -> bool:
+    return (directory / MANIFEST_NAME).is_file()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of an artefact directory, every field checked.
+
+    Raises:
+        UsageError: this directory is no factorctl artefact, or a newer version wrote it.
+        IntegrityError: the manifest is damaged.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"{directory} does not exist", "make a checkpoint with `factorctl factorize`")
+    if not is_artefact(directory):
+        raise UsageError(
+            f"{directory} holds no {MANIFEST_NAME}: it is not a complete factorctl checkpoint",
+            "make one with `factorctl factorize`; an interrupted run is finished by running the same command again",
+        )
+    path = regular_file(directory, MANIFEST_NAME, origin="the checkpoint")
+    raw = read_json_object(path)
+    version = raw.pop("schema_version", None)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise IntegrityError(f"{path} has no schema_version")
+    if version > SCHEMA_VERSION:
+        raise UsageError(
+            f"{path} has schema {version}, written by factorctl {str(raw.get('tool_version'))[:40]}",
+            f"this version reads schema {SCHEMA_VERSION}: upgrade factorctl",
+        )
+    return _checked(raw, path)
+
+
+def _checked(raw: dict[str, Any], path: Path) -> Manifest:
+    def expect(name: str, kind: type | tuple[type, ...]) -> Any:
+        if not isinstance(raw.get(name), kind):
+            raise IntegrityError(f"{path}: field {name!r} is missing or of the wrong type")
+        return raw[name]
+
+    names = {"kind", "stage", "tool_version", "source", "factored", "parent", "config", "details", "libraries", "files"}
+    if unknown := sorted(raw.keys() - names):
+        raise IntegrityError(f"{path}: unknown field {unknown[0][:80]!r}")
+    parent = raw.get("parent")
+    if parent is not None and not (isinstance(parent, str) and _SHA256.fullmatch(parent)):
+        raise IntegrityError(f"{path}: field 'parent' is no sha256")
+    return Manifest(
+        kind=expect("kind", str),
+        stage=expect("stage", str),
+        tool_version=expect("tool_version", str),
+        source=expect("source", dict),
+        factored=expect("factored", dict),
+        parent=parent,
+        config=expect("config", dict),
+        details=expect("details", dict),
+        libraries=expect("libraries", dict),
+        files={
+            plain_name(name, origin=str(path)): _record(name, value, path)
+            for name, value in expect("files", dict).items()
+        },
+    )
+
+
+def _record(name: str, value: Any, path: Path) -> FileRecord:
+    if isinstance(value, dict) and value.keys() == {"sha256", "size"}:
+        sha256, size = value["sha256"], value["size"]
+        size_is_sane = isinstance(size, int) and not isinstance(size, bool) and 0 <= size <= MAX_FILE_SIZE
+        if isinstance(sha256, str) and _SHA256.fullmatch(sha256) and size_is_sane:
+            return FileRecord(sha256=sha256, size=size)
+    raise IntegrityError(f"{path}: the record of file {name!r} needs a sha256 and a size")
+
+
+def check_files(directory: Path, manifest: Manifest, *, hashes: bool = True) -> Iterable[str]:
+    """Yield each file's name once it is found whole.
+
+    Raises:
+        IntegrityError: a file is missing, of another size or content, or shards lie here that the manifest does
+            not know.
+    """
+    known = manifest.files.keys() | {MANIFEST_NAME}
+    extra = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in known)
+    if extra:
+        raise IntegrityError(f"{directory / extra[0]} is not in the manifest", "remove it if you put it there")
+    for name, record in sorted(manifest.files.items()):
+        path = regular_file(directory, name, origin=MANIFEST_NAME)
+        size = path.stat().st_size
+        if size != record.size:
+            raise IntegrityError(f"{path} has {size} bytes; its manifest says {record.size}", _RESTORE)
+        if hashes and (found := hash_file(path).sha256) != record.sha256:
+            raise IntegrityError(f"{path} has sha256 {found}; its manifest says {record.sha256}", _RESTORE)
+        yield name
+
+
+_RESTORE = "the file is damaged: restore it from a copy, or make the checkpoint again"

@@ -1,0 +1,159 @@
+"""Publishing a directory whole or not at all.
+
+Work goes into a sibling `.NAME.partial`. When it is complete its files are fsynced, the directory is renamed to its
+final name, and the parent is fsynced. A crash leaves the previous artefact as it was and the partial one to resume.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from factorctl.errors import FactorctlError, ResourceError, UsageError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def partial_path(final: Path) -> Path:
+    """Where the artefact `final` is being made: a sibling, so that the rename stays in one file system."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def refuse_existing(final: Path, *, overwrite: bool) -> None:
+    """Refuse to replace what stands at `final` unless it was asked for.
+
+    Raises:
+        UsageError: something is there and `overwrite` is false.
+    """
+    if (final.exists() or final.is_symlink()) and not overwrite:
+        raise UsageError(
+            f"{final} exists", "choose another --out, or pass --overwrite to replace it once the new one is whole"
+        )
+    if final.exists() and not final.is_dir():
+        raise UsageError(f"{final} is a file, not a directory", "choose another --out")
+
+
+@contextmanager
+def sole_writer(final: Path) -> Iterator[None]:
+    """Hold the lock of `final` while the block runs; the kernel releases it when the process dies.
+
+    Raises:
+        UsageError: another process writes the same output.
+    """
+    lock = final.with_name(f".{final.name}.lock")
+    with writable(final.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle = _open_locked(lock, final)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while the lock is held, so that nobody else's is removed
+        os.close(handle)
+
+
+def _open_locked(lock: Path, final: Path) -> int:
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
+                return handle
+        except BlockingIOError:
+            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            raise UsageError(f"{final} is being written by {holder}", "wait for it, or choose another --out") from None
+        os.close(handle)  # its owner finished and removed it between our open and our lock: take a new one
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either its old content or all of the new, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writable(path):
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def publish_directory(partial: Path, final: Path) -> None:
+    """Give the complete directory `partial` its final name; what stood there before is removed afterwards."""
+    with writable(final.parent):
+        fsync_directory(partial)
+        if final.exists():
+            _swap(partial, final)
+            fsync_directory(final.parent)
+            shutil.rmtree(partial)
+        else:
+            partial.rename(final)
+        fsync_directory(final.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap(first: Path, second: Path) -> None:
+    """Exchange two directories in one atomic step, so that a kill in between cannot leave the name empty."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        status = libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+        if status == 0:
+            return
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
+    aside = second.with_name(f".{second.name}.replaced")
+    second.rename(aside)
+    first.rename(second)
+    aside.rename(first)
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turn the system's refusals to write into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise _explained(error, path) from error
+
+
+def _explained(error: OSError, path: Path) -> FactorctlError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ResourceError(
+            f"no space left while writing {path}",
+            "free some disk space and run the same command again: finished parts are kept",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ResourceError(
+            f"{path} cannot be written: {error.strerror}", "choose another --out, or fix its permissions"
+        )
+    return ResourceError(f"writing {path} failed: {error.strerror or error}")
+
+
+def require_disk_space(directory: Path, needed: int) -> None:
+    """Refuse before the first byte is written when the disk cannot hold the result.
+
+    Raises:
+        ResourceError: with both numbers.
+    """
+    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ResourceError(
+            f"{directory} needs {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free",
+            "free space, or choose another --out",
+        )

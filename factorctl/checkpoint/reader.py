@@ -1,0 +1,190 @@
+"""Reading a safetensors checkpoint tensor by tensor, with every name, file and byte accounted for.
+
+Tensors are read into fresh memory, not mapped: the resident size of a run is what it holds, not what it has touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from factorctl.checkpoint.file_names import plain_name
+from factorctl.checkpoint.strict_json import read_json_object
+from factorctl.errors import IntegrityError, UsageError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies on disk and what it is."""
+
+    name: str
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Byte offset in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint directory, by name.
+
+    Raises:
+        IntegrityError: a shard is missing, extra, truncated or corrupt, the index disagrees with the shards,
+            or a name leads out of the directory.
+        UsageError: there are no safetensors here at all.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.entries: dict[str, TensorEntry] = {}
+        for file, promised in _shards(directory).items():
+            found = _read_header(directory / file)
+            if promised is not None and promised != {entry.name for entry in found}:
+                raise IntegrityError(_disagreement(directory / file, promised, {entry.name for entry in found}))
+            self.entries.update((entry.name, entry) for entry in found)
+
+    @property
+    def files(self) -> list[str]:
+        return sorted({entry.file for entry in self.entries.values()})
+
+    def entry(self, name: str) -> TensorEntry:
+        if name not in self.entries:
+            raise IntegrityError(f"{self.directory} holds no tensor {name!r}")
+        return self.entries[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in fresh memory, in its stored dtype, with every value checked to be finite.
+
+        Raises:
+            IntegrityError: the tensor is absent, cut short, or holds NaN or Inf.
+        """
+        entry = self.entry(name)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        if tensor.numel():
+            buffer = tensor.view(-1).view(torch.uint8).numpy()
+            with (self.directory / entry.file).open("rb") as file:
+                file.seek(entry.start)
+                if file.readinto(buffer.data) != entry.nbytes:
+                    raise IntegrityError(f"{self.directory / entry.file} ends inside tensor {name}")
+        if not all_finite(tensor):
+            raise IntegrityError(
+                f"tensor {name} in {self.directory / entry.file} holds NaN or Inf",
+                "the source is damaged: fetch it again",
+            )
+        return tensor
+
+    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        return {name: self.read(name) for name in names}
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf; one pass, no temporary of the tensor's size."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)  # NaN wins both, Inf wins one
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _shards(directory: Path) -> dict[str, set[str] | None]:
+    """File name -> tensor names that the index promises there (None: a single file has no index)."""
+    present = {path.name for path in directory.glob("*.safetensors")}
+    if (directory / INDEX_NAME).exists():
+        promised = _indexed(directory / INDEX_NAME)
+        for file in sorted(promised):
+            if file not in present:
+                raise IntegrityError(
+                    f"{directory / file}, named by {INDEX_NAME}, is missing", "fetch the checkpoint again"
+                )
+        extra = sorted(file for file in present - promised.keys() if _SHARD_NAME.fullmatch(file))
+        if extra:
+            raise IntegrityError(
+                f"{directory / extra[0]} is not in {INDEX_NAME}",
+                "two checkpoints seem to be mixed: remove the other one",
+            )
+        return dict(promised)
+    if SINGLE_NAME in present:
+        return {SINGLE_NAME: None}
+    if any(_SHARD_NAME.fullmatch(file) for file in present):
+        raise IntegrityError(f"{directory} holds shards but no {INDEX_NAME}", "fetch the checkpoint again")
+    raise UsageError(
+        f"{directory} holds no {SINGLE_NAME}",
+        "only safetensors are read, no pickled .bin or .pt files; convert it with transformers' save_pretrained",
+    )
+
+
+def _indexed(path: Path) -> dict[str, set[str]]:
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise IntegrityError(f"{path} holds no weight_map")
+    promised: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        promised.setdefault(plain_name(file, origin=str(path)), set()).add(tensor)
+    return promised
+
+
+def _read_header(path: Path) -> list[TensorEntry]:
+    """The entries of one shard, after the library has checked header, bounds and holes."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise IntegrityError(f"{path} is truncated or corrupt: {error}", "fetch the file again") from None
+    header.pop("__metadata__", None)
+    return [
+        TensorEntry(
+            name,
+            path.name,
+            _dtype(path, name, info["dtype"]),
+            tuple(info["shape"]),
+            8 + length + info["data_offsets"][0],
+        )
+        for name, info in header.items()
+    ]
+
+
+def _dtype(path: Path, name: str, code: str) -> torch.dtype:
+    if code not in DTYPES:
+        raise UsageError(
+            f"tensor {name} in {path} is stored as {code}, a quantised format",
+            f"give an unquantised checkpoint; dtypes that can be split: {', '.join(DTYPES)}",
+        )
+    return DTYPES[code]
+
+
+def _disagreement(path: Path, promised: set[str], found: set[str]) -> str:
+    missing, extra = sorted(promised - found), sorted(found - promised)
+    if missing:
+        return f"{path} lacks tensor {missing[0]}, which {INDEX_NAME} promises there"
+    return f"{path} holds tensor {extra[0]}, which {INDEX_NAME} does not list there"
