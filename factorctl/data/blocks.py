@@ -1,0 +1,113 @@
+"""Token blocks on disk, memory-mapped, and where documents begin in them.
+
+A cache directory holds, for the training part and the held-out part, `<part>.npy` [blocks, block_length] in uint16
+(uint32 for vocabularies above 65,536) and `<part>_starts.npy` [documents] in int64: the offsets, in the flattened
+array, at which a document begins. `meta.json` says what they were made from.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from factorctl.errors import IntegrityError
+
+Part = Literal["train", "heldout"]
+META_NAME = "meta.json"
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Text as blocks of `block_length` token ids, with a held-out part of other documents."""
+
+    train: NDArray[np.unsignedinteger[Any]]
+    """[blocks, block_length], memory-mapped."""
+    heldout: NDArray[np.unsignedinteger[Any]]
+    """[held-out blocks, block_length], memory-mapped; no document of it is in `train`."""
+    train_starts: NDArray[np.int64]
+    """Offsets into `train.reshape(-1)` at which a document begins, ascending."""
+    heldout_starts: NDArray[np.int64]
+    path: Path
+    meta: dict[str, Any]
+    """The content of meta.json."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over everything that decides the content: text, tokenizer, options, seed, code version."""
+        return str(self.meta["fingerprint"])
+
+    @property
+    def block_length(self) -> int:
+        return int(self.train.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in `train`."""
+        return int(self.train.size)
+
+    @property
+    def documents(self) -> int:
+        """Documents in `train`, the last one perhaps cut."""
+        return int(self.meta["train"]["documents"])
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Where the text came from: kind, file hashes or Hub commit, weight, and tokens and documents taken."""
+        return list(self.meta["sources"])
+
+    def position_ids(self, part: Part, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Positions that restart at 0 at each document and each block, [len(rows), block_length].
+
+        Passed to a transformers model with `attention_mask=None` and `use_cache=False`, they alone make the
+        attention block-diagonal: `masking_utils.find_packed_sequence_indices` finds the documents by their restarts.
+        """
+        starts_BL = self._begins(part, rows)
+        columns_L = np.arange(self.block_length, dtype=np.int64)
+        return columns_L - np.maximum.accumulate(np.where(starts_BL, columns_L, 0), axis=1)
+
+    def document_ids(self, part: Part, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """The number of the document within its block, from 0, of each token, [len(rows), block_length]."""
+        starts_BL = self._begins(part, rows)
+        starts_BL[:, 0] = False
+        return np.cumsum(starts_BL, axis=1, dtype=np.int64)
+
+    def _begins(self, part: Part, rows: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+        """Whether a document begins at a token, [len(rows), block_length]."""
+        starts = self.train_starts if part == "train" else self.heldout_starts
+        begins_BL = np.zeros((len(rows), self.block_length), dtype=np.bool_)
+        for index, row in enumerate(np.asarray(rows).tolist()):
+            first, last = np.searchsorted(starts, (row * self.block_length, (row + 1) * self.block_length))
+            begins_BL[index, starts[first:last] - row * self.block_length] = True
+        return begins_BL
+
+
+def open_token_blocks(path: Path) -> TokenBlocks:
+    """Map the blocks of one cache directory.
+
+    Raises:
+        IntegrityError: a file is missing, or is not what meta.json says.
+    """
+    try:
+        meta = json.loads((path / META_NAME).read_text(encoding="utf-8"))
+        arrays = {part: _map(path / f"{part}.npy") for part in ("train", "heldout")}
+        starts = {part: np.load(path / f"{part}_starts.npy", allow_pickle=False) for part in ("train", "heldout")}
+        shapes = {part: (int(meta[part]["blocks"]), int(meta["block_length"])) for part in ("train", "heldout")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"token cache {path} cannot be read: {error}", "delete it and run again") from error
+    for part, array in arrays.items():
+        if array.shape != shapes[part]:
+            raise IntegrityError(
+                f"token cache {path}: {part}.npy is {array.shape}, {META_NAME} says {shapes[part]}",
+                "delete it and run again",
+            )
+    return TokenBlocks(arrays["train"], arrays["heldout"], starts["train"], starts["heldout"], path, meta)
+
+
+def _map(path: Path) -> NDArray[np.unsignedinteger[Any]]:
+    array: NDArray[np.unsignedinteger[Any]] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array

@@ -1,0 +1,200 @@
+"""From DATA to token blocks: read, tokenise once, hold documents out, pack, cache by content."""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from factorctl.data.block_files import BlockWriter, published_directory, sole_builder, write_meta
+from factorctl.data.blocks import TokenBlocks, open_token_blocks
+from factorctl.data.documents import Document
+from factorctl.data.hub import pin_revisions
+from factorctl.data.identity import hash_json, identify_sources, tokenizer_fingerprint
+from factorctl.data.mixing import iter_documents
+from factorctl.data.packing import BlockPlan, Filling, pack_documents
+from factorctl.data.spec import DataSpec
+from factorctl.data.tokenizing import encode_documents
+from factorctl.errors import IntegrityError, ResourceError, UsageError
+from factorctl.progress import Progress, SilentProgress
+
+CACHE_VERSION = 1
+"""Raised whenever the same input would give other blocks."""
+
+
+class TextSampler(Protocol):
+    """Where the documents of `self` come from."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the model and of all that decides its samples."""
+        ...
+
+    @property
+    def document_length(self) -> int:
+        """The most tokens of one document."""
+        ...
+
+    def __call__(self, *, tokens: int, seed: int, progress: Progress) -> Iterator[Document]:
+        """Documents of at least `tokens` tokens in all, the same for the same seed."""
+        ...
+
+
+def build_token_blocks(
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_length: int,
+    tokens: int,
+    seed: int,
+    cache_dir: Path,
+    heldout_fraction: float = 0.02,
+    max_document_tokens: int | None = None,
+    allow_fewer: bool = False,
+    purpose: str = "calibration",
+    sampler: TextSampler | None = None,
+    progress: Progress | None = None,
+) -> TokenBlocks:
+    """Blocks with at least `tokens` training tokens, from the cache where the same text was tokenised before.
+
+    Args:
+        tokens: training tokens, rounded up to whole blocks; held-out tokens come on top.
+        heldout_fraction: held-out tokens as a share of `tokens`, at least one block; 0 holds none out.
+        max_document_tokens: cut longer documents, so that a few of them do not crowd out the rest.
+        allow_fewer: take what there is where the text ends early; the caller reads `TokenBlocks.tokens`.
+        purpose: word for messages: 'calibration' or 'training'.
+        sampler: makes the documents of `self`.
+
+    Raises:
+        UsageError: no text, too little of it, or a fault of the request.
+        IntegrityError: a file of the text is corrupt.
+        ResourceError: no disk space, or the Hub cannot be reached.
+    """
+    shown = progress or SilentProgress()
+    plan = BlockPlan(block_length, tokens, seed, heldout_fraction, max_document_tokens)
+    if spec.uses_self and sampler is None:
+        raise UsageError("`self` needs the dense model to sample from, and none is at hand here", "give text instead")
+    spec = pin_revisions(spec)
+    identity = {
+        "cache_version": CACHE_VERSION,
+        "plan": asdict(plan),
+        "text_field": spec.text_field,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "sources": identify_sources(spec, sampler.fingerprint if sampler else None, shown),
+    }
+    final = cache_dir / hash_json(identity)
+    with sole_builder(final):
+        blocks = _open_cached(final, shown)
+        if blocks is None:
+            blocks = _build(spec, tokenizer, plan, sampler, identity, final, purpose, shown)
+    if blocks.tokens < plan.train_tokens and not allow_fewer:
+        raise _too_few_tokens(blocks, plan, purpose)
+    return blocks
+
+
+def _open_cached(final: Path, progress: Progress) -> TokenBlocks | None:
+    if not final.exists():
+        return None
+    try:
+        return open_token_blocks(final)
+    except IntegrityError as error:
+        progress.note(f"{error.message}; it is built again")
+        shutil.rmtree(final)
+        return None
+
+
+def _build(
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: BlockPlan,
+    sampler: TextSampler | None,
+    identity: dict[str, Any],
+    final: Path,
+    purpose: str,
+    progress: Progress,
+) -> TokenBlocks:
+    dtype = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
+    try:
+        with (
+            published_directory(final) as directory,
+            BlockWriter(directory, "train", plan.block_length, dtype) as train,
+            BlockWriter(directory, "heldout", plan.block_length, dtype) as heldout,
+        ):
+            filling = _fill(spec, tokenizer, plan, sampler, train, heldout, progress)
+            _check_blocks(spec, plan, filling, train, heldout, purpose)
+            parts = {"train": train.finish(), "heldout": heldout.finish()}
+            write_meta(directory, _meta(spec, plan, identity, filling, final.name) | parts)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"the disk of the token cache {final.parent} is full", "free some space") from error
+        raise
+    return open_token_blocks(final)
+
+
+def _fill(
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: BlockPlan,
+    sampler: TextSampler | None,
+    train: BlockWriter,
+    heldout: BlockWriter,
+    progress: Progress,
+) -> Filling:
+    total = plan.train_tokens + plan.heldout_tokens
+    sampled = None
+    if sampler is not None and spec.uses_self:
+        # one document more than the sum: what a part has no room for is cut off
+        needed = math.ceil(total * spec.self_share) + sampler.document_length
+        sampled = sampler(tokens=needed, seed=plan.seed, progress=progress)
+    documents = iter_documents(spec, seed=plan.seed, sampled=sampled, progress=progress)
+    encoded = encode_documents(documents, tokenizer, append_eos=True)
+    shown = SilentProgress() if spec.self_share == 1 else progress  # sampling draws its own bar
+    with shown.stage("Tokenising", total=total, unit="tokens") as task:
+        return pack_documents(encoded, plan, len(spec.sources), {"train": train, "heldout": heldout}, task)
+
+
+def _meta(
+    spec: DataSpec, plan: BlockPlan, identity: dict[str, Any], filling: Filling, fingerprint: str
+) -> dict[str, Any]:
+    sources = [
+        record
+        | {
+            "name": source.name,
+            "documents": filling.documents[source.name],
+            "tokens": filling.used[source.name, "train"],
+            "heldout_tokens": filling.used[source.name, "heldout"],
+        }
+        for source, record in zip(spec.sources, identity["sources"], strict=True)
+    ]
+    available = {"block_length": plan.block_length, "available_tokens": filling.available_tokens}
+    return identity | available | {"sources": sources, "fingerprint": fingerprint}
+
+
+def _check_blocks(
+    spec: DataSpec, plan: BlockPlan, filling: Filling, train: BlockWriter, heldout: BlockWriter, purpose: str
+) -> None:
+    """Refuse a text that fills not even one block of each part."""
+    names = ", ".join(f"'{source.name}'" for source in spec.sources)
+    if filling.available_tokens == 0:
+        raise UsageError(f"the {purpose} text {names} is empty", "give files that hold text, or use `self`")
+    if train.blocks == 0 or (plan.heldout_tokens and heldout.blocks == 0):
+        beside = ", and a block of other documents to hold out" if plan.heldout_tokens else ""
+        raise UsageError(
+            f"the {purpose} text {names} gives {filling.available_tokens:,} tokens in {filling.seen_documents:,} "
+            f"documents; it takes at least a block of {plan.block_length:,} tokens{beside}",
+            "give more text or more documents, choose shorter blocks, or use `self`",
+        )
+
+
+def _too_few_tokens(blocks: TokenBlocks, plan: BlockPlan, purpose: str) -> UsageError:
+    beside = f", and {plan.heldout_tokens:,} more to hold out" if plan.heldout_tokens else ""
+    return UsageError(
+        f"the {purpose} text gives {blocks.meta['available_tokens']:,} tokens; {plan.tokens:,} were asked for{beside}",
+        f"give more text, ask for {blocks.tokens:,} tokens or fewer, or use `self` (text that the model samples)",
+    )

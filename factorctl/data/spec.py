@@ -1,0 +1,176 @@
+"""What DATA on the command line means: one or more sources of text, with weights.
+
+    self                            text sampled from the dense model
+    notes.txt  corpus.jsonl.xz  d/  a local file, plain or compressed, or a folder of them
+    user/name[:config][@revision]   a Hub dataset, split `train`, streamed
+    A,B      A=0.7,B=0.3            several of these, in equal shares or in the shares given
+
+Nothing is opened here and no network is used; only the presence of local paths is looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from factorctl.errors import UsageError
+
+DEFAULT_PRETRAINING_DATA = "HuggingFaceFW/fineweb-edu:sample-10BT"
+"""A maintained parquet sample of web text for finetuning; its revision is resolved and recorded at each build."""
+
+FORMATS = (".txt", ".jsonl", ".json", ".parquet")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<config>[^@\s]+))?(?:@(?P<revision>\S+))?")
+_DESCRIPTION = "a local file or folder, a Hub dataset user/name[:config][@revision], or self"
+
+
+@dataclass(frozen=True)
+class SelfSource:
+    """Text sampled from the dense model itself."""
+
+    name: str = "self"
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A local file, or a folder searched for text files at every depth."""
+
+    name: str
+    """As the user wrote it."""
+    root: Path
+    """The folder, or the folder that holds the one file."""
+    files: tuple[str, ...]
+    """Paths relative to `root`, with forward slashes, sorted."""
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A dataset on the Hugging Face Hub."""
+
+    name: str
+    repo: str
+    config: str | None = None
+    revision: str | None = None
+    """Branch, tag or commit as asked for; a commit once `pin_revisions` has run."""
+
+
+Source = SelfSource | FileSource | HubSource
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Parsed DATA: what to read and in which shares."""
+
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...]
+    """Shares of the text (in characters) taken from each source; they sum to 1."""
+    text_field: str | None = None
+    """Field of JSON and parquet rows that holds the text; None means `text`, else the only string field."""
+
+    @property
+    def uses_self(self) -> bool:
+        return any(isinstance(source, SelfSource) for source in self.sources)
+
+    @property
+    def self_share(self) -> float:
+        """The share of `self` in the text, 0 where it is not used."""
+        return sum(w for s, w in zip(self.sources, self.weights, strict=True) if isinstance(s, SelfSource))
+
+
+def parse_data_spec(text: str, *, text_field: str | None = None, option: str = "--data") -> DataSpec:
+    """Read DATA. A path that exists locally wins over any other meaning.
+
+    >>> parse_data_spec("self").sources
+    (SelfSource(name='self'),)
+
+    Raises:
+        UsageError: naming the part that nothing matches and what was tried, or the weight at fault.
+    """
+    if not text.strip():
+        raise UsageError(f"{option} is empty", f"give {_DESCRIPTION}")
+    if Path(text).expanduser().exists():
+        return DataSpec((_local_source(text, option),), (1.0,), text_field)
+    parts = [_split_weight(part.strip(), option) for part in text.split(",")]
+    names = [name for name, _ in parts]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise UsageError(f"{option} names '{repeated}' twice", f"name it once, with its whole weight: {repeated}=0.5")
+    sources = tuple(_parse_source(name, option) for name in names)
+    return DataSpec(sources, _shares([weight for _, weight in parts], names, option), text_field)
+
+
+def format_suffix(name: str) -> str | None:
+    """The data format of a file name without its compression: '.jsonl' for 'a.jsonl.xz'; None for other files."""
+    path = Path(name.lower())
+    if path.suffix in COMPRESSIONS:
+        path = path.with_suffix("")
+    return path.suffix if path.suffix in FORMATS else None
+
+
+def _split_weight(part: str, option: str) -> tuple[str, float | None]:
+    """'A=0.7' is ('A', 0.7); a name without weight, or a path that holds an '=', is (name, None)."""
+    if not part:
+        raise UsageError(f"{option} has an empty part between its commas", "separate sources by one comma: A,B")
+    name, equals, number = part.rpartition("=")
+    if not equals or Path(part).expanduser().exists():
+        return part, None
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0):
+        raise UsageError(f"{option}: the weight '{number}' of '{name}' is not a number above 0", "write A=0.7,B=0.3")
+    return name.strip(), weight
+
+
+def _shares(weights: Sequence[float | None], names: Sequence[str], option: str) -> tuple[float, ...]:
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return tuple(1 / len(weights) for _ in weights)
+    if len(given) < len(weights):
+        unweighted = names[list(weights).index(None)]
+        raise UsageError(f"{option}: '{unweighted}' has no weight and others have", "give all a weight, or none")
+    return tuple(weight / math.fsum(given) for weight in given)
+
+
+def _parse_source(name: str, option: str) -> Source:
+    if name == "self" and not Path(name).exists():
+        return SelfSource()
+    if Path(name).expanduser().exists():
+        return _local_source(name, option)
+    match = _HUB_ID.fullmatch(name)
+    if match and not name.startswith((".", "/", "~")) and format_suffix(name) is None:
+        return HubSource(name, match["repo"], match["config"], match["revision"])
+    raise UsageError(
+        f"{option} '{name}' was not found: no such file or folder, not a Hub dataset id (user/name), and not `self`",
+        f"give {_DESCRIPTION}; several as A,B or A=0.7,B=0.3",
+    )
+
+
+def _local_source(name: str, option: str) -> FileSource:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(
+            found.relative_to(path).as_posix()
+            for found in path.rglob("*")
+            if format_suffix(found.name) and found.is_file() and not _is_hidden(found.relative_to(path))
+        )
+        if not files:
+            raise UsageError(f"{option} '{name}' is a folder without text files", f"known are {_known_suffixes()}")
+        return FileSource(name, path, tuple(files))
+    if format_suffix(path.name) is None:
+        raise UsageError(
+            f"{option} '{name}': files of type '{path.suffix}' are not read", f"known are {_known_suffixes()}"
+        )
+    return FileSource(name, path.parent, (path.name,))
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _known_suffixes() -> str:
+    return f"{', '.join(FORMATS)}, each also with {', '.join(COMPRESSIONS)} behind it"
