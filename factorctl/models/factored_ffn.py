@@ -31,6 +31,7 @@ class FactoredFFN(nn.Module):
         down [D, F]: the dense layout with permuted columns, so that one copy serves every path.
         router [N, D].
         gate_up_bias [N, 2H], shared_gate_up_bias [2S], down_bias [D]: only where the source has FFN biases.
+        neuron_ids [F], int32: the source's id of every stored neuron, so that the dense layout can be restored.
 
     Args:
         scale_a: the layer's `a`; `sum` is 1, `paper` is N/K, `fitted` comes from calibration.
@@ -65,6 +66,8 @@ class FactoredFFN(nn.Module):
         self.gate_up_bias = parameter(n, 2 * h) if gate_up_bias else None
         self.shared_gate_up_bias = parameter(2 * s) if gate_up_bias and s else None
         self.down_bias = parameter(hidden_size) if down_bias else None
+        self.neuron_ids: torch.Tensor
+        self.register_buffer("neuron_ids", torch.arange(shape.intermediate_size, dtype=torch.int32, device=device))
 
     def extra_repr(self) -> str:
         return f"{self.shape.notation}, hidden_size={self.hidden_size}, gate={self.gate}, scale_a={self.scale_a:g}"
