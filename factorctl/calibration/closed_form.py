@@ -1,0 +1,156 @@
+"""The closed-form steps on one factored FFN: analytic router, fitted scale, refit of the down-projection.
+
+Each takes the inputs x that the layer sees behind the already factored layers below it (the compressed stream) and
+the target t: what the dense FFN gave at the same position of the dense model. No gradients; seconds per layer.
+
+T tokens, D hidden_size, N num_experts, K top_k, F intermediate_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from factorctl.calibration.ridge import RidgeMoments
+from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.models.paths import hidden_of_all
+from factorctl.models.routing import scatter_weights
+
+CHUNK_TOKENS = 4096
+ROUTER_DAMPING = 1e-3
+REFIT_DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Candidates for the pull toward the original values; held-out tokens choose."""
+SHARPNESSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
+"""Candidates for the spread of the router's logits; 0 gives uniform gates and is kept tiny so that order survives."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Inputs and targets of one FFN on calibration tokens."""
+
+    x_TD: torch.Tensor
+    t_TD: torch.Tensor
+
+    def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return zip(self.x_TD.split(CHUNK_TOKENS), self.t_TD.split(CHUNK_TOKENS), strict=True)
+
+    def split(self, first: int) -> tuple[Tokens, Tokens]:
+        """The first `first` tokens and the rest."""
+        return Tokens(self.x_TD[:first], self.t_TD[:first]), Tokens(self.x_TD[first:], self.t_TD[first:])
+
+
+def relative_error(ffn: FactoredFFN, tokens: Tokens) -> float:
+    """||ffn(x) - t|| / ||t|| over all tokens."""
+    wrong = sum(float((ffn(x) - t).square().sum()) for x, t in tokens.chunks())
+    return float((wrong / max(1e-30, float(tokens.t_TD.square().sum()))) ** 0.5)
+
+
+def outputs_of_experts(ffn: FactoredFFN, x_TD: torch.Tensor) -> Iterator[torch.Tensor]:
+    """FFN_e(x) [T, D] of one expert after another; all of them together are never held."""
+    hidden_TNH = hidden_of_all(x_TD, ffn.experts)
+    for hidden_TH, down_DH in zip(
+        hidden_TNH.unbind(1), torch.split(ffn.experts.down_DR, ffn.shape.expert_size, dim=1), strict=True
+    ):
+        yield F.linear(hidden_TH, down_DH)
+
+
+def always_on(ffn: FactoredFFN, x_TD: torch.Tensor) -> torch.Tensor:
+    """What every token gets: the shared neurons' output plus the down bias, [T, D]."""
+    y_TD = torch.zeros_like(x_TD)
+    if ffn.shape.shared_size:
+        y_TD = F.linear(ffn.shared_hidden(x_TD), ffn.down[:, : ffn.shape.shared_size])
+    return y_TD if ffn.down_bias is None else y_TD + ffn.down_bias
+
+
+def benefits(ffn: FactoredFFN, x_TD: torch.Tensor, t_TD: torch.Tensor) -> torch.Tensor:
+    """How much the squared error drops when expert e alone joins the shared neurons: 2<o_e, r> - ||o_e||^2, [T, N]."""
+    rest_TD = t_TD - always_on(ffn, x_TD)
+    return torch.stack(
+        [2 * (o_TD * rest_TD).sum(1) - o_TD.square().sum(1) for o_TD in outputs_of_experts(ffn, x_TD)], dim=1
+    )
+
+
+def fit_router(ffn: FactoredFFN, tokens: Tokens) -> None:
+    """Set the router to the ridge regression of each expert's benefit on x, then choose its sharpness.
+
+    Order of the logits decides which experts run; their spread decides how unequal the softmax gate weighs them.
+    The regression fixes the first, a search over `SHARPNESSES` for the least output error the second.
+    """
+    moments = RidgeMoments(ffn.hidden_size, ffn.shape.num_experts, tokens.x_TD.device)
+    for x_TD, t_TD in tokens.chunks():
+        moments.add(x_TD, benefits(ffn, x_TD, t_TD))
+    direction_ND = moments.solve(ROUTER_DAMPING).T
+    spread = float((tokens.x_TD[:CHUNK_TOKENS] @ direction_ND.T).std(dim=1).mean())
+    direction_ND = direction_ND / max(spread, 1e-20)
+    if ffn.gate == "hard" or ffn.top_k <= 1:
+        ffn.router.copy_(direction_ND)
+        return
+    sample = Tokens(*next(tokens.chunks()))
+
+    def error(sharpness: float) -> float:
+        ffn.router.copy_(direction_ND * max(sharpness, 1e-3))
+        return relative_error(ffn, sample)
+
+    best = min(SHARPNESSES, key=error)
+    ffn.router.copy_(direction_ND * max(best, 1e-3))
+
+
+def fit_scale(ffn: FactoredFFN, tokens: Tokens) -> float:
+    """The least-squares scalar a = <y, r> / <y, y>, y the routed output at a = 1 and r what it should be."""
+    if ffn.top_k in (0, ffn.shape.num_experts):
+        return 1.0
+    ffn.scale_a = 1.0
+    along = norm = 0.0
+    for x_TD, t_TD in tokens.chunks():
+        fixed_TD = always_on(ffn, x_TD)
+        routed_TD = ffn(x_TD) - fixed_TD
+        along += float((routed_TD * (t_TD - fixed_TD)).sum())
+        norm += float(routed_TD.square().sum())
+    ffn.scale_a = along / norm if norm else 1.0
+    return ffn.scale_a
+
+
+@dataclass(frozen=True)
+class RefitResult:
+    """Held-out relative errors of one layer's output, and whether the new values were kept."""
+
+    error_before: float
+    error_after: float
+    damping: float
+    kept: bool
+
+
+def refit_down(ffn: FactoredFFN, tokens: Tokens, heldout: Tokens) -> RefitResult:
+    """Refit W_down to the target, given the routing:  min ||Z W^T - t||^2 + damping * ||W - W0||^2.
+
+    Z [T, F] holds the shared neurons' activations and the routed ones times their gate weight, zero where an expert
+    was not chosen. The damping with the least error on held-out tokens wins; if none lowers it, W0 stays.
+    """
+    moments = RidgeMoments(ffn.shape.intermediate_size, ffn.hidden_size, tokens.x_TD.device)
+    for x_TD, t_TD in tokens.chunks():
+        target_TD = t_TD if ffn.down_bias is None else t_TD - ffn.down_bias
+        moments.add(weighted_hidden(ffn, x_TD), target_TD)
+    original_DF = ffn.down.detach().clone()
+    before = relative_error(ffn, heldout)
+    best_error, best_damping, best_DF = before, 0.0, original_DF
+    for damping in REFIT_DAMPINGS:
+        ffn.down.copy_(moments.solve(damping, around_IO=original_DF.T).T)
+        error = relative_error(ffn, heldout)
+        if error < best_error:
+            best_error, best_damping, best_DF = error, damping, ffn.down.detach().clone()
+    ffn.down.copy_(best_DF)
+    return RefitResult(before, best_error, best_damping, kept=best_error < before)
+
+
+def weighted_hidden(ffn: FactoredFFN, x_TD: torch.Tensor) -> torch.Tensor:
+    """What W_down multiplies, [T, F] in storage order: its rows times W_down^T are the layer's output without bias."""
+    parts = [ffn.shared_hidden(x_TD)] if ffn.shape.shared_size else []
+    routed_TNH = hidden_of_all(x_TD, ffn.experts)
+    if ffn.top_k == 0:
+        routed_TNH = torch.zeros_like(routed_TNH)
+    elif ffn.top_k < ffn.shape.num_experts:
+        routed_TNH = routed_TNH * scatter_weights(ffn.route(x_TD), ffn.shape.num_experts).unsqueeze(-1)
+    return torch.cat([*parts, routed_TNH.flatten(1)], dim=1)

@@ -1,0 +1,40 @@
+"""Ridge least squares from accumulated moments: one pass over the tokens, memory independent of their number."""
+
+from __future__ import annotations
+
+import torch
+
+
+class RidgeMoments:
+    """X^T X and X^T Y over batches, for  min_W ||X W - Y||^2 + lambda * m * ||W - W0||^2.
+
+    m is the mean diagonal entry of X^T X, so that `damping` = lambda has no unit.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        self.gram_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
+        self.cross_IO = torch.zeros(inputs, outputs, dtype=torch.float32, device=device)
+
+    def add(self, x_TI: torch.Tensor, y_TO: torch.Tensor) -> None:
+        self.gram_II.addmm_(x_TI.T, x_TI)
+        self.cross_IO.addmm_(x_TI.T, y_TO)
+
+    def solve(self, damping: float, around_IO: torch.Tensor | None = None) -> torch.Tensor:
+        """W [I, O], pulled toward `around_IO` (zero if None)."""
+        pull = damping * float(self.gram_II.diagonal().mean())
+        regular_II = self.gram_II.double()
+        regular_II.diagonal().add_(max(pull, torch.finfo(torch.float32).tiny))
+        residual_IO = self.cross_IO if around_IO is None else self.cross_IO - self.gram_II @ around_IO
+        change_IO = torch.cholesky_solve(residual_IO.double(), _cholesky(regular_II)).float()
+        return change_IO if around_IO is None else around_IO + change_IO
+
+
+def _cholesky(matrix_II: torch.Tensor) -> torch.Tensor:
+    """Cholesky factor; rounding in the moments is met with a growing diagonal."""
+    jitter = 1e-9 * float(matrix_II.diagonal().mean())
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(matrix_II)
+        if not failed:
+            return factor
+        matrix_II.diagonal().add_(jitter)
+        jitter *= 10

@@ -1,0 +1,69 @@
+"""Per-neuron statistics of a dense FFN on calibration tokens, gathered batch by batch.
+
+With h = act(W_gate x) * (W_up x) for token x:
+    importance_f = sqrt(mean_t h_f^2) * ||w_down,f||     the size of what the neuron adds to the output
+    rate_f       = share of tokens where |h_f| is among the layer's top tenth   (CMoE, arXiv 2502.04416)
+    patterns_pf  = that same membership, for P tokens evenly spread over the calibration set
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from factorctl.contracts import PATTERN_TOKENS, DenseFFN, LayerStats, Stat
+
+ACTIVE_SHARE = 0.1
+"""Share of a layer's neurons that count as active for a token."""
+
+
+class StatsCollector:
+    """Gathers what `needs` names over batches of FFN inputs.
+
+    Args:
+        ffn: the layer's weights in float32.
+        tokens: how many calibration tokens will come, to spread the pattern sample evenly.
+    """
+
+    def __init__(self, ffn: DenseFFN, activation: str, *, needs: frozenset[Stat], tokens: int) -> None:
+        self._ffn, self._activation, self._needs = ffn, ACT2FN[activation], needs
+        self._tokens = 0
+        self._sum_of_squares_F = torch.zeros(ffn.intermediate_size, dtype=torch.float64)
+        self._active_F = torch.zeros(ffn.intermediate_size, dtype=torch.int64)
+        self._patterns: list[torch.Tensor] = []
+        self._pattern_stride = max(1, tokens // PATTERN_TOKENS)
+
+    def add(self, x_TD: torch.Tensor) -> None:
+        """Count one batch of FFN inputs."""
+        hidden_TF = dense_hidden(self._ffn, self._activation, x_TD)
+        self._sum_of_squares_F += hidden_TF.square().sum(0, dtype=torch.float64).cpu()
+        if self._needs & {Stat.RATE, Stat.PATTERNS}:
+            active_TF = most_active(hidden_TF)
+            self._active_F += active_TF.sum(0).cpu()
+            first = -self._tokens % self._pattern_stride
+            self._patterns.append(active_TF[first :: self._pattern_stride].cpu())
+        self._tokens += len(x_TD)
+
+    def result(self) -> LayerStats:
+        norm_F = self._ffn.down_DF.norm(dim=0).double().cpu()
+        patterns_PF = torch.cat(self._patterns)[:PATTERN_TOKENS] if Stat.PATTERNS in self._needs else None
+        return LayerStats(
+            tokens=self._tokens,
+            importance_F=((self._sum_of_squares_F / max(1, self._tokens)).sqrt() * norm_F).float(),
+            rate_F=self._active_F / max(1, self._tokens) if Stat.RATE in self._needs else None,
+            patterns_PF=patterns_PF,
+        )
+
+
+def dense_hidden(ffn: DenseFFN, activation: torch.nn.Module, x_TD: torch.Tensor) -> torch.Tensor:
+    """act(W_gate x + b) * (W_up x + b), [T, F]."""
+    hidden_TF: torch.Tensor = activation(F.linear(x_TD, ffn.gate_FD, ffn.gate_bias_F))
+    return hidden_TF * F.linear(x_TD, ffn.up_FD, ffn.up_bias_F)
+
+
+def most_active(hidden_TF: torch.Tensor) -> torch.Tensor:
+    """Boolean [T, F]: each token's top tenth by |h|."""
+    count = max(1, round(ACTIVE_SHARE * hidden_TF.shape[1]))
+    ids = hidden_TF.abs().topk(count, dim=1).indices
+    return torch.zeros_like(hidden_TF, dtype=torch.bool).scatter_(1, ids, value=True)

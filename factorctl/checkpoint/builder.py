@@ -1,0 +1,129 @@
+"""Building an artefact directory step by step, so that an interrupted run goes on where it stopped.
+
+Everything goes into the partial sibling of the final directory. A journal there names the work (its fingerprint) and,
+per finished shard, the file's hash and what the run needs to know of it. The manifest comes last, then the rename.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from factorctl.checkpoint.hashing import FileRecord, hash_bytes, hash_file
+from factorctl.checkpoint.manifest import MANIFEST_NAME, Manifest, write_manifest
+from factorctl.checkpoint.publishing import (
+    partial_path,
+    publish_directory,
+    refuse_existing,
+    sole_writer,
+    writable,
+    write_file,
+)
+from factorctl.checkpoint.strict_json import dump_json, read_json_object
+from factorctl.checkpoint.writer import shard_name, write_index, write_shard
+from factorctl.errors import IntegrityError
+from factorctl.progress import Progress
+
+JOURNAL_NAME = "journal.json"
+
+
+class ArtefactBuilder:
+    """Files of one artefact in the making. Open it with `building`."""
+
+    def __init__(self, final: Path, *, num_shards: int, fingerprint: str, progress: Progress) -> None:
+        self.final, self.partial, self.num_shards = final, partial_path(final), num_shards
+        self._fingerprint = fingerprint
+        self._files: dict[str, FileRecord] = {}
+        self._weight_map: dict[str, str] = {}
+        self._weight_bytes = 0
+        self._journal = self._resumed(progress) or {}
+        with writable(self.partial):
+            if not self._journal:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True, exist_ok=True)
+
+    def finished(self, index: int) -> dict[str, Any] | None:
+        """What was recorded with shard `index` if an earlier run finished it, else None."""
+        entry = self._journal.get(str(index))
+        return None if entry is None else dict(entry["note"])
+
+    def shard_path(self, index: int) -> Path:
+        return self.partial / shard_name(index, self.num_shards)
+
+    def write_shard(self, index: int, tensors: Mapping[str, torch.Tensor], note: Mapping[str, Any]) -> None:
+        """Write one shard and record `note` (a JSON value) with it in the journal."""
+        record = write_shard(self.shard_path(index), tensors)
+        names = {name: tensor.nbytes for name, tensor in tensors.items()}
+        self._journal[str(index)] = {"file": asdict(record), "tensors": names, "note": dict(note)}
+        write_file(self.partial / JOURNAL_NAME, dump_json({"fingerprint": self._fingerprint, "shards": self._journal}))
+
+    def write_file(self, name: str, data: bytes) -> None:
+        write_file(self.partial / name, data)
+        self._files[name] = hash_bytes(data)
+
+    def copy_file(self, path: Path) -> None:
+        """Copy byte for byte under the same name."""
+        self.write_file(path.name, path.read_bytes())
+
+    def publish(self, manifest: Manifest) -> Manifest:
+        """Complete the manifest with every file's hash, write it and give the directory its final name."""
+        for index in range(self.num_shards):
+            entry = self._journal[str(index)]
+            self._files[shard_name(index, self.num_shards)] = FileRecord(**entry["file"])
+            self._weight_map |= dict.fromkeys(entry["tensors"], shard_name(index, self.num_shards))
+            self._weight_bytes += sum(entry["tensors"].values())
+        self._files["model.safetensors.index.json"] = write_index(self.partial, self._weight_map, self._weight_bytes)
+        complete = replace(manifest, files=dict(sorted(self._files.items())))
+        write_manifest(self.partial, complete)
+        self._remove_strangers()
+        publish_directory(self.partial, self.final)
+        return complete
+
+    def _remove_strangers(self) -> None:
+        """Drop the journal and what a killed run left behind: only files of the manifest are published."""
+        known = self._files.keys() | {MANIFEST_NAME}
+        for path in self.partial.iterdir():
+            if path.name not in known:
+                path.unlink()
+
+    def _resumed(self, progress: Progress) -> dict[str, Any] | None:
+        """The journal's shards if they belong to this very work and are whole, else None."""
+        if not (self.partial / JOURNAL_NAME).exists():
+            return None
+        try:
+            journal = read_json_object(self.partial / JOURNAL_NAME)
+        except IntegrityError:
+            progress.note(f"the unfinished work in {self.partial} is unreadable; starting over")
+            return None
+        if journal.get("fingerprint") != self._fingerprint:
+            progress.note(
+                f"the unfinished work in {self.partial} was for other options or another source; starting over"
+            )
+            return None
+        whole = {index: entry for index, entry in journal["shards"].items() if self._is_whole(int(index), entry)}
+        progress.note(f"resuming: {len(whole)} of {self.num_shards} shards are already written")
+        return whole
+
+    def _is_whole(self, index: int, entry: Mapping[str, Any]) -> bool:
+        path = self.shard_path(index)
+        return path.is_file() and asdict(hash_file(path)) == entry["file"]
+
+
+@contextmanager
+def building(
+    final: Path, *, num_shards: int, fingerprint: str, overwrite: bool, progress: Progress
+) -> Iterator[ArtefactBuilder]:
+    """An `ArtefactBuilder` for `final`, held by this process alone.
+
+    Raises:
+        UsageError: `final` exists and `overwrite` is false, or another process writes it.
+    """
+    refuse_existing(final, overwrite=overwrite)
+    with sole_writer(final):
+        yield ArtefactBuilder(final, num_shards=num_shards, fingerprint=fingerprint, progress=progress)

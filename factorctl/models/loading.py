@@ -1,0 +1,150 @@
+"""`factorctl.load`: a native checkpoint as a transformers model, with every tensor accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from factorctl.checkpoint.manifest import Manifest, check_files, read_manifest
+from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.checkpoint.strict_json import read_json_object
+from factorctl.config import ScaleRule
+from factorctl.errors import IntegrityError, UsageError
+from factorctl.models.building import empty_factored_model
+from factorctl.models.factored_spec import MODEL_TYPE, FactoredSpec
+from factorctl.models.families import DenseModel, dense_model
+
+
+@dataclass(frozen=True)
+class NativeCheckpoint:
+    """A native checkpoint on disk, its manifest and configuration read and checked, its weights not yet."""
+
+    path: Path
+    manifest: Manifest
+    dense: DenseModel
+    spec: FactoredSpec
+
+
+def open_checkpoint(path: Path, *, verify: bool = True) -> NativeCheckpoint:
+    """Read manifest and config of a native checkpoint; with `verify`, hash every file.
+
+    Raises:
+        UsageError: no checkpoint here, or an export.
+        IntegrityError: a file is not what the manifest says.
+    """
+    manifest = read_manifest(path)
+    if manifest.kind != "native":
+        raise UsageError(
+            f"{path} is an export, not a native checkpoint",
+            "load it with transformers' AutoModelForCausalLM.from_pretrained, or give the checkpoint it was made from",
+        )
+    for _ in check_files(path, manifest, hashes=verify):
+        pass
+    raw = read_json_object(path / "config.json")
+    if raw.get("model_type") != MODEL_TYPE or not all(isinstance(raw.get(key), dict) for key in ("dense", "factored")):
+        raise IntegrityError(f"{path / 'config.json'} is no factorctl config")
+    dense = dense_model(raw["dense"], origin=str(path))
+    spec = FactoredSpec.from_json(
+        raw["factored"],
+        num_layers=dense.num_layers,
+        intermediate_size=dense.intermediate_size,
+        origin=str(path / "config.json"),
+    )
+    return NativeCheckpoint(path, manifest, dense, spec)
+
+
+def native_config(dense: DenseModel, spec: FactoredSpec) -> dict[str, object]:
+    """config.json of a native checkpoint."""
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["FactoredForCausalLM"],
+        "dense": dict(dense.raw),
+        "factored": spec.to_json(),
+    }
+
+
+def load(
+    path: str | Path,
+    *,
+    top_k: int | None = None,
+    scale: ScaleRule | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
+) -> PreTrainedModel:
+    """A factored checkpoint as a transformers causal language model that `generate()`s with a KV cache.
+
+    Args:
+        path: a native checkpoint directory.
+        top_k: another number of active experts than the checkpoint's; all of them is the dense model.
+        scale: another scale rule; needed when scales were fitted for another `top_k`.
+        dtype: cast floating-point tensors; by default they keep the dtype on disk.
+        verify: check every file's sha256 first.
+
+    Raises:
+        UsageError: no native checkpoint here, or `top_k` does not fit.
+        IntegrityError: a file or tensor is damaged, missing, unexpected or misshaped.
+
+    Example:
+        >>> model = factorctl.load("runs/demo-1R4E2K")
+        >>> model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=20)
+    """
+    checkpoint = open_checkpoint(Path(path), verify=verify)
+    spec = checkpoint.spec
+    if top_k is not None or scale is not None:
+        spec = spec.with_top_k(spec.shape.top_k if top_k is None else top_k, scale)
+    model = empty_factored_model(checkpoint.dense, spec)
+    fill(model, CheckpointReader(checkpoint.path), dtype=dtype, device=device)
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    return model
+
+
+def fill(
+    model: PreTrainedModel, reader: CheckpointReader, *, dtype: torch.dtype | None, device: torch.device | str
+) -> None:
+    """Give an empty model the reader's tensors; every one must be expected, every expected one be there.
+
+    Raises:
+        IntegrityError: naming the first tensor that is missing, unexpected or misshaped.
+    """
+    check_names(
+        expected_tensors(model), {name: entry.shape for name, entry in reader.entries.items()}, reader.directory
+    )
+    state = {}
+    for name in reader.entries:
+        tensor = reader.read(name)
+        state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    model.to(torch.device(device))  # type: ignore[arg-type]  # buffers that no checkpoint holds, e.g. rotary frequencies
+    model.requires_grad_(False)
+    model.eval()
+    model.config.dtype = next(model.parameters()).dtype
+
+
+def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what a checkpoint of this model must hold; tied weights stand once."""
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def check_names(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], directory: Path) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        IntegrityError: naming the first difference.
+    """
+    if missing := sorted(expected.keys() - found.keys()):
+        raise IntegrityError(
+            f"{directory} lacks tensor {missing[0]} ({len(missing)} missing)", "fetch or make it again"
+        )
+    if unexpected := sorted(found.keys() - expected.keys()):
+        raise IntegrityError(f"{directory} holds tensor {unexpected[0]}, which its config has no place for")
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise IntegrityError(f"{directory}: tensor {name} has shape {tuple(found[name])}; its config says {shape}")
