@@ -33,6 +33,7 @@ def _cholesky(matrix_II: torch.Tensor) -> torch.Tensor:
     """Cholesky factor; rounding in the moments is met with a growing diagonal."""
     jitter = 1e-9 * float(matrix_II.diagonal().mean())
     while True:
+        factor: torch.Tensor
         factor, failed = torch.linalg.cholesky_ex(matrix_II)
         if not failed:
             return factor

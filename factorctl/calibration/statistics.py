@@ -9,10 +9,9 @@ With h = act(W_gate x) * (W_up x) for token x:
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
 from factorctl.contracts import PATTERN_TOKENS, DenseFFN, LayerStats, Stat
+from factorctl.models.dense_ffn import dense_hidden
 
 ACTIVE_SHARE = 0.1
 """Share of a layer's neurons that count as active for a token."""
@@ -27,7 +26,7 @@ class StatsCollector:
     """
 
     def __init__(self, ffn: DenseFFN, activation: str, *, needs: frozenset[Stat], tokens: int) -> None:
-        self._ffn, self._activation, self._needs = ffn, ACT2FN[activation], needs
+        self._ffn, self._activation, self._needs = ffn, activation, needs
         self._tokens = 0
         self._sum_of_squares_F = torch.zeros(ffn.intermediate_size, dtype=torch.float64)
         self._active_F = torch.zeros(ffn.intermediate_size, dtype=torch.int64)
@@ -54,12 +53,6 @@ class StatsCollector:
             rate_F=self._active_F / max(1, self._tokens) if Stat.RATE in self._needs else None,
             patterns_PF=patterns_PF,
         )
-
-
-def dense_hidden(ffn: DenseFFN, activation: torch.nn.Module, x_TD: torch.Tensor) -> torch.Tensor:
-    """act(W_gate x + b) * (W_up x + b), [T, F]."""
-    hidden_TF: torch.Tensor = activation(F.linear(x_TD, ffn.gate_FD, ffn.gate_bias_F))
-    return hidden_TF * F.linear(x_TD, ffn.up_FD, ffn.up_bias_F)
 
 
 def most_active(hidden_TF: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,14 @@ class CheckpointReader:
                 raise IntegrityError(_disagreement(directory / file, promised, {entry.name for entry in found}))
             self.entries.update((entry.name, entry) for entry in found)
 
+    @classmethod
+    def of_file(cls, path: Path) -> CheckpointReader:
+        """The tensors of one safetensors file alone."""
+        reader = cls.__new__(cls)
+        reader.directory = path.parent
+        reader.entries = {entry.name: entry for entry in _read_header(path)}
+        return reader
+
     @property
     def files(self) -> list[str]:
         return sorted({entry.file for entry in self.entries.values()})

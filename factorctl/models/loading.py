@@ -14,9 +14,9 @@ from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.config import ScaleRule
 from factorctl.errors import IntegrityError, UsageError
-from factorctl.models.building import empty_factored_model
+from factorctl.models.building import empty_dense_model, empty_factored_model
 from factorctl.models.factored_spec import MODEL_TYPE, FactoredSpec
-from factorctl.models.families import DenseModel, dense_model
+from factorctl.models.families import DenseModel, dense_model, read_dense_model
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,21 @@ def load(
     return model
 
 
+def load_dense(
+    directory: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """A dense source as a transformers model, with the same strictness as `load`.
+
+    Raises:
+        IntegrityError: a tensor is damaged, missing, unexpected or misshaped.
+    """
+    model = empty_dense_model(read_dense_model(directory))
+    fill(model, CheckpointReader(directory), dtype=dtype, device=device)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model
+
+
 def fill(
     model: PreTrainedModel, reader: CheckpointReader, *, dtype: torch.dtype | None, device: torch.device | str
 ) -> None:
@@ -125,6 +140,24 @@ def fill(
     model.requires_grad_(False)
     model.eval()
     model.config.dtype = next(model.parameters()).dtype
+
+
+def stored_tensors(model: PreTrainedModel, reader: CheckpointReader) -> list[str]:
+    """The tensors of `reader` that make up `model`: all of them, but for what old writers stored on top.
+
+    That is rotary frequencies, which are computed, and a copy of tied embeddings as `lm_head.weight`.
+
+    Raises:
+        IntegrityError: naming the first tensor that is missing, unexpected or misshaped.
+    """
+    expected = expected_tensors(model)
+    found = {name: entry.shape for name, entry in reader.entries.items() if not _is_surplus(name, expected)}
+    check_names(expected, found, reader.directory)
+    return sorted(found)
+
+
+def _is_surplus(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected)
 
 
 def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

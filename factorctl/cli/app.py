@@ -1,0 +1,87 @@
+"""The command table, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from factorctl import __version__
+from factorctl.cli import factorize, inspect
+from factorctl.errors import ExitCode, FactorctlError
+
+app = typer.Typer(
+    name="factorctl",
+    help="Turn a dense Llama-family language model into a sparse Mixture-of-Experts, and prove what it cost and won.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("factorize")(factorize.factorize)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(inspect.verify)
+app.command("plugins")(inspect.plugins)
+app.command("doctor")(inspect.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"factorctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: unwinds like Ctrl-C, so that locks and temporary files are cleaned up."""
+
+
+def main() -> None:
+    """Run the command line; anything but a FactorctlError is a bug and keeps its traceback."""
+    _quieten_libraries()
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        app()
+    except FactorctlError as error:
+        from factorctl.cli.render import show_error
+
+        show_error(error)
+        if os.environ.get("FACTORCTL_DEBUG"):
+            raise
+        sys.exit(error.exit_code)
+    except Terminated:
+        sys.stderr.write("terminated; finished parts are kept: run the same command again to go on\n")
+        sys.exit(128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; finished parts are kept: run the same command again to go on\n")
+        sys.exit(ExitCode.INTERRUPTED)
+
+
+def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _quieten_libraries() -> None:
+    """Progress bars and notices of libraries stay out of our stderr unless FACTORCTL_DEBUG is set."""
+    if os.environ.get("FACTORCTL_DEBUG"):
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)

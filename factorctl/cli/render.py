@@ -1,0 +1,145 @@
+"""The only importer of rich: tables and JSON on stdout, progress and remarks on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from factorctl.cli.options import OutputFormat
+from factorctl.errors import FactorctlError
+from factorctl.progress import Progress as ProgressListener
+from factorctl.progress import SilentProgress, Task
+
+
+def stdout() -> Console:
+    return Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty())
+
+
+def stderr() -> Console:
+    return Console(file=sys.stderr)
+
+
+class RichProgress:
+    """Draws stages as bars on stderr; where stderr is no terminal, one line per finished stage."""
+
+    def __init__(self) -> None:
+        self._console = stderr()
+        self._bars: Progress | None = None
+        self._depth = 0
+
+    @contextmanager
+    def stage(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
+        if self._bars is None:
+            self._bars = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}"),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[extra]}"),
+                console=self._console,
+            )
+            self._bars.start()
+        self._depth += 1
+        bar = self._bars.add_task(escape(title), total=total, unit=unit, extra="")
+        try:
+            yield _Bar(self._bars, bar)
+            self._bars.update(bar, total=total or 1, completed=total or 1)
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._bars.stop()
+                self._bars = None
+
+    def note(self, message: str) -> None:
+        self._console.print(f"[dim]note:[/dim] {escape(message)}", highlight=False)
+
+
+class _Bar:
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, amount: int = 1, **fields: object) -> None:
+        self._bars.advance(self._task, amount)
+        if fields:
+            self._bars.update(self._task, extra="  ".join(f"{key} {_short(value)}" for key, value in fields.items()))
+
+
+def progress_listener(*, quiet: bool) -> ProgressListener:
+    return SilentProgress() if quiet else RichProgress()
+
+
+def show(result: Any, *, output: OutputFormat, tables: Sequence[Table] = (), closing: Sequence[str] = ()) -> None:
+    """Print a result dataclass (or mapping) as one JSON object, or its tables followed by closing lines."""
+    if output == "json":
+        value = (
+            dataclasses.asdict(result) if dataclasses.is_dataclass(result) and not isinstance(result, type) else result
+        )
+        sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+        return
+    console = stdout()
+    for table in tables:
+        console.print(table)
+    for line in closing:
+        console.print(line, highlight=False)
+
+
+def facts_table(title: str, facts: Mapping[str, object]) -> Table:
+    """Two columns: what, and its value."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(escape(name), escape(_short(value)))
+    return table
+
+
+def rows_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A table with a header; numbers are right-aligned."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] is None for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(_short(value)) for value in row))
+    return table
+
+
+def show_error(error: FactorctlError) -> None:
+    console = stderr()
+    console.print(f"[bold red]error:[/bold red] {escape(error.message)}", highlight=False, soft_wrap=True)
+    if error.hint:
+        console.print(f"[bold]hint:[/bold] {escape(error.hint)}", highlight=False, soft_wrap=True)
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)

@@ -1,0 +1,339 @@
+"""`factorize`: a dense checkpoint in, a native factored checkpoint out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from factorctl import __version__
+from factorctl.calibration.stream import LayerwiseModel
+from factorctl.checkpoint.builder import ArtefactBuilder, building
+from factorctl.checkpoint.hashing import hash_file, hash_value
+from factorctl.checkpoint.manifest import Manifest
+from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
+from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.checkpoint.sources import Source, resolve
+from factorctl.checkpoint.strict_json import dump_json
+from factorctl.config import FactorizeConfig, factor_shape
+from factorctl.contracts import PartitionStrategy, Stat, check_option_names
+from factorctl.data.blocks import TokenBlocks
+from factorctl.errors import IntegrityError, ResourceError, UsageError
+from factorctl.models.building import empty_dense_model
+from factorctl.models.factored_spec import FactoredSpec
+from factorctl.models.families import DenseModel, ffn_prefix, layer_prefix, read_dense_model
+from factorctl.models.loading import native_config, stored_tensors
+from factorctl.models.strategies import StrategyProvenance, get_strategy
+from factorctl.pipeline.calibration_data import calibration_blocks
+from factorctl.pipeline.devices import torch_device
+from factorctl.pipeline.layer_factoring import CalibrationStream, FactoredLayer, LayerFactory
+from factorctl.pipeline.model_card import native_card
+from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
+from factorctl.pipeline.workspace import cache_directory, output_path
+from factorctl.progress import Progress
+
+PROCESS_BYTES = 700_000_000
+"""Resident size of the interpreter with torch and transformers loaded, before any weight."""
+
+
+@dataclass(frozen=True)
+class FactorizePlan:
+    """Everything that is decided before the first weight is read."""
+
+    config: FactorizeConfig
+    out: Path
+    source: Source
+    dense: DenseModel
+    spec: FactoredSpec
+    strategy: PartitionStrategy
+    provenance: StrategyProvenance
+    needs: frozenset[Stat]
+    calibrates: bool
+    has_student: bool
+    disk_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class FactorizeResult:
+    """What was made; the keys of `--format json`."""
+
+    checkpoint: str
+    source: str
+    notation: str
+    num_experts: int
+    top_k: int
+    shared_size: int
+    expert_size: int
+    strategy: str
+    active_ffn_fraction: float
+    identity_error: float
+    num_layers: int
+    seconds: float
+    peak_rss_bytes: int
+    refit_layers_kept: int | None
+    layers: list[dict[str, Any]]
+
+
+def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan:
+    """Resolve and check all that can be checked without reading weights.
+
+    Raises:
+        UsageError: an option does not fit the model, the strategy or the output.
+        ResourceError: disk or memory do not suffice.
+    """
+    if config.calibration_tokens <= 0:
+        raise UsageError(f"--calibration-tokens {config.calibration_tokens} is no positive number", "try 64K")
+    strategy, provenance = get_strategy(config.strategy)
+    check_option_names(strategy, config.strategy_options)
+    needs = strategy.needs(config.strategy_options)
+    source = resolve(config.model, revision=config.revision, cache=cache_directory(), progress=progress)
+    if source.note:
+        progress.note(source.note)
+    dense = read_dense_model(source.path)
+    shape = factor_shape(
+        dense.intermediate_size,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        shared_fraction=config.shared_fraction,
+    )
+    out = output_path(config.out, config.workspace, config.model, shape.notation)
+    refuse_existing(out, overwrite=config.overwrite)
+    if shape.shared_size:
+        needs = needs | {Stat.IMPORTANCE}
+    has_student = config.router == "analytic" or config.scale == "fitted" or config.refit
+    reader = CheckpointReader(source.path)
+    stored_tensors(empty_dense_model(dense), reader)
+    disk = sum(entry.nbytes for entry in reader.entries.values())
+    plan = FactorizePlan(
+        config=config,
+        out=out,
+        source=source,
+        dense=dense,
+        spec=FactoredSpec(shape, config.gate, config.scale),
+        strategy=strategy,
+        provenance=provenance,
+        needs=needs,
+        calibrates=has_student or bool(needs),
+        has_student=has_student,
+        disk_bytes=disk * (2 if config.dtype == "float32" else 1),
+        memory_bytes=0,
+    )
+    plan = replace(plan, memory_bytes=estimate_memory(plan, reader))
+    require_resources(plan)
+    return plan
+
+
+def estimate_memory(plan: FactorizePlan, reader: CheckpointReader) -> int:
+    """Peak resident bytes: the process, the largest shard in three forms, and the calibration stream.
+
+    A layer is held as read, as factored and as the bytes to be written; its FFN once more in float32 for the check.
+    """
+    sizes: dict[str, int] = {}
+    for name, entry in reader.entries.items():
+        key = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else "rest"
+        sizes[key] = sizes.get(key, 0) + entry.nbytes
+    dense, config = plan.dense, plan.config
+    ffn_float32 = 3 * dense.intermediate_size * dense.hidden_size * 4
+    total = PROCESS_BYTES + 3 * max(sizes.values()) + 2 * ffn_float32
+    if plan.calibrates:
+        streams = 6 if plan.has_student else 2
+        total += streams * config.calibration_tokens * dense.hidden_size * 4 + 2 * ffn_float32
+        total += 4 * 4096 * dense.intermediate_size * 4
+    if config.refit:
+        total += 4 * dense.intermediate_size**2 * 8
+    return total
+
+
+def require_resources(plan: FactorizePlan) -> None:
+    """Refuse before the work starts what disk or memory cannot hold."""
+    require_disk_space(plan.out.parent, plan.disk_bytes)
+    available = psutil.virtual_memory().available
+    if plan.memory_bytes > available:
+        raise ResourceError(
+            f"about {plan.memory_bytes / 1e9:.1f} GB of memory are needed; {available / 1e9:.1f} GB are available",
+            "lower --calibration-tokens, or choose options that need no calibration "
+            "(--router random, no --refit, no --shared-fraction)",
+        )
+
+
+def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
+    """Factor every FFN of a dense checkpoint and publish the result.
+
+    1. Resolve the source and check every option against it.
+    2. Read the calibration text, if an option needs it.
+    3. Layer by layer: partition, slice, prove the identity, fit router, scale and down-projection; write the shard.
+    4. Write the other tensors, config, tokenizer, card; then the manifest; then give the directory its name.
+
+    Raises:
+        FactorctlError: with what is wrong; nothing is published then.
+    """
+    started = time.monotonic()
+    plan = plan_factorize(config, progress)
+    device = torch_device(config.device)
+    with progress.stage("Hashing the source"):
+        source = describe_source(plan.source)
+    blocks = calibration_blocks(plan.source, source, config, progress) if plan.calibrates else None
+    identity = _fingerprint(plan, source, blocks)
+    num_shards = plan.dense.num_layers + 1
+    with building(
+        plan.out, num_shards=num_shards, fingerprint=identity, overwrite=config.overwrite, progress=progress
+    ) as builder:
+        records = _write_layers(plan, builder, blocks, device, progress)
+        _write_rest(plan, builder)
+        spec = plan.spec
+        if config.scale == "fitted":
+            spec = replace(spec, fitted_a=tuple(record["fitted_a"] for record in records))
+        manifest = _manifest(plan, spec, source, blocks, records)
+        builder.write_file("config.json", dump_json(native_config(plan.dense, spec)))
+        for path in plan.source.copied_files():
+            builder.copy_file(path)
+        builder.write_file("README.md", native_card(manifest).encode())
+        builder.publish(manifest)
+    shape = plan.spec.shape
+    refits = [record["refit"]["kept"] for record in records if "refit" in record]
+    return FactorizeResult(
+        checkpoint=str(plan.out),
+        source=plan.source.id,
+        notation=shape.notation,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        shared_size=shape.shared_size,
+        expert_size=shape.expert_size,
+        strategy=plan.provenance.name,
+        active_ffn_fraction=shape.active_ffn_fraction,
+        identity_error=max(record["identity_error"] for record in records),
+        num_layers=plan.dense.num_layers,
+        seconds=round(time.monotonic() - started, 3),
+        peak_rss_bytes=peak_rss_bytes(),
+        refit_layers_kept=sum(refits) if refits else None,
+        layers=records,
+    )
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    """The manifest's account of the dense model: id, kind, revision, and the hash of every file."""
+    files = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.json"), *source.copied_files()])
+    return {
+        "id": source.id,
+        "kind": source.kind,
+        "revision": source.revision,
+        "path": str(source.path.resolve()),
+        "files": {path.name: asdict(hash_file(path)) for path in dict.fromkeys(files)},
+    }
+
+
+def _fingerprint(plan: FactorizePlan, source: dict[str, Any], blocks: TokenBlocks | None) -> str:
+    """Names the work: whatever could change a byte of the result."""
+    return hash_value(
+        {
+            "config": resolved_config(plan.config),
+            "source": source["files"],
+            "strategy": asdict(plan.provenance),
+            "calibration": None if blocks is None else blocks.fingerprint,
+            "libraries": library_versions(),
+            "tool_version": __version__,
+        }
+    )
+
+
+def resolved_config(config: FactorizeConfig) -> dict[str, Any]:
+    """The configuration as JSON, without where the result is put."""
+    raw = {key: value for key, value in asdict(config).items() if key not in {"out", "workspace", "overwrite"}}
+    return {**raw, "strategy_options": dict(config.strategy_options)}
+
+
+def _write_layers(
+    plan: FactorizePlan,
+    builder: ArtefactBuilder,
+    blocks: TokenBlocks | None,
+    device: torch.device,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    reader = CheckpointReader(plan.source.path)
+    factory = LayerFactory(plan.dense, plan.spec, plan.config, plan.strategy, reader, plan.needs)
+    layers = range(plan.dense.num_layers)
+    if blocks is not None and any(builder.finished(layer + 1) is None for layer in layers):
+        ids_BL = torch.from_numpy(blocks.train.astype("int64"))
+        factory.stream = CalibrationStream(LayerwiseModel(plan.dense, reader, ids_BL, device), plan.has_student)
+    records = []
+    with progress.stage("Factorizing", total=len(layers), unit="layer") as task:
+        for layer in layers:
+            record = builder.finished(layer + 1)
+            if record is None:
+                factored = factory.factor(layer)
+                record = factored.record
+                builder.write_shard(layer + 1, _layer_tensors(plan, reader, layer, factored), record)
+            elif factory.stream is not None:
+                written = CheckpointReader.of_file(builder.shard_path(layer + 1))
+                prefix = f"{ffn_prefix(layer)}."
+                tensors = {n.removeprefix(prefix): written.read(n) for n in written.entries if n.startswith(prefix)}
+                factory.replay(layer, tensors, record)
+            records.append(record)
+            task.advance(layer=layer)
+    return records
+
+
+def _layer_tensors(
+    plan: FactorizePlan, reader: CheckpointReader, layer: int, factored: FactoredLayer
+) -> dict[str, torch.Tensor]:
+    """All tensors of a decoder layer: the factored FFN's and everything else as it was."""
+    replaced = set(plan.dense.ffn_tensor_names(layer).values())
+    kept = [name for name in reader.entries if name.startswith(layer_prefix(layer)) and name not in replaced]
+    tensors = {name: _stored(plan, reader, name) for name in kept if not name.endswith("rotary_emb.inv_freq")}
+    return tensors | {f"{ffn_prefix(layer)}.{name}": tensor for name, tensor in factored.tensors.items()}
+
+
+def _write_rest(plan: FactorizePlan, builder: ArtefactBuilder) -> None:
+    """Shard 0: embeddings, final norm, head."""
+    if builder.finished(0) is not None:
+        return
+    reader = CheckpointReader(plan.source.path)
+    names = [n for n in stored_tensors(empty_dense_model(plan.dense), reader) if not n.startswith("model.layers.")]
+    tied_twice = plan.dense.config.tie_word_embeddings and "lm_head.weight" in reader.entries
+    if tied_twice and not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
+        raise IntegrityError(
+            f"{plan.source.path}: the config ties lm_head.weight to the embeddings, but the two differ",
+            "set tie_word_embeddings to false in its config.json if the separate head is meant",
+        )
+    builder.write_shard(0, {name: _stored(plan, reader, name) for name in names}, {})
+
+
+def _stored(plan: FactorizePlan, reader: CheckpointReader, name: str) -> torch.Tensor:
+    tensor = reader.read(name)
+    return tensor if plan.config.dtype == "auto" else tensor.to(getattr(torch, plan.config.dtype))
+
+
+def _manifest(
+    plan: FactorizePlan,
+    spec: FactoredSpec,
+    source: dict[str, Any],
+    blocks: TokenBlocks | None,
+    records: list[dict[str, Any]],
+) -> Manifest:
+    calibration = None
+    if blocks is not None:
+        calibration = {"fingerprint": blocks.fingerprint, "tokens": blocks.tokens, "sources": blocks.sources}
+    return Manifest(
+        kind="native",
+        stage="factorize",
+        tool_version=__version__,
+        source={**source, "model_type": plan.dense.family.model_type},
+        factored={
+            **spec.to_json(),
+            "notation": spec.shape.notation,
+            "active_ffn_fraction": spec.shape.active_ffn_fraction,
+        },
+        config=resolved_config(plan.config),
+        details={
+            "strategy": {**asdict(plan.provenance), "options": dict(plan.config.strategy_options)},
+            "identity_error": max(record["identity_error"] for record in records),
+            "calibration": calibration,
+            "layers": records,
+        },
+        libraries=library_versions(),
+    )

@@ -1,0 +1,232 @@
+"""One decoder layer from dense to factored: by its weights alone, or behind calibration.
+
+T tokens, D hidden_size, F intermediate_size, N num_experts, S shared_size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from factorctl.calibration.closed_form import Tokens, fit_router, fit_scale, refit_down, relative_error
+from factorctl.calibration.statistics import StatsCollector
+from factorctl.calibration.stream import LayerwiseModel
+from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.config import FactorizeConfig
+from factorctl.contracts import (
+    DenseFFN,
+    LayerStats,
+    Partition,
+    PartitionSpec,
+    PartitionStrategy,
+    Stat,
+    validate,
+)
+from factorctl.models.building import filled_ffn
+from factorctl.models.dense_ffn import cast_ffn, check_identity
+from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.models.factored_spec import FactoredSpec
+from factorctl.models.families import DenseModel
+from factorctl.models.router_init import random_router
+from factorctl.models.slicing import FactoredTensors, slice_ffn
+
+IDENTITY_TOKENS = 64
+HELDOUT_SHARE = 1 / 8
+"""Share of the calibration tokens that judges the refit and never enters it."""
+
+
+@dataclass(frozen=True)
+class FactoredLayer:
+    """The tensors of one factored FFN in storage dtype, and what the manifest says of the layer."""
+
+    tensors: FactoredTensors
+    record: dict[str, Any]
+
+
+@dataclass
+class LayerFactory:
+    """Factors the layers of one model, in order, with the choices of one `FactorizeConfig`.
+
+    `stream` is None where no option needs calibration.
+    """
+
+    dense: DenseModel
+    spec: FactoredSpec
+    config: FactorizeConfig
+    strategy: PartitionStrategy
+    reader: CheckpointReader
+    needs: frozenset[Stat]
+    stream: CalibrationStream | None = None
+
+    @torch.no_grad()
+    def factor(self, layer: int) -> FactoredLayer:
+        """Partition, slice, prove the identity, then take the closed-form steps that were asked for."""
+        ffn = self._read_ffn(layer)
+        stats = None if self.stream is None else self.stream.observe(layer, self.needs)
+        partition = self._partition(layer, ffn, stats)
+        router_ND = random_router(
+            self.spec.shape.num_experts, self.dense.hidden_size, seed=self.config.seed, layer=layer
+        )
+        tensors = slice_ffn(ffn, partition, router_ND.to(ffn.gate_FD.dtype))
+        record: dict[str, Any] = {
+            "permutation_sha256": hashlib.sha256(tensors["neuron_ids"].numpy().tobytes()).hexdigest(),
+            "identity_error": check_identity(self.dense, self.spec, layer, ffn, tensors, self._identity_inputs(layer)),
+        }
+        if stats is not None and partition.shared_S is not None and stats.importance_F is not None:
+            record["shared_importance"] = float(stats.importance_F[partition.shared_S].sum() / stats.importance_F.sum())
+        if self.stream is not None and self.stream.has_student:
+            record |= self._close_in(layer, tensors)
+        return FactoredLayer(tensors, record)
+
+    def replay(self, layer: int, finished: FactoredTensors, record: dict[str, Any]) -> None:
+        """Bring the calibration stream past a layer that an earlier run finished."""
+        if self.stream is None:
+            return
+        with torch.no_grad():
+            self.stream.observe(layer, frozenset())
+            if self.stream.has_student:
+                ffn = self._module(layer, finished)
+                ffn.scale_a = record.get("fitted_a", ffn.scale_a)
+                self.stream.enter(layer)
+                self.stream.leave(layer, ffn)
+
+    def _close_in(self, layer: int, tensors: FactoredTensors) -> dict[str, Any]:
+        """Router, scale and refit on the compressed stream; writes the fitted values into `tensors`."""
+        assert self.stream is not None
+        ffn, tokens = self._module(layer, tensors), self.stream.enter(layer)
+        record: dict[str, Any] = {}
+        fitting, heldout = tokens.split(round(len(tokens.x_TD) * (1 - HELDOUT_SHARE)))
+        if self.config.router == "analytic":
+            fit_router(ffn, fitting)
+            self._store(tensors, "router", ffn)
+        if self.config.scale == "fitted":
+            record["fitted_a"] = fit_scale(ffn, fitting)
+        if self.config.refit:
+            result = refit_down(ffn, fitting, heldout)
+            record["refit"] = {
+                "error_before": result.error_before,
+                "error_after": result.error_after,
+                "damping": result.damping,
+                "kept": result.kept,
+            }
+            self._store(tensors, "down", ffn)
+        record["output_error"] = relative_error(ffn, heldout)
+        self.stream.leave(layer, ffn)
+        return record
+
+    def _read_ffn(self, layer: int) -> DenseFFN:
+        ffn = self.dense.read_ffn(layer, self.reader.read)
+        return ffn if self.config.dtype == "auto" else cast_ffn(ffn, getattr(torch, self.config.dtype))
+
+    def _partition(self, layer: int, ffn: DenseFFN, stats: LayerStats | None) -> Partition:
+        """Shared neurons by importance, the others by the strategy; validated."""
+        shape, everyone_F = self.spec.shape, torch.arange(ffn.intermediate_size)
+        shared_S, routed_R = None, everyone_F
+        if shape.shared_size:
+            assert stats is not None
+            assert stats.importance_F is not None
+            order_F = torch.argsort(stats.importance_F, descending=True, stable=True)
+            shared_S, routed_R = order_F[: shape.shared_size].sort().values, order_F[shape.shared_size :].sort().values
+        part = self.strategy.partition(
+            ffn.select(routed_R),
+            None if stats is None else stats.select(routed_R),
+            PartitionSpec(shape.num_experts, layer, self.config.seed, self.config.strategy_options),
+        )
+        validate(part, num_neurons=len(routed_R), num_experts=shape.num_experts)
+        whole = Partition(routed_R[part.experts_NH], shared_S)
+        return validate(
+            whole, num_neurons=ffn.intermediate_size, num_experts=shape.num_experts, shared_size=shape.shared_size
+        )
+
+    def _identity_inputs(self, layer: int) -> torch.Tensor:
+        if self.stream is not None:
+            return self.stream.sample_inputs(IDENTITY_TOKENS)
+        generator = torch.Generator().manual_seed(layer)
+        return torch.randn(IDENTITY_TOKENS, self.dense.hidden_size, generator=generator)
+
+    def _module(self, layer: int, tensors: FactoredTensors) -> FactoredFFN:
+        spec = self.spec if self.spec.fitted_a else replace(self.spec, scale="sum")
+        assert self.stream is not None
+        moved = {name: tensor.to(self.stream.device) for name, tensor in tensors.items()}
+        ffn = filled_ffn(self.dense, spec, layer, moved, dtype=torch.float32)
+        if self.spec.scale == "paper":
+            ffn.scale_a = self.spec.scale_a(layer)
+        return ffn
+
+    @staticmethod
+    def _store(tensors: FactoredTensors, name: str, ffn: FactoredFFN) -> None:
+        """Round to storage dtype, and let the stream run what was stored, not what was computed."""
+        parameter = ffn.get_parameter(name)
+        tensors[name] = parameter.detach().to("cpu", tensors[name].dtype).clone()
+        parameter.copy_(tensors[name])
+
+
+@dataclass
+class CalibrationStream:
+    """Calibration tokens on their way through the model: as the dense model sees them, and as the factored one does.
+
+    Args:
+        has_student: whether a closed-form step needs the compressed stream; statistics alone do not.
+    """
+
+    model: LayerwiseModel
+    has_student: bool
+    _dense_BLD: torch.Tensor = field(init=False)
+    _student_BLD: torch.Tensor = field(init=False)
+    _sample_TD: torch.Tensor | None = field(init=False, default=None)
+    _target_TD: torch.Tensor | None = field(init=False, default=None)
+    _tokens: Tokens = field(init=False)
+
+    def __post_init__(self) -> None:
+        with torch.no_grad():
+            self._dense_BLD = self.model.embed()
+        self._student_BLD = self._dense_BLD
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def observe(self, layer: int, needs: frozenset[Stat]) -> LayerStats | None:
+        """Run the dense layer: keep its FFN's outputs as targets, return the statistics that are needed."""
+        self.model.load_layer(layer)
+        ffn = cast_ffn(self.model.dense.read_ffn(layer, self.model.reader.read), torch.float32, self.device)
+        collector = StatsCollector(ffn, self.model.dense.activation, needs=needs, tokens=self.model.ids_BL.numel())
+        targets: list[torch.Tensor] = []
+        self._sample_TD = None
+
+        def see(x_TD: torch.Tensor, t_TD: torch.Tensor) -> None:
+            if self._sample_TD is None:
+                self._sample_TD = x_TD
+            if needs:
+                collector.add(x_TD)
+            if self.has_student:
+                targets.append(t_TD)
+
+        self._dense_BLD = self.model.run_layer(layer, self._dense_BLD, on_ffn=see)
+        self._target_TD = torch.cat(targets) if targets else None
+        if not self.has_student:
+            self.model.drop_layer(layer)
+        return collector.result() if needs else None
+
+    def sample_inputs(self, tokens: int) -> torch.Tensor:
+        """The first FFN inputs of the layer that was observed last, on the CPU."""
+        assert self._sample_TD is not None
+        return self._sample_TD[:tokens].cpu()
+
+    def enter(self, layer: int) -> Tokens:
+        """What the factored layer sees and what it should give."""
+        assert self._target_TD is not None
+        self._student_BLD, x_TD = self.model.run_attention(layer, self._student_BLD)
+        self._tokens = Tokens(x_TD, self._target_TD)
+        return self._tokens
+
+    def leave(self, layer: int, ffn: FactoredFFN) -> None:
+        """Send the compressed stream through the factored FFN and release the layer."""
+        y_TD = torch.cat([ffn(x_TD) for x_TD, _ in self._tokens.chunks()])
+        self._student_BLD = self.model.add_ffn(layer, self._student_BLD, y_TD)
+        self.model.drop_layer(layer)
+        del self._tokens
+        self._target_TD = None

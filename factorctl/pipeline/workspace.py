@@ -1,0 +1,39 @@
+"""Where artefacts, caches and the newest checkpoint are."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from factorctl.checkpoint.manifest import MANIFEST_NAME
+from factorctl.errors import UsageError
+
+
+def cache_directory() -> Path:
+    """Where fetched wheels, dequantised models and token blocks are kept: $FACTORCTL_CACHE or ~/.cache/factorctl."""
+    return Path(os.environ.get("FACTORCTL_CACHE") or Path.home() / ".cache" / "factorctl")
+
+
+def output_path(out: Path | None, workspace: Path, model: str, suffix: str) -> Path:
+    """`out`, or a name in the workspace made of the model's and what was done to it."""
+    if out is not None:
+        return out.expanduser()
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model.removeprefix("pypi:")).name).strip("-.") or "model"
+    return workspace / f"{stem.removesuffix('.gguf')}-{suffix}"
+
+
+def newest_checkpoint(workspace: Path, *, kind: str = "native") -> Path:
+    """The complete artefact of that kind that was finished last.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = sorted(workspace.glob(f"*/{MANIFEST_NAME}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for manifest in found:
+        if f'"kind": "{kind}"' in manifest.read_text(errors="replace") and not manifest.parent.name.startswith("."):
+            return manifest.parent
+    raise UsageError(
+        f"no checkpoint was named and {workspace} holds none",
+        "make one with `factorctl factorize demo --experts 4`, or name a checkpoint directory",
+    )
