@@ -11,15 +11,19 @@ T tokens, D hidden_size, F intermediate_size, N num_experts, H expert_size, S sh
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from factorctl.config import FactorShape, Gate
-from factorctl.models import paths
-from factorctl.models.paths import ExpertWeights
-from factorctl.models.routing import Routing, route
+from factorctl.errors import UsageError
+from factorctl.models.path_choice import path_at, steps_for
+from factorctl.models.paths import ROUTED_PATHS, ExpertWeights, PathName, SharedHidden, can_group, gated, hidden_of_all
+from factorctl.models.routing import Routing, route, unit_routing
 
 
 class FactoredFFN(nn.Module):
@@ -54,6 +58,7 @@ class FactoredFFN(nn.Module):
         self.shape, self.hidden_size = shape, hidden_size
         self.gate, self.scale_a, self.top_k = gate, scale_a, shape.top_k
         self.activation = ACT2FN[activation]
+        self.path: PathName | Literal["auto"] = "auto"
 
         def parameter(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*size, dtype=dtype, device=device))
@@ -87,28 +92,55 @@ class FactoredFFN(nn.Module):
     def shared_hidden(self, x_TD: torch.Tensor) -> torch.Tensor:
         """act(gate x) * (up x) of the shared neurons, [T, S]."""
         assert self.shared_gate_up is not None, "asked for shared neurons where S = 0"
-        gate_TS, up_TS = F.linear(x_TD, self.shared_gate_up, self.shared_gate_up_bias).chunk(2, dim=-1)
-        hidden_TS: torch.Tensor = self.activation(gate_TS) * up_TS
-        return hidden_TS
+        return gated(F.linear(x_TD, self.shared_gate_up, self.shared_gate_up_bias), self.activation)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x_TD = hidden_states.reshape(-1, self.hidden_size)
-        y_TD = self._all_experts(x_TD) if self.top_k == self.shape.num_experts else self._chosen_experts(x_TD)
-        return y_TD.view_as(hidden_states)
+        y_TD = self._output(x_TD, self.path_for(x_TD.shape[0]))
+        return y_TD.view_as(hidden_states) if self.down_bias is None else (y_TD + self.down_bias).view_as(hidden_states)
 
-    def _all_experts(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def path_for(self, tokens: int) -> PathName:
+        """The path that `tokens` tokens take: `path`, or what sizes, dtype and device suggest.
+
+        Raises:
+            UsageError: when `path` was set to one that this layer cannot take.
+        """
+        if self.path != "auto":
+            return self._checked_path(self.path)
+        if self.top_k == self.shape.num_experts:
+            return "dense"
+        if self.top_k == 0 or tokens == 0:
+            return "masked"
+        shape = self.shape if self.top_k == self.shape.top_k else replace(self.shape, top_k=self.top_k)
+        return path_at(steps_for(self.gate_up.device, self.gate_up.dtype, self.hidden_size, shape), tokens)
+
+    def _checked_path(self, path: PathName) -> PathName:
+        if path == "dense" and self.top_k != self.shape.num_experts:
+            raise UsageError(
+                f"path 'dense' runs all {self.shape.num_experts} experts, but top-k is {self.top_k}", "choose 'masked'"
+            )
+        sizes = self.hidden_size, self.shape.expert_size, self.shape.shared_size
+        if path == "grouped" and not can_group(self.gate_up.dtype, *sizes):
+            raise UsageError(
+                f"path 'grouped' needs rows of a multiple of 16 bytes; D, H, S are {sizes}", "choose 'masked'"
+            )
+        return path
+
+    def _output(self, x_TD: torch.Tensor, path: PathName) -> torch.Tensor:
+        """Everything but the down-projection's bias."""
+        shared = SharedHidden(self.shared_hidden(x_TD), self.down) if self.shape.shared_size else None
+        if path == "dense":
+            return self._all_experts(x_TD, shared)
+        if self.top_k == 0:
+            assert shared is not None, "K = 0 needs shared neurons"
+            return shared.output_TD()
+        if self.top_k == self.shape.num_experts:
+            routing = unit_routing(x_TD.shape[0], self.top_k, x_TD.device)
+        else:
+            routing = self.route(x_TD)
+        return ROUTED_PATHS[path](x_TD, self.experts, routing, shared)
+
+    def _all_experts(self, x_TD: torch.Tensor, shared: SharedHidden | None) -> torch.Tensor:
         """K = N: the dense FFN with permuted neurons, one GEMM into [T, F] and one out of it."""
-        hidden = paths.hidden_of_all(x_TD, self.experts).flatten(1)
-        if self.shape.shared_size:
-            hidden = torch.cat([self.shared_hidden(x_TD), hidden], dim=-1)
-        return F.linear(hidden, self.down, self.down_bias)
-
-    def _chosen_experts(self, x_TD: torch.Tensor) -> torch.Tensor:
-        parts = []
-        if self.shape.shared_size:
-            parts.append(F.linear(self.shared_hidden(x_TD), self.down[:, : self.shape.shared_size]))
-        if self.top_k:
-            path = paths.loop if x_TD.device.type == "cpu" else paths.masked
-            parts.append(path(x_TD, self.experts, self.route(x_TD)))
-        y_TD = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-        return y_TD if self.down_bias is None else y_TD + self.down_bias
+        hidden = hidden_of_all(x_TD, self.experts).flatten(1)
+        return F.linear(hidden if shared is None else torch.cat([shared.hidden_TS, hidden], dim=-1), self.down)

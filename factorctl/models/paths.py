@@ -1,19 +1,41 @@
-"""Ways to compute the routed part of a factored FFN. All give the same function; they differ in what they touch.
+"""Ways to compute a factored FFN. All give the same function; they differ in what they touch.
 
-T tokens, D hidden_size, N num_experts, H expert_size, K top_k, G = 2H rows of a gate|up pair.
+| path      | runs                                             | meant for                                |
+|-----------|--------------------------------------------------|------------------------------------------|
+| `dense`   | every expert with unit weight, two GEMMs         | K = N                                    |
+| `masked`  | the dense GEMMs, unchosen neurons set to zero    | GPU, middling batches; the oracle        |
+| `skip`    | `masked`, without the experts that no token chose | CPU, few tokens                         |
+| `loop`    | one small FFN per expert over its own tokens     | CPU, many tokens; training on a CPU      |
+| `grouped` | the same in two grouped GEMMs                    | GPU, many tokens; training on a GPU      |
+| `slot`    | the weights of each (token, expert) pair, gathered | GPU, a few tokens                      |
+
+`skip` and `loop` read the routing on the host and therefore stay on CPUs; the others never synchronise and compile
+to a full graph. Weights are read through views of one expert-contiguous copy. transformers' experts functions
+`batched_mm` and `grouped_mm` hold the ideas of `slot` and `grouped`, but know no shared prefix and count on module
+attributes that change between releases; exported checkpoints run on them.
+
+T tokens, D hidden_size, F intermediate_size, N num_experts, H expert_size, S shared_size, K top_k,
+G = 2H rows of a gate|up pair, R = N*H routed neurons, P = T*K (token, expert) pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from factorctl.models.routing import Routing, scatter_weights
+from factorctl.models.routing import Routing, group_by_expert, scatter_weights
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+PathName = Literal["dense", "masked", "skip", "loop", "grouped", "slot"]
+
+CALL_COST_BYTES = {8: 256 << 10, 4: 256 << 10, 2: 768 << 10}
+"""What one more expert in `skip` costs besides its weights, as bytes read in that time, by bytes per weight.
+Measured on one core of a Zen 5 server: 25 us in fp32, 70 us in bf16 (oneDNN looks up a primitive per shape)."""
 
 
 class ExpertWeights(NamedTuple):
@@ -33,33 +55,187 @@ class ExpertWeights(NamedTuple):
     def expert_size(self) -> int:
         return self.gate_up_NGD.shape[1] // 2
 
+    @property
+    def down_NDH(self) -> torch.Tensor:
+        """The down-projection of each expert: a strided view, nothing is copied."""
+        return self.down_DR.view(-1, self.num_experts, self.expert_size).transpose(0, 1)
+
+    def between(self, start: int, stop: int) -> ExpertWeights:
+        """Experts `start` up to `stop`: neighbours in storage, so again one dense FFN."""
+        bias, size = self.gate_up_bias_NG, self.expert_size
+        return ExpertWeights(
+            self.gate_up_NGD[start:stop],
+            self.down_DR[:, start * size : stop * size],
+            None if bias is None else bias[start:stop],
+            self.activation,
+        )
+
+
+class SharedHidden(NamedTuple):
+    """The shared neurons' activations and the down-projection that they are a prefix of."""
+
+    hidden_TS: torch.Tensor
+    down_DF: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        return self.hidden_TS.shape[1]
+
+    def output_TD(self) -> torch.Tensor:
+        return F.linear(self.hidden_TS, self.down_DF[:, : self.size])
+
+
+def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """act(gate) * up for a trailing gate|up dimension of 2H."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate) * up
+
 
 def hidden_of_all(x_TD: torch.Tensor, experts: ExpertWeights) -> torch.Tensor:
     """act(gate x) * (up x) of every routed neuron, [T, N, H]: one GEMM over all experts."""
     bias = experts.gate_up_bias_NG
     flat_TR = F.linear(x_TD, experts.gate_up_NGD.flatten(0, 1), None if bias is None else bias.flatten())
-    gate_TNH, up_TNH = flat_TR.view(-1, experts.num_experts, 2, experts.expert_size).unbind(2)
-    return experts.activation(gate_TNH) * up_TNH
+    return gated(flat_TR.view(-1, experts.num_experts, 2 * experts.expert_size), experts.activation)
 
 
-def masked(x_TD: torch.Tensor, experts: ExpertWeights, routing: Routing) -> torch.Tensor:
+def _weighted_sum(
+    x_TD: torch.Tensor, experts: ExpertWeights, weights_TN: torch.Tensor, shared: SharedHidden | None
+) -> torch.Tensor:
+    """Every given expert on every token, times its weight; shared neurons join the same down-projection."""
+    hidden_TNH = hidden_of_all(x_TD, experts)
+    hidden_TR = (hidden_TNH * weights_TN.unsqueeze(-1).to(hidden_TNH.dtype)).flatten(1)
+    if shared is None:
+        return F.linear(hidden_TR, experts.down_DR)
+    hidden = torch.cat([shared.hidden_TS, hidden_TR], dim=1)
+    return F.linear(hidden, shared.down_DF[:, : hidden.shape[1]])
+
+
+def masked(
+    x_TD: torch.Tensor, experts: ExpertWeights, routing: Routing, shared: SharedHidden | None = None
+) -> torch.Tensor:
     """Dense GEMMs with the neurons of unchosen experts set to zero: exact, free of host synchronisation.
 
     Executes the dense FLOPs whatever K is: the floor of every other path and their oracle.
     """
-    weights_TN = scatter_weights(routing, experts.num_experts).to(x_TD.dtype)
-    hidden_TNH = hidden_of_all(x_TD, experts) * weights_TN.unsqueeze(-1)
-    return F.linear(hidden_TNH.flatten(1), experts.down_DR)
+    return _weighted_sum(x_TD, experts, scatter_weights(routing, experts.num_experts), shared)
 
 
-def loop(x_TD: torch.Tensor, experts: ExpertWeights, routing: Routing) -> torch.Tensor:
-    """One small FFN after another over the tokens that chose it. Reads the routing on the host: for CPUs."""
-    y_TD = torch.zeros_like(x_TD)
-    gate_ups, downs = experts.gate_up_NGD.unbind(0), torch.split(experts.down_DR, experts.expert_size, dim=1)
-    for expert in torch.unique(routing.ids_TK).tolist():
-        token, rank = torch.nonzero(routing.ids_TK == expert, as_tuple=True)
-        bias = None if experts.gate_up_bias_NG is None else experts.gate_up_bias_NG[expert]
-        gate, up = F.linear(x_TD[token], gate_ups[expert], bias).chunk(2, dim=-1)
-        hidden = experts.activation(gate) * up * routing.weights_TK[token, rank, None].to(x_TD.dtype)
-        y_TD = y_TD.index_add(0, token, F.linear(hidden, downs[expert]))
+def skip(
+    x_TD: torch.Tensor, experts: ExpertWeights, routing: Routing, shared: SharedHidden | None = None
+) -> torch.Tensor:
+    """`masked` over the experts that some token chose, neighbours in one GEMM.
+
+    With few tokens a CPU waits for weights, not for arithmetic: each weight is read at most once, no token is moved.
+    """
+    one_pair = routing.ids_TK.numel() == 1
+    weights_TN = routing.weights_TK if one_pair else scatter_weights(routing, experts.num_experts)
+    parts = []
+    for start, stop in runs(sorted(set(routing.ids_TK.flatten().tolist())), bridged_gap(experts)):
+        weights = weights_TN if one_pair else weights_TN[:, start:stop]
+        parts.append(_weighted_sum(x_TD, experts.between(start, stop), weights, shared if start == 0 else None))
+        shared = None if start == 0 else shared
+    if shared is not None:
+        parts.append(shared.output_TD())
+    return functools.reduce(operator.add, parts) if parts else torch.zeros_like(x_TD)
+
+
+def bridged_gap(experts: ExpertWeights) -> int:
+    """How many unchosen experts between two chosen ones are cheaper to run, with weight zero, than to step over."""
+    weight = experts.gate_up_NGD
+    expert_bytes = 3 * experts.expert_size * weight.shape[2] * weight.dtype.itemsize
+    return CALL_COST_BYTES[weight.dtype.itemsize] // expert_bytes
+
+
+def runs(ids: list[int], gap: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) ranges over a sorted list of ids; up to `gap` ids may be missing within a range."""
+    start = 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or ids[i] - ids[i - 1] - 1 > gap:
+            yield ids[start], ids[i - 1] + 1
+            start = i
+
+
+def loop(
+    x_TD: torch.Tensor, experts: ExpertWeights, routing: Routing, shared: SharedHidden | None = None
+) -> torch.Tensor:
+    """One small FFN after another over the tokens that chose it. Reads the routing on the host: for CPUs.
+
+    Tokens are gathered once and weights taken apart once (`unbind`, `split`), so that the backward pass puts gradients
+    together once; indexing expert by expert would build N gradients of the full size.
+    """
+    groups = group_by_expert(routing.ids_TK)
+    counts = torch.bincount(groups.expert_P, minlength=experts.num_experts).tolist()
+    weights_P = routing.weights_TK.flatten()[groups.order_P, None].to(x_TD.dtype)
+    y_TD = torch.zeros_like(x_TD) if shared is None else shared.output_TD()
+    biases = [None] * len(counts) if experts.gate_up_bias_NG is None else experts.gate_up_bias_NG.unbind()
+    pieces = zip(
+        torch.split(x_TD.index_select(0, groups.token_P), counts),
+        torch.split(groups.token_P, counts),
+        torch.split(weights_P, counts),
+        experts.gate_up_NGD.unbind(),
+        biases,
+        torch.split(experts.down_DR, experts.expert_size, dim=1),
+        strict=True,
+    )
+    for x_ED, token_E, weight_E, gate_up_GD, bias_G, down_DH in pieces:
+        if len(token_E):
+            hidden_EH = gated(F.linear(x_ED, gate_up_GD, bias_G), experts.activation) * weight_E
+            y_TD.index_add_(0, token_E, F.linear(hidden_EH, down_DH).to(y_TD.dtype))
     return y_TD
+
+
+def grouped(
+    x_TD: torch.Tensor, experts: ExpertWeights, routing: Routing, shared: SharedHidden | None = None
+) -> torch.Tensor:
+    """`loop` in two grouped GEMMs, without host synchronisation: for bf16 on a GPU, see `can_group`."""
+    groups = group_by_expert(routing.ids_TK)
+    boundaries = torch.arange(experts.num_experts, device=x_TD.device)
+    ends_N = torch.searchsorted(groups.expert_P, boundaries, right=True, out_int32=True)
+    x_PD = x_TD.index_select(0, groups.token_P).to(experts.gate_up_NGD.dtype)
+    gate_up_PG = F.grouped_mm(x_PD, experts.gate_up_NGD.transpose(1, 2), offs=ends_N)
+    if experts.gate_up_bias_NG is not None:
+        gate_up_PG = gate_up_PG + experts.gate_up_bias_NG[groups.expert_P]
+    weights_P = routing.weights_TK.flatten()[groups.order_P, None]
+    hidden_PH = gated(gate_up_PG, experts.activation) * weights_P.to(gate_up_PG.dtype)
+    y_PD = F.grouped_mm(hidden_PH, experts.down_NDH.transpose(1, 2), offs=ends_N)
+    # Back into token order by a gather: index_add would add in an order that changes from run to run.
+    y_TKD = y_PD[groups.order_P.argsort()].view(*routing.ids_TK.shape, x_TD.shape[1])
+    return _sum_over_experts(y_TKD, shared)
+
+
+def can_group(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether `F.grouped_mm` takes matrices whose rows and offsets have these sizes: 16-byte alignment."""
+    return all(size * dtype.itemsize % 16 == 0 for size in sizes)
+
+
+def slot(
+    x_TD: torch.Tensor, experts: ExpertWeights, routing: Routing, shared: SharedHidden | None = None
+) -> torch.Tensor:
+    """A matrix-vector product per (token, expert) pair with gathered weights: for T*K < N on a GPU, compiled.
+
+    Eager, the gather copies the experts' weights. Inductor fuses it into the products only with
+    `coordinate_descent_tuning`, which `max-autotune` sets and `reduce-overhead` does not.
+    """
+    ids_P = routing.ids_TK.flatten()
+    x_PD = x_TD.repeat_interleave(routing.ids_TK.shape[1], dim=0)
+    gate_up_PG = torch.bmm(experts.gate_up_NGD[ids_P], x_PD.unsqueeze(-1)).squeeze(-1)
+    if experts.gate_up_bias_NG is not None:
+        gate_up_PG = gate_up_PG + experts.gate_up_bias_NG[ids_P]
+    hidden_PH = gated(gate_up_PG, experts.activation) * routing.weights_TK.reshape(-1, 1).to(gate_up_PG.dtype)
+    y_PD = torch.bmm(experts.down_NDH[ids_P], hidden_PH.unsqueeze(-1)).squeeze(-1)
+    return _sum_over_experts(y_PD.view(*routing.ids_TK.shape, x_TD.shape[1]), shared)
+
+
+def _sum_over_experts(y_TKD: torch.Tensor, shared: SharedHidden | None) -> torch.Tensor:
+    y_TD = y_TKD.sum(1)
+    return y_TD if shared is None else y_TD + shared.output_TD()
+
+
+RoutedPath = Callable[[torch.Tensor, ExpertWeights, Routing, SharedHidden | None], torch.Tensor]
+ROUTED_PATHS: dict[PathName, RoutedPath] = {
+    "masked": masked,
+    "skip": skip,
+    "loop": loop,
+    "grouped": grouped,
+    "slot": slot,
+}

@@ -21,6 +21,15 @@ class Routing(NamedTuple):
     weights_TK: torch.Tensor
 
 
+class ExpertGroups(NamedTuple):
+    """The T*K (token, expert) pairs, sorted by expert, so that each expert's tokens lie together; P = T*K."""
+
+    order_P: torch.Tensor
+    """Position of each pair in the flattened [T, K] routing."""
+    token_P: torch.Tensor
+    expert_P: torch.Tensor
+
+
 def route(logits_TN: torch.Tensor, *, top_k: int, gate: Gate, scale_a: float) -> Routing:
     """Choose the K experts with the largest logits; weights are float32 and hold the scale a*K already."""
     top_TK, ids_TK = torch.topk(logits_TN, top_k, dim=-1)
@@ -29,12 +38,26 @@ def route(logits_TN: torch.Tensor, *, top_k: int, gate: Gate, scale_a: float) ->
 
 def gate_weights(chosen_TK: torch.Tensor, *, gate: Gate, scale_a: float) -> torch.Tensor:
     """s*p_e for the logits of the chosen experts, float32 [T, K]."""
-    if gate == "hard":
+    top_k = chosen_TK.shape[-1]
+    # Softmax over one logit is the constant 1 with zero gradient: at K = 1 only the graph would differ.
+    if gate == "hard" or (top_k == 1 and not chosen_TK.requires_grad):
         return torch.full_like(chosen_TK, scale_a, dtype=torch.float32)
-    return torch.softmax(chosen_TK.float(), dim=-1) * (scale_a * chosen_TK.shape[-1])
+    return torch.softmax(chosen_TK, dim=-1, dtype=torch.float32) * (scale_a * top_k)
+
+
+def unit_routing(tokens: int, num_experts: int, device: torch.device) -> Routing:
+    """K = N: every token uses every expert with weight 1, which is the dense FFN."""
+    ids_N = torch.arange(num_experts, device=device)
+    return Routing(ids_N.expand(tokens, -1), torch.ones(tokens, num_experts, device=device))
 
 
 def scatter_weights(routing: Routing, num_experts: int) -> torch.Tensor:
     """The weights as a dense [T, N] matrix, zero for experts that were not chosen."""
     weights_TN = routing.weights_TK.new_zeros(routing.ids_TK.shape[0], num_experts)
     return weights_TN.scatter(1, routing.ids_TK, routing.weights_TK)
+
+
+def group_by_expert(ids_TK: torch.Tensor) -> ExpertGroups:
+    """Sort the pairs by expert; within an expert the tokens keep their order. No host synchronisation."""
+    expert_P, order_P = torch.sort(ids_TK.flatten(), stable=True)
+    return ExpertGroups(order_P, order_P // ids_TK.shape[1], expert_P)

@@ -1,0 +1,193 @@
+"""Which execution path a factored FFN takes: decided by sizes, dtype and device, never by what the router chose.
+
+A choice is a ladder of steps: "up to this many tokens, this path". `shipped_steps` is the rule of thumb that comes
+with factorctl; `factorctl profile --tune` times the paths on this machine and caches ladders of its own, one per
+device, dtype and shape, in a JSON file that readers ignore, with a warning, when it is damaged.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, cast, get_args
+
+import torch
+
+from factorctl.config import FactorShape
+from factorctl.models.paths import PathName, can_group
+
+CACHE_VERSION = 1
+GROUPED_FROM_TOKENS = 449
+"""On a GPU, where the arithmetic that `grouped` saves begins to outweigh its sort and gathers (an estimate: N = 4)."""
+LOOP_COST_FLOPS, LOOP_COST_FLOPS_16BIT = 8e6, 40e6
+"""What `loop` pays per expert on a CPU (calls, gather, small GEMMs), as arithmetic done in that time."""
+MIN_SAVED_TOKENS_16BIT = 6
+"""bf16 GEMMs read weights, rather than compute, up to about as many tokens: nothing to save below."""
+
+
+class Step(NamedTuple):
+    """`path` serves up to `tokens` tokens; None means however many."""
+
+    tokens: int | None
+    path: PathName
+
+
+Steps = tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Everything that a choice may depend on."""
+
+    device: str
+    """As `device_name` gives it."""
+    dtype: torch.dtype
+    hidden_size: int
+    shape: FactorShape
+    cuda: bool = False
+    can_group: bool = False
+    """Whether `grouped` runs at speed here: bf16, an SM80 GPU or later, aligned sizes."""
+
+    @property
+    def key(self) -> str:
+        """The name of this site in the cache file."""
+        shape = self.shape
+        sizes = f"D{self.hidden_size} N{shape.num_experts} H{shape.expert_size} S{shape.shared_size} K{shape.top_k}"
+        return f"{self.device} | {str(self.dtype).removeprefix('torch.')} | {sizes}"
+
+
+@functools.lru_cache(maxsize=8)
+def device_name(device: torch.device, threads: int) -> str:
+    """The GPU's name, or the processor's with its number of threads: what timings depend on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def processor_name() -> str:
+    """The processor's marketing name where Linux tells it, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def site_of(device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape) -> Site:
+    """Look up the machine's side of a choice."""
+    cuda = device.type == "cuda"
+    aligned = can_group(dtype, hidden_size, shape.expert_size, shape.shared_size)
+    fast = cuda and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return Site(device_name(device, torch.get_num_threads()), dtype, hidden_size, shape, cuda, fast and aligned)
+
+
+def path_at(steps: Steps, tokens: int) -> PathName:
+    """The path of the first step that reaches `tokens`."""
+    for limit, path in steps:
+        if limit is None or tokens <= limit:
+            return path
+    raise AssertionError(f"the last step of {steps} must have no limit")
+
+
+def shipped_steps(site: Site) -> Steps:
+    """The ladder that comes with factorctl; docs/profile.md has the measurements behind it."""
+    return _gpu_steps(site) if site.cuda else _cpu_steps(site)
+
+
+def _gpu_steps(site: Site) -> Steps:
+    """`slot` while it reads fewer experts than there are, then `masked`, which never costs much more than dense."""
+    few = (site.shape.num_experts - 1) // site.shape.top_k
+    steps = [Step(few, "slot")] if few else []
+    if site.can_group:
+        return (*steps, Step(GROUPED_FROM_TOKENS - 1, "masked"), Step(None, "grouped"))
+    return (*steps, Step(None, "masked"))
+
+
+def _cpu_steps(site: Site) -> Steps:
+    """`skip` until the arithmetic that `loop` saves, T (1 - K/N) tokens' worth, outweighs its cost per expert."""
+    shape = site.shape
+    few_bytes = site.dtype.itemsize < 4
+    flops_per_token = 6 * site.hidden_size * shape.num_experts * shape.expert_size
+    overhead = shape.num_experts * (LOOP_COST_FLOPS_16BIT if few_bytes else LOOP_COST_FLOPS)
+    saved_tokens = max(overhead / flops_per_token, MIN_SAVED_TOKENS_16BIT if few_bytes else 0)
+    return Step(max(1, int(saved_tokens / (1 - shape.top_k / shape.num_experts))), "skip"), Step(None, "loop")
+
+
+@functools.lru_cache(maxsize=512)
+def _steps(device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape, threads: int) -> Steps:
+    site = site_of(device, dtype, hidden_size, shape)
+    return _tuned(cache_file()).get(site.key) or shipped_steps(site)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def steps_for(device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape) -> Steps:
+    """The tuned ladder of this site if there is one, else the shipped one. A constant to torch.compile."""
+    return _steps(device, dtype, hidden_size, shape, torch.get_num_threads())
+
+
+def cache_file() -> Path:
+    """Where tuned ladders live: $FACTORCTL_CACHE, else the user's cache directory."""
+    own = os.environ.get("FACTORCTL_CACHE")
+    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "factorctl"
+    return root / "paths.json"
+
+
+def read_tuned(file: Path) -> dict[str, Steps]:
+    """Tuned ladders by site key; empty when there is no file.
+
+    Raises:
+        ValueError: when the file is not what `write_tuned` writes.
+    """
+    try:
+        text = file.read_text()
+    except FileNotFoundError:
+        return {}
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.get("version") != CACHE_VERSION:
+        raise ValueError(f"version is not {CACHE_VERSION}")
+    return {key: _checked(steps) for key, steps in content["sites"].items()}
+
+
+def _checked(raw: list[tuple[int | None, str]]) -> Steps:
+    names = get_args(PathName)
+    steps = []
+    for limit, path in raw:
+        if path not in names or path == "dense" or not (limit is None or isinstance(limit, int)):
+            raise ValueError(f"{[limit, path]} is no step")
+        steps.append(Step(limit, cast(PathName, path)))
+    if not steps or steps[-1].tokens is not None:
+        raise ValueError("a ladder must end without a limit")
+    return tuple(steps)
+
+
+@functools.lru_cache(maxsize=4)
+def _tuned(file: Path) -> Mapping[str, Steps]:
+    try:
+        return read_tuned(file)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as fault:
+        warnings.warn(f"{file} is damaged ({fault}); using the shipped crossovers", stacklevel=2)
+        return {}
+
+
+def write_tuned(file: Path, tuned: Mapping[str, Steps]) -> None:
+    """Add ladders to the cache file, atomically; a damaged file is replaced."""
+    known = {**_tuned(file), **tuned}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as temporary:
+        json.dump({"version": CACHE_VERSION, "sites": known}, temporary, indent=1)
+    Path(temporary.name).replace(file)
+    forget()
+
+
+def forget() -> None:
+    """Read the cache file again at the next choice."""
+    _tuned.cache_clear()
+    _steps.cache_clear()
