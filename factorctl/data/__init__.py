@@ -1,5 +1,7 @@
 """DATA to token blocks: local files, Hub datasets, or text sampled from the model.
 
-`spec` parses what the user wrote and `token_counts` reads 64K (both light); `building.build_token_blocks` makes the cached blocks for calibration and training, `tokenizing.tokenize_documents` the documents for perplexity,
-`sampling.ModelSampler` the text of `self`, `order.BlockOrder` the order in which a trainer visits blocks.
+`spec` parses what the user wrote and `token_counts` reads 64K; both import nothing heavy.
+`building.build_token_blocks` makes the cached blocks for calibration and training, `tokenizing.tokenize_documents` the
+documents for perplexity, `sampling.ModelSampler` the text of `self`, and `order.BlockOrder` the order in which a
+trainer visits blocks.
 """

@@ -34,8 +34,5 @@ def format_token_count(count: int) -> str:
     """The short form for people: 65536 is '65.5K', 40000000 is '40M', 999 is '999'."""
     if count < 1000:
         return str(count)
-    for suffix in ("B", "M"):
-        scaled = count / _SUFFIXES[suffix]
-        if round(scaled, 1) >= 1:
-            return f"{scaled:.1f}".removesuffix(".0") + suffix
-    return f"{count / 1000:.1f}".removesuffix(".0") + "K"
+    suffix = next((s for s in ("B", "M") if round(count / _SUFFIXES[s], 1) >= 1), "K")
+    return f"{count / _SUFFIXES[suffix]:.1f}".removesuffix(".0") + suffix
