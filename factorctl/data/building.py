@@ -185,9 +185,10 @@ def _check_blocks(
         raise UsageError(f"the {purpose} text {names} is empty", "give files that hold text, or use `self`")
     if train.blocks == 0 or (plan.heldout_tokens and heldout.blocks == 0):
         beside = ", and a block of other documents to hold out" if plan.heldout_tokens else ""
+        documents = "1 document" if filling.seen_documents == 1 else f"{filling.seen_documents:,} documents"
         raise UsageError(
-            f"the {purpose} text {names} gives {filling.available_tokens:,} tokens in {filling.seen_documents:,} "
-            f"documents; it takes at least a block of {plan.block_length:,} tokens{beside}",
+            f"the {purpose} text {names} gives {filling.available_tokens:,} tokens in {documents}; "
+            f"it takes at least a block of {plan.block_length:,} tokens{beside}",
             "give more text or more documents, choose shorter blocks, or use `self`",
         )
 
