@@ -21,7 +21,8 @@ from transformers.activations import ACT2FN
 
 from factorctl.config import FactorShape, Gate
 from factorctl.errors import UsageError
-from factorctl.models.path_choice import path_at, steps_for
+from factorctl.models import path_choice
+from factorctl.models.path_choice import Steps, path_at, steps_for
 from factorctl.models.paths import ROUTED_PATHS, ExpertWeights, PathName, SharedHidden, can_group, gated, hidden_of_all
 from factorctl.models.routing import Routing, route, unit_routing
 
@@ -59,6 +60,7 @@ class FactoredFFN(nn.Module):
         self.gate, self.scale_a, self.top_k = gate, scale_a, shape.top_k
         self.activation = ACT2FN[activation]
         self.path: PathName | Literal["auto"] = "auto"
+        self._known_ladder: tuple[tuple[object, ...], Steps] = ((), ())
 
         def parameter(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*size, dtype=dtype, device=device))
@@ -97,7 +99,7 @@ class FactoredFFN(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x_TD = hidden_states.reshape(-1, self.hidden_size)
         y_TD = self._output(x_TD, self.path_for(x_TD.shape[0]))
-        return y_TD.view_as(hidden_states) if self.down_bias is None else (y_TD + self.down_bias).view_as(hidden_states)
+        return (y_TD if self.down_bias is None else y_TD + self.down_bias).view(hidden_states.shape)
 
     def path_for(self, tokens: int) -> PathName:
         """The path that `tokens` tokens take: `path`, or what sizes, dtype and device suggest.
@@ -111,8 +113,22 @@ class FactoredFFN(nn.Module):
             return "dense"
         if self.top_k == 0 or tokens == 0:
             return "masked"
-        shape = self.shape if self.top_k == self.shape.top_k else replace(self.shape, top_k=self.top_k)
-        return path_at(steps_for(self.gate_up.device, self.gate_up.dtype, self.hidden_size, shape), tokens)
+        return path_at(self._ladder(), tokens)
+
+    def _ladder(self) -> Steps:
+        """The steps of this layer's site, looked up once: decoding one token cannot spare 50 us per layer for it."""
+        weight = self.gate_up
+        if torch.compiler.is_compiling():
+            return self._look_up_ladder()
+        site = self.top_k, weight.device, weight.dtype, torch.get_num_threads(), path_choice.generation()
+        if site != self._known_ladder[0]:
+            self._known_ladder = site, self._look_up_ladder()
+        return self._known_ladder[1]
+
+    def _look_up_ladder(self) -> Steps:
+        shape = replace(self.shape, top_k=self.top_k)
+        steps: Steps = steps_for(self.gate_up.device, self.gate_up.dtype, self.hidden_size, shape)
+        return steps
 
     def _checked_path(self, path: PathName) -> PathName:
         if path == "dense" and self.top_k != self.shape.num_experts:

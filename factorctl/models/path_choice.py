@@ -189,5 +189,15 @@ def write_tuned(file: Path, tuned: Mapping[str, Steps]) -> None:
 
 def forget() -> None:
     """Read the cache file again at the next choice."""
+    global _generation
+    _generation += 1
     _tuned.cache_clear()
     _steps.cache_clear()
+
+
+_generation = 0
+
+
+def generation() -> int:
+    """Changes with every `forget`: whoever keeps a ladder compares."""
+    return _generation
