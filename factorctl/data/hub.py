@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # of httpx or httpx2
 
 from factorctl.data.documents import Document
+from factorctl.data.seeded_order import seeded_order
 from factorctl.data.spec import DataSpec, HubSource
 from factorctl.data.text_field import choose_text_field, text_of
 from factorctl.errors import FactorctlError, ResourceError, UsageError
@@ -47,11 +48,8 @@ def pin_revisions(spec: DataSpec) -> DataSpec:
 def stream_dataset(source: HubSource, *, seed: int, text_field: str | None) -> Iterator[Document]:
     """The documents of the dataset's train split: its files in seeded order, the rows of each in their own order."""
     try:
-        rows = datasets.load_dataset(
-            source.repo, source.config, split=SPLIT, streaming=True, revision=source.revision
-        ).shuffle(seed=seed, buffer_size=1)  # a buffer of one row shuffles the files and leaves the rows in order
         field: str | None = None
-        for number, row in enumerate(cast(Iterator[Mapping[str, object]], rows), start=1):
+        for number, row in enumerate(_rows(source, seed), start=1):
             where = f"Hub dataset '{source.name}', row {number}"
             field = field or choose_text_field(row, text_field, where)
             text = text_of(row, field, where)
@@ -61,6 +59,14 @@ def stream_dataset(source: HubSource, *, seed: int, text_field: str | None) -> I
         raise
     except (DatasetsError, HfHubHTTPError, TransportError, OSError, ValueError, RuntimeError) as error:
         _explain(source, error)
+
+
+def _rows(source: HubSource, seed: int) -> Iterator[Mapping[str, object]]:
+    """The rows, shard after shard. `IterableDataset.shuffle` would interleave shards, each version its own way."""
+    dataset = datasets.load_dataset(source.repo, source.config, split=SPLIT, streaming=True, revision=source.revision)
+    count = dataset.num_shards
+    for index in seeded_order([str(index) for index in range(count)], seed):
+        yield from cast(Iterator[Mapping[str, object]], dataset.shard(count, int(index)))
 
 
 def _pin(source: HubSource) -> HubSource:
@@ -77,7 +83,7 @@ def _explain(source: HubSource, error: Exception) -> NoReturn:
     """Turn what the Hub libraries raise into what happened and the next step."""
     name, reason = source.repo, (str(error).splitlines() or [type(error).__name__])[0]
     page = f"https://huggingface.co/datasets/{name}"
-    if isinstance(error, GatedRepoError) or "gated" in reason:
+    if isinstance(error, GatedRepoError) or (isinstance(error, DatasetNotFoundError) and "gated" in reason):
         raise UsageError(
             f"Hub dataset '{name}' is gated and this account has no access",
             f"ask for access at {page}, run `hf auth login`, and try again; or {_USE_LOCAL}",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 from factorctl.data.documents import Document
 from factorctl.data.hub import stream_dataset
 from factorctl.data.local_files import read_file
+from factorctl.data.seeded_order import seeded_order
 from factorctl.data.spec import DataSpec, FileSource, HubSource, Source
 from factorctl.errors import UsageError
 from factorctl.progress import Progress, SilentProgress
@@ -49,11 +49,6 @@ def iter_documents(
         yield document
 
 
-def shuffled_files(source: FileSource, seed: int) -> list[str]:
-    """The files in an order that depends on seed and relative names alone, on any machine and Python version."""
-    return sorted(source.files, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-
-
 def _stream(
     source: Source, text_field: str | None, seed: int, sampled: Iterator[Document] | None
 ) -> Iterator[Document]:
@@ -67,5 +62,5 @@ def _stream(
 
 
 def _stream_files(source: FileSource, text_field: str | None, seed: int) -> Iterator[Document]:
-    for name in shuffled_files(source, seed):
+    for name in seeded_order(source.files, seed):
         yield from read_file(source.root / name, name, source.name, text_field)

@@ -32,14 +32,18 @@ def encode_documents(
 ) -> Iterator[tuple[Document, list[int]]]:
     """Each document with its ids, special tokens as the tokenizer adds them by itself (BOS in front for Llama).
 
-    With `append_eos` the ids end with EOS, once, where the tokenizer has one.
+    With `append_eos` the ids end with EOS, once, where the tokenizer has one. A document that brings its ids keeps
+    them as they are: a sampled text that was cut at its length has no end to teach.
     """
     eos = tokenizer.eos_token_id if append_eos else None
     for batch in _batched(documents):
         texts = [document.text for document in batch if document.tokens is None]
         encoded = iter(_encode(texts, tokenizer))
         for document in batch:
-            ids = next(encoded) if document.tokens is None else list(document.tokens)
+            if document.tokens is not None:
+                yield document, list(document.tokens)
+                continue
+            ids = next(encoded)
             if eos is not None and ids and ids[-1] != eos:
                 ids.append(eos)
             yield document, ids

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from data_support import BOS, EOS, WORDS, build, document_text, make_tokenizer, write_documents
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from factorctl.data import block_files, building
-from factorctl.data.blocks import TokenBlocks, open_token_blocks
-from factorctl.data.building import build_token_blocks
+from factorctl.data.blocks import open_token_blocks
 from factorctl.data.documents import Document
 from factorctl.data.identity import tokenizer_fingerprint
 from factorctl.data.order import BlockOrder
@@ -25,34 +24,6 @@ from factorctl.data.spec import parse_data_spec
 from factorctl.data.tokenizing import tokenize_documents
 from factorctl.errors import IntegrityError, ResourceError, UsageError
 from factorctl.progress import Progress, SilentProgress
-
-BOS, EOS, WORDS = 1, 2, 500
-
-
-def make_tokenizer(words: int = WORDS, *, bos: bool = True) -> PreTrainedTokenizerFast:
-    """Words w0, w1, ... are the ids 3, 4, ...; BOS in front as Llama does, EOS known and not added."""
-    vocabulary = {"<unk>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": i + 3 for i in range(words)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-def document_text(number: int, length: int) -> str:
-    """Documents that differ: the first word is the document's number, the rest counts up from it."""
-    return " ".join(f"w{(number + i) % WORDS}" for i in range(length))
-
-
-def write_documents(path: Path, lengths: list[int], first: int = 0) -> str:
-    rows = [json.dumps({"text": document_text(first + n, length)}) for n, length in enumerate(lengths)]
-    path.write_text("\n".join(rows) + "\n")
-    return str(path)
-
-
-def build(data: str, cache: Path, tokenizer: PreTrainedTokenizerFast | None = None, **changes: Any) -> TokenBlocks:
-    options: dict[str, Any] = {"block_length": 16, "tokens": 160, "seed": 0, "heldout_fraction": 0.2} | changes
-    return build_token_blocks(parse_data_spec(data), tokenizer or make_tokenizer(), cache_dir=cache, **options)
 
 
 @pytest.fixture
@@ -414,6 +385,7 @@ def test_self_is_cached_by_model(cache: Path) -> None:
     assert blocks.tokens == 160
     assert blocks.heldout.size == 32
     assert blocks.train[0, :9].tolist() != blocks.heldout[0, :9].tolist()
+    assert set(np.diff(blocks.train_starts).tolist()) == {8}, "no EOS behind a document that was cut at its length"
     assert blocks.sources[0]["kind"] == "self"
     build("self", cache, sampler=sampler)
     assert sampler.asked == [200]

@@ -18,8 +18,9 @@ import pytest
 
 from factorctl.data.documents import Document
 from factorctl.data.local_files import PIECE_CHARACTERS, read_file
-from factorctl.data.mixing import iter_documents, shuffled_files
-from factorctl.data.spec import FileSource, parse_data_spec
+from factorctl.data.mixing import iter_documents
+from factorctl.data.seeded_order import seeded_order
+from factorctl.data.spec import parse_data_spec
 from factorctl.errors import FactorctlError, IntegrityError, UsageError
 from factorctl.progress import SilentProgress
 
@@ -237,10 +238,15 @@ def test_file_order_is_seeded_and_documents_keep_theirs(tmp_path: Path) -> None:
     )
 
 
-def test_file_order_does_not_depend_on_the_folder(tmp_path: Path) -> None:
-    files = tuple(f"{i}.txt" for i in range(20))
-    here, there = FileSource("here", tmp_path, files), FileSource("there", tmp_path / "x", files)
-    assert shuffled_files(here, 3) == shuffled_files(there, 3)
+def test_file_order_is_fixed_for_good() -> None:
+    """Whoever names the same files and seed gets the same text, wherever the folder lies."""
+    names = [f"{i}.txt" for i in range(6)]
+    assert (
+        seeded_order(names, 0)
+        == seeded_order(reversed(names), 0)
+        == ["4.txt", "0.txt", "3.txt", "1.txt", "5.txt", "2.txt"]
+    )
+    assert seeded_order(names, 1) != seeded_order(names, 0)
 
 
 def test_mixing_by_text(tmp_path: Path) -> None:
