@@ -27,10 +27,10 @@ class FactoredSpec:
 
     def scale_a(self, layer: int) -> float:
         """The layer's `a`: routed outputs are summed times a (gate hard) or averaged by the gate times a*K."""
-        if self.shape.top_k == self.shape.num_experts or self.scale == "sum":
+        if self.scale == "sum" or self.shape.top_k in (0, self.shape.num_experts):
             return 1.0
         if self.scale == "paper":
-            return self.shape.num_experts / self.shape.top_k if self.shape.top_k else 1.0
+            return self.shape.num_experts / self.shape.top_k
         return self.fitted_a[layer]
 
     def with_top_k(self, top_k: int, scale: ScaleRule | None = None) -> FactoredSpec:
@@ -47,13 +47,14 @@ class FactoredSpec:
                 "--top-k 0 leaves no active neuron", "this checkpoint has no shared neurons: choose 1 or more"
             )
         rule = scale or self.scale
-        if rule == "fitted" and top_k not in (self.shape.top_k, 0, n):
-            raise UsageError(
-                f"this checkpoint's scales were fitted for top-k {self.shape.top_k}, not {top_k}",
-                "choose --scale sum or --scale paper, or factorize again with --top-k " + str(top_k),
-            )
-        if rule == "fitted" and not self.fitted_a:
-            raise UsageError("this checkpoint holds no fitted scales", "choose --scale sum or --scale paper")
+        if rule == "fitted" and top_k not in (0, n):  # there, nothing is scaled
+            if not self.fitted_a:
+                raise UsageError("this checkpoint holds no fitted scales", "choose --scale sum or --scale paper")
+            if top_k != self.shape.top_k:
+                raise UsageError(
+                    f"this checkpoint's scales were fitted for top-k {self.shape.top_k}, not {top_k}",
+                    f"choose --scale sum or --scale paper, or factorize again with --top-k {top_k}",
+                )
         return dataclasses.replace(self, shape=dataclasses.replace(self.shape, top_k=top_k), scale=rule)
 
     def to_json(self) -> dict[str, Any]:

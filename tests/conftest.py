@@ -1,0 +1,50 @@
+"""What every test gets: a cache of its own, and tiny dense checkpoints that are made once per process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+DenseSource = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures that outlive a test stay out of the user's cache too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FACTORCTL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("FACTORCTL_DEBUG", raising=False)
+        patch.delenv("FACTORCTL_LOAD_PLUGINS", raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees what another one cached."""
+    monkeypatch.setenv("FACTORCTL_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def dense_source(tmp_path_factory: pytest.TempPathFactory) -> DenseSource:
+    """`dense_source("phi3", dtype=torch.bfloat16)`: a tiny checkpoint to read, never to write into."""
+    from helpers import make_source
+
+    made: dict[str, Path] = {}
+
+    def source(case: str = "llama", **options: object) -> Path:
+        key = f"{case}-{sorted(options.items())}"
+        if key not in made:
+            made[key] = make_source(tmp_path_factory.mktemp("dense") / case, case, **options)  # type: ignore[arg-type]
+        return made[key]
+
+    return source
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A thousand words that the tiny tokenizer knows."""
+    from helpers import make_text
+
+    return make_text(tmp_path_factory.mktemp("text") / "words.txt")
