@@ -1,7 +1,8 @@
 """Which documents are held out, and how documents fill blocks.
 
 Packing: documents follow one another without padding, each as the tokenizer encodes it (with BOS where it adds one)
-and with EOS behind it where the tokenizer has one (text of `self` as it was drawn). A document may run over several blocks.
+and with EOS behind it where the tokenizer has one (text of `self` as it was drawn). A document may run over several
+blocks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """`self`: text sampled from the dense model, so that no data is needed at all.
 
 Each document starts from BOS (from a random token where the tokenizer has none) and is drawn token by token from the
-model's own distribution until EOS or `document_length`, in batches with a KV cache, as LLM-QAT does for data-free
-training (arXiv 2305.17888). A document keeps the ids that were drawn; decoding and encoding again would change some.
+model's own distribution until EOS, another BOS, or `document_length`, in batches with a KV cache. Training on such
+text goes back to LLM-QAT (arXiv 2305.17888). A document keeps the ids that were drawn: decoding and encoding them again
+would change some.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class ModelSampler:
     model_hash: str
     """Hash of the dense checkpoint, part of the cache key."""
     tokenizer: PreTrainedTokenizerBase
-    document_length: int = 512
+    document_length: int = 256
     batch_size: int = 32
     temperature: float = 1.0
     top_k: int | None = None
@@ -69,7 +70,7 @@ def sample_documents(
     tokenizer: PreTrainedTokenizerBase,
     *,
     tokens: int,
-    document_length: int = 512,
+    document_length: int = 256,
     batch_size: int = 32,
     seed: int = 0,
     temperature: float = 1.0,
@@ -135,17 +136,18 @@ class _Draw:
         current_R = self._start(rows)
         documents = [[token] for token in current_R.tolist()]
         running = list(range(rows))
-        cache, drawn = DynamicCache(), rows
+        cache, drawn = DynamicCache(config=self._model.config), rows
         task.advance(rows)
         for _ in range(length - 1):
             if not running or drawn >= budget:
                 break
             logits_R1V = self._model(input_ids=current_R[:, None], past_key_values=cache, use_cache=True).logits
             current_R = self._pick(logits_R1V[:, -1, : self._vocabulary])
-            for row, token in zip(running, current_R.tolist(), strict=True):
+            added = [(row, token) for row, token in zip(running, current_R.tolist(), strict=True) if token != self._bos]
+            for row, token in added:
                 documents[row].append(token)
-            drawn += len(running)
-            task.advance(len(running))
+            drawn += len(added)
+            task.advance(len(added))
             alive_R = ~torch.isin(current_R, self._stops)
             if not bool(alive_R.all()):
                 kept = torch.nonzero(alive_R).flatten()
@@ -186,10 +188,13 @@ class _Draw:
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """EOS of the tokenizer and those of the generation config (chat models have several)."""
+    """EOS of the tokenizer and those of the generation config (chat models have several), and BOS: models trained on
+    text that is joined by BOS alone end a document by starting the next, whose BOS is then left out."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     several = configured if isinstance(configured, list) else [configured]
-    return sorted({int(stop) for stop in [tokenizer.eos_token_id, *several] if stop is not None})
+    return sorted(
+        {int(stop) for stop in [tokenizer.bos_token_id, tokenizer.eos_token_id, *several] if stop is not None}
+    )
 
 
 def _check(

@@ -54,6 +54,7 @@ def test_documents(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) 
     assert 300 <= sum(map(len, ids)) < 300 + 8
     assert all(document[0] == BOS for document in ids)
     assert all(EOS not in document[:-1] for document in ids), "a document ends at its EOS"
+    assert all(BOS not in document[1:] for document in ids), "the BOS of a next document ends this one"
     assert any(document[-1] == EOS for document in ids)
     assert all(len(document) <= 24 for document in ids)
     assert max(map(max, ids)) < WORDS + 3, "padded ids are never drawn"
