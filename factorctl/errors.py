@@ -58,6 +58,11 @@ class ResourceError(FactorctlError):
     exit_code = ExitCode.RESOURCES
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough to quote in ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The hint for an unknown name: the closest known one first, then all of them."""
     names = sorted(known)

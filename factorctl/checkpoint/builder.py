@@ -1,7 +1,8 @@
 """Building an artefact directory step by step, so that an interrupted run goes on where it stopped.
 
-Everything goes into the partial sibling of the final directory. A journal there names the work (its fingerprint) and,
-per finished shard, the file's hash and what the run needs to know of it. The manifest comes last, then the rename.
+Everything goes into the partial sibling of the final directory. A journal beside it names the work (its fingerprint)
+and, per finished shard, the file's hash and what the run needs to know of it. The manifest comes last, then the
+rename. The journal outlives the rename, so that a kill at any moment before it loses no finished shard.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from factorctl.checkpoint.publishing import (
 )
 from factorctl.checkpoint.strict_json import dump_json, read_json_object
 from factorctl.checkpoint.writer import shard_name, write_index, write_shard
-from factorctl.errors import IntegrityError
+from factorctl.errors import FactorctlError, IntegrityError, ResourceError
 from factorctl.progress import Progress
 
-JOURNAL_NAME = "journal.json"
+
+def journal_path(final: Path) -> Path:
+    """Where the unfinished artefact `final` keeps account of its finished shards."""
+    return final.with_name(f".{final.name}.journal.json")
 
 
 class ArtefactBuilder:
@@ -61,7 +65,7 @@ class ArtefactBuilder:
         record = write_shard(self.shard_path(index), tensors)
         names = {name: tensor.nbytes for name, tensor in tensors.items()}
         self._journal[str(index)] = {"file": asdict(record), "tensors": names, "note": dict(note)}
-        write_file(self.partial / JOURNAL_NAME, dump_json({"fingerprint": self._fingerprint, "shards": self._journal}))
+        write_file(journal_path(self.final), dump_json({"fingerprint": self._fingerprint, "shards": self._journal}))
 
     def write_file(self, name: str, data: bytes) -> None:
         write_file(self.partial / name, data)
@@ -81,32 +85,41 @@ class ArtefactBuilder:
         self._files["model.safetensors.index.json"] = write_index(self.partial, self._weight_map, self._weight_bytes)
         complete = replace(manifest, files=dict(sorted(self._files.items())))
         write_manifest(self.partial, complete)
-        self._remove_strangers()
+        with writable(self.partial):
+            self._remove_strangers()
         publish_directory(self.partial, self.final)
+        journal_path(self.final).unlink(missing_ok=True)
         return complete
 
+    def discard(self) -> None:
+        """Remove what was built so far."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        journal_path(self.final).unlink(missing_ok=True)
+
     def _remove_strangers(self) -> None:
-        """Drop the journal and what a killed run left behind: only files of the manifest are published."""
+        """Drop what a killed run left behind: only files of the manifest are published."""
         known = self._files.keys() | {MANIFEST_NAME}
         for path in self.partial.iterdir():
             if path.name not in known:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _resumed(self, progress: Progress) -> dict[str, Any] | None:
         """The journal's shards if they belong to this very work and are whole, else None."""
-        if not (self.partial / JOURNAL_NAME).exists():
+        path = journal_path(self.final)
+        if not path.exists() or not self.partial.is_dir():
             return None
         try:
-            journal = read_json_object(self.partial / JOURNAL_NAME)
-        except IntegrityError:
-            progress.note(f"the unfinished work in {self.partial} is unreadable; starting over")
+            journal = read_json_object(path)
+            entries = {str(int(index)): _checked_entry(entry) for index, entry in journal["shards"].items()}
+        except (IntegrityError, KeyError, TypeError, ValueError, AttributeError):
+            progress.note(f"the journal of the unfinished work in {self.partial} is unreadable; starting over")
             return None
         if journal.get("fingerprint") != self._fingerprint:
             progress.note(
                 f"the unfinished work in {self.partial} was for other options or another source; starting over"
             )
             return None
-        whole = {index: entry for index, entry in journal["shards"].items() if self._is_whole(int(index), entry)}
+        whole = {index: entry for index, entry in entries.items() if self._is_whole(int(index), entry)}
         progress.note(f"resuming: {len(whole)} of {self.num_shards} shards are already written")
         return whole
 
@@ -121,9 +134,28 @@ def building(
 ) -> Iterator[ArtefactBuilder]:
     """An `ArtefactBuilder` for `final`, held by this process alone.
 
+    An interrupted run and one that ran out of disk or memory leave their finished shards for the next to go on from;
+    one that failed for another reason would fail again, and leaves nothing.
+
     Raises:
         UsageError: `final` exists and `overwrite` is false, or another process writes it.
     """
     refuse_existing(final, overwrite=overwrite)
     with sole_writer(final):
-        yield ArtefactBuilder(final, num_shards=num_shards, fingerprint=fingerprint, progress=progress)
+        refuse_existing(final, overwrite=overwrite)  # another run may have published it before we held the lock
+        builder = ArtefactBuilder(final, num_shards=num_shards, fingerprint=fingerprint, progress=progress)
+        try:
+            yield builder
+        except ResourceError:
+            raise
+        except FactorctlError:
+            builder.discard()
+            raise
+
+
+def _checked_entry(entry: Any) -> dict[str, Any]:
+    """A journal entry with the parts that resuming relies on, or an error that reading JSON could raise as well."""
+    names, note = entry["tensors"], entry["note"]
+    if not (isinstance(note, dict) and all(isinstance(size, int) for size in names.values())):
+        raise TypeError("a damaged entry")
+    return {"file": asdict(FileRecord(**entry["file"])), "tensors": names, "note": note}

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from factorctl.errors import IntegrityError
 
+MANIFEST_NAME = "factorctl.json"
+"""Written last: its presence makes a directory a complete artefact."""
+
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\- ]{0,199}")
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from typing import Any
 
 from factorctl.checkpoint.hashing import hash_file
-from factorctl.checkpoint.publishing import partial_path, publish_directory, require_disk_space, sole_writer
-from factorctl.errors import UsageError
+from factorctl.checkpoint.publishing import (
+    discarded_on_failure,
+    partial_path,
+    publish_directory,
+    require_disk_space,
+    sole_writer,
+    writable,
+)
+from factorctl.errors import IntegrityError, UsageError, first_line
 from factorctl.progress import Progress
 
 
@@ -20,10 +27,11 @@ def dequantised(path: Path, *, cache: Path, progress: Progress) -> tuple[Path, s
     sha256 = hash_file(path).sha256
     quantisation = _quantisation(path)
     home = cache / "gguf" / sha256[:16]
-    with sole_writer(home):
-        if not home.exists():
-            with progress.stage(f"Dequantising {path.name} ({quantisation}) to float32"):
-                _convert(path, home)
+    if not home.exists():  # a finished cache entry is used without a lock, also where it cannot be written
+        with sole_writer(home, wait=True):
+            if not home.exists():
+                with progress.stage(f"Dequantising {path.name} ({quantisation}) to float32"):
+                    _convert(path, home)
     note = f"{path.name} holds {quantisation} weights: dequantised once to float32, kept in {home}"
     return home, sha256, note
 
@@ -36,31 +44,40 @@ def _quantisation(path: Path) -> str:
         sizes: dict[str, int] = {}
         for tensor in GGUFReader(path).tensors:
             sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise UsageError(f"{path} is no readable GGUF file: {error}", "fetch the file again") from None
+    except Exception as error:  # the reader trusts its offsets: a damaged file fails anywhere in it
+        raise UsageError(f"{path} is no readable GGUF file: {first_line(error)}", "fetch the file again") from error
     return ", ".join(sorted(sizes, key=lambda name: -sizes[name]))
 
 
 def _convert(path: Path, home: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
     from transformers.utils.quantization_config import GgufConfig
 
     require_disk_space(home.parent, 8 * path.stat().st_size)
-    partial = partial_path(home)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # transformers' GGUF reader fails in many ways on what it does not know
         raise UsageError(
-            f"transformers cannot read {path.name} as a dense model: {str(error).splitlines()[0]}",
+            f"transformers cannot read {path.name} as a dense model: {first_line(error)}",
             "give the model's Hugging Face directory instead",
-        ) from None
+        ) from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise IntegrityError(
+            f"{path} lacks tensor {missing[0]} ({len(missing)} missing)",
+            "a model split over several .gguf files must be merged first (llama-gguf-split --merge)",
+        )
     model.config.__dict__.pop("quantization_config", None)  # some releases leave the GGUF's behind
-    model.save_pretrained(partial, max_shard_size="4GB")
-    tokenizer.save_pretrained(partial)
-    publish_directory(partial, home)
+    partial = partial_path(home)
+    with writable(partial), discarded_on_failure(partial):
+        model.save_pretrained(partial, max_shard_size="4GB")
+        tokenizer.save_pretrained(partial)
+        publish_directory(partial, home)

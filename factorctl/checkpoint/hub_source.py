@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -15,10 +17,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # of httpx or httpx2
 
-from factorctl.errors import ResourceError, UsageError
+from factorctl.checkpoint.aliases import ALIASES
+from factorctl.errors import ResourceError, UsageError, did_you_mean, first_line
 from factorctl.progress import Progress
 
 WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+UNWANTED_FILES = ("*/*", "consolidated*.safetensors")
+"""Other formats of the same weights, which some repositories carry beside them."""
 
 
 def download_snapshot(repo: str, *, revision: str | None, progress: Progress) -> Path:
@@ -30,23 +35,41 @@ def download_snapshot(repo: str, *, revision: str | None, progress: Progress) ->
     """
     try:
         with progress.stage(f"Fetching {repo}"):
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(WANTED_FILES)))
+            return Path(
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=list(WANTED_FILES),
+                    ignore_patterns=list(UNWANTED_FILES),
+                )
+            )
+    except HFValidationError:
+        raise UsageError(f"{repo!r} is no hub id", "for example HuggingFaceTB/SmolLM2-135M") from None
     except GatedRepoError:
         raise UsageError(
             f"{repo} is gated", "accept its terms on its hub page, then run `hf auth login` and try again"
         ) from None
     except RepositoryNotFoundError:
         raise UsageError(
-            f"the hub has no model {repo}, or it is private", "check the spelling, or run `hf auth login`"
+            f"the hub has no model {repo}, or it is private",
+            f"check the spelling, or run `hf auth login`{_close_alias(repo)}",
         ) from None
     except RevisionNotFoundError:
         raise UsageError(
             f"{repo} has no revision {revision}", "give a branch, tag or commit of that repository"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, TransportError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"no space left while fetching {repo}", "free some disk space, or set HF_HOME to a larger disk"
+            ) from None
         raise ResourceError(
-            f"the hub cannot be reached for {repo}: {reason}",
+            f"the hub cannot be reached for {repo}: {first_line(error)}",
             "run again when it is (finished files are kept), give a local directory, or try the model `demo`, "
             "which comes with a package",
         ) from None
+
+
+def _close_alias(repo: str) -> str:
+    hint = did_you_mean(repo, ALIASES)
+    return f"; {hint.partition(' Known')[0]}" if hint.startswith("did you mean") else ""

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from factorctl.checkpoint.file_names import MANIFEST_NAME as MANIFEST_NAME
 from factorctl.checkpoint.file_names import plain_name, regular_file
 from factorctl.checkpoint.hashing import FileRecord, hash_bytes, hash_file
 from factorctl.checkpoint.publishing import write_file
 from factorctl.checkpoint.strict_json import dump_json, read_json_object
 from factorctl.errors import IntegrityError, UsageError
 
-MANIFEST_NAME = "factorctl.json"
 SCHEMA_VERSION = 1
 MAX_FILE_SIZE = 2**50
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -72,7 +72,8 @@ def read_manifest(directory: Path) -> Manifest:
         IntegrityError: the manifest is damaged.
     """
     if not directory.is_dir():
-        raise UsageError(f"{directory} does not exist", "make a checkpoint with `factorctl factorize`")
+        fault = "is a file, not a checkpoint directory" if directory.exists() else "does not exist"
+        raise UsageError(f"{directory} {fault}", "make a checkpoint with `factorctl factorize`")
     if not is_artefact(directory):
         raise UsageError(
             f"{directory} holds no {MANIFEST_NAME}: it is not a complete factorctl checkpoint",

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from factorctl.checkpoint.file_names import MANIFEST_NAME
 from factorctl.errors import FactorctlError, ResourceError, UsageError
 
 _AT_FDCWD = -100
@@ -28,22 +29,37 @@ def partial_path(final: Path) -> Path:
 
 
 def refuse_existing(final: Path, *, overwrite: bool) -> None:
-    """Refuse to replace what stands at `final` unless it was asked for.
+    """Refuse to replace what stands at `final` unless it was asked for and is ours to replace.
 
     Raises:
-        UsageError: something is there and `overwrite` is false.
+        UsageError: something is there and `overwrite` is false, or it is not an artefact of this program:
+            a mistyped --out must never cost anyone a source checkpoint or a home directory.
     """
-    if (final.exists() or final.is_symlink()) and not overwrite:
+    if final.name in ("", ".."):
+        raise UsageError(f"{final} is no name for a new directory", "choose an --out that ends in a name")
+    if final.is_symlink():
+        raise UsageError(f"{final} is a symbolic link", "choose another --out, or give the directory it leads to")
+    if not final.exists():
+        return
+    if not final.is_dir():
+        raise UsageError(f"{final} is a file, not a directory", "choose another --out")
+    if not overwrite:
         raise UsageError(
             f"{final} exists", "choose another --out, or pass --overwrite to replace it once the new one is whole"
         )
-    if final.exists() and not final.is_dir():
-        raise UsageError(f"{final} is a file, not a directory", "choose another --out")
+    if not (final / MANIFEST_NAME).is_file() and any(final.iterdir()):
+        raise UsageError(
+            f"{final} holds no {MANIFEST_NAME}: --overwrite replaces only what factorctl made",
+            "choose another --out, or remove that directory yourself",
+        )
 
 
 @contextmanager
-def sole_writer(final: Path) -> Iterator[None]:
+def sole_writer(final: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of `final` while the block runs; the kernel releases it when the process dies.
+
+    Args:
+        wait: wait for another process that holds it, as caches do, rather than refuse.
 
     Raises:
         UsageError: another process writes the same output.
@@ -51,7 +67,7 @@ def sole_writer(final: Path) -> Iterator[None]:
     lock = final.with_name(f".{final.name}.lock")
     with writable(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
-        handle = _open_locked(lock, final)
+        handle = _open_locked(lock, final, wait=wait)
     try:
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -61,18 +77,20 @@ def sole_writer(final: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _open_locked(lock: Path, final: Path) -> int:
+def _open_locked(lock: Path, final: Path, *, wait: bool) -> int:
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), lock.stat()):
                 return handle
+        except FileNotFoundError:
+            pass  # the owner removed it after we opened it
         except BlockingIOError:
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(handle)
             raise UsageError(f"{final} is being written by {holder}", "wait for it, or choose another --out") from None
-        os.close(handle)  # its owner finished and removed it between our open and our lock: take a new one
+        os.close(handle)  # we hold a file that its owner has removed: take a new one
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -97,6 +115,18 @@ def publish_directory(partial: Path, final: Path) -> None:
         else:
             partial.rename(final)
         fsync_directory(final.parent)
+
+
+@contextmanager
+def discarded_on_failure(partial: Path) -> Iterator[None]:
+    """A fresh `partial` that is removed again if the block fails, for work that cannot be resumed."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def fsync_directory(path: Path) -> None:

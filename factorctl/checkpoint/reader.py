@@ -132,14 +132,10 @@ def _shards(directory: Path) -> dict[str, set[str] | None]:
                 raise IntegrityError(
                     f"{directory / file}, named by {INDEX_NAME}, is missing", "fetch the checkpoint again"
                 )
-        extra = sorted(file for file in present - promised.keys() if _SHARD_NAME.fullmatch(file))
-        if extra:
-            raise IntegrityError(
-                f"{directory / extra[0]} is not in {INDEX_NAME}",
-                "two checkpoints seem to be mixed: remove the other one",
-            )
+        _refuse_extra(directory, present - promised.keys(), f"is not in {INDEX_NAME}")
         return dict(promised)
     if SINGLE_NAME in present:
+        _refuse_extra(directory, present - {SINGLE_NAME}, f"lies beside {SINGLE_NAME}")
         return {SINGLE_NAME: None}
     if any(_SHARD_NAME.fullmatch(file) for file in present):
         raise IntegrityError(f"{directory} holds shards but no {INDEX_NAME}", "fetch the checkpoint again")
@@ -147,6 +143,15 @@ def _shards(directory: Path) -> dict[str, set[str] | None]:
         f"{directory} holds no {SINGLE_NAME}",
         "only safetensors are read, no pickled .bin or .pt files; convert it with transformers' save_pretrained",
     )
+
+
+def _refuse_extra(directory: Path, others: set[str], fault: str) -> None:
+    """Refuse weights that another reader might take instead; adapters and other formats may lie there."""
+    extra = sorted(file for file in others if file == SINGLE_NAME or _SHARD_NAME.fullmatch(file))
+    if extra:
+        raise IntegrityError(
+            f"{directory / extra[0]} {fault}", "two checkpoints seem to be mixed: remove the other one"
+        )
 
 
 def _indexed(path: Path) -> dict[str, set[str]]:

