@@ -6,9 +6,10 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -46,10 +47,6 @@ def _main(
     pass
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: unwinds like Ctrl-C, so that locks and temporary files are cleaned up."""
-
-
 def main() -> None:
     """Run the command line; anything but a FactorctlError is a bug and keeps its traceback."""
     _quieten_libraries()
@@ -61,18 +58,29 @@ def main() -> None:
 
         show_error(error)
         if os.environ.get("FACTORCTL_DEBUG"):
-            raise
+            traceback.print_exc()
         sys.exit(error.exit_code)
-    except Terminated:
-        sys.stderr.write("terminated; finished parts are kept: run the same command again to go on\n")
-        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; finished parts are kept: run the same command again to go on\n")
-        sys.exit(ExitCode.INTERRUPTED)
+        _exit_interrupted()
+    except SystemExit as end:
+        if end.code == ExitCode.INTERRUPTED:  # what typer makes of a KeyboardInterrupt, without a word
+            _exit_interrupted()
+        raise
 
 
-def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
-    raise Terminated
+_terminated: list[int] = []
+
+
+def _on_sigterm(received: int, _frame: FrameType | None) -> None:
+    """SIGTERM unwinds like Ctrl-C, so that locks and temporary files are cleaned up."""
+    _terminated.append(received)
+    raise KeyboardInterrupt
+
+
+def _exit_interrupted() -> NoReturn:
+    word = "terminated" if _terminated else "interrupted"
+    sys.stderr.write(f"{word}; finished parts are kept: run the same command again to go on\n")
+    sys.exit(128 + _terminated[0] if _terminated else ExitCode.INTERRUPTED)
 
 
 def _quieten_libraries() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from factorctl.checkpoint.sources import read_dense_config
 from factorctl.contracts import DenseFFN
-from factorctl.errors import IntegrityError, UsageError, did_you_mean
+from factorctl.errors import IntegrityError, UsageError, did_you_mean, first_line
 
 ReadTensor = Callable[[str], torch.Tensor]
 
@@ -159,16 +159,22 @@ def read_dense_model(directory: Path) -> DenseModel:
 
 def dense_model(raw: Mapping[str, object], *, origin: str) -> DenseModel:
     """As `read_dense_model`, from the content of a config.json."""
-    model_type = str(raw.get("model_type"))
+    if "model_type" not in raw:
+        raise UsageError(f"the config.json of {origin} names no model_type", _known_families(""))
+    model_type = str(raw["model_type"])
     if model_type not in FAMILIES:
         raise UsageError(f"{origin} is a {model_type!r} model, {_why_not(model_type)}", _known_families(model_type))
     settings = {key: value for key, value in raw.items() if key != "model_type"}
     try:
         config = AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # transformers checks configs with many exception types of its own
-        raise IntegrityError(f"{origin}: config.json does not describe a {model_type} model: {error}") from None
+        raise IntegrityError(
+            f"{origin}: config.json does not describe a {model_type} model: {first_line(error)}"
+        ) from error
     model = DenseModel(FAMILIES[model_type], config, raw)
     activation_of(model.family, config)
+    if min(model.num_layers, model.hidden_size, model.intermediate_size) < 1:
+        raise IntegrityError(f"{origin}: config.json gives the model no layer or no neuron")
     return model
 
 

@@ -44,6 +44,9 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> NativeCheckpoint:
         )
     for _ in check_files(path, manifest, hashes=verify):
         pass
+    unlisted = sorted({"config.json", *CheckpointReader(path).files} - manifest.files.keys())
+    if unlisted:
+        raise IntegrityError(f"{path / unlisted[0]} is not in the manifest")
     raw = read_json_object(path / "config.json")
     if raw.get("model_type") != MODEL_TYPE or not all(isinstance(raw.get(key), dict) for key in ("dense", "factored")):
         raise IntegrityError(f"{path / 'config.json'} is no factorctl config")
@@ -127,11 +130,8 @@ def fill(
     Raises:
         IntegrityError: naming the first tensor that is missing, unexpected or misshaped.
     """
-    check_names(
-        expected_tensors(model), {name: entry.shape for name, entry in reader.entries.items()}, reader.directory
-    )
     state = {}
-    for name in reader.entries:
+    for name in stored_tensors(model, reader):
         tensor = reader.read(name)
         state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
     model.load_state_dict(state, strict=False, assign=True)

@@ -13,7 +13,8 @@ from factorctl.data.blocks import TokenBlocks
 from factorctl.data.building import build_token_blocks
 from factorctl.data.sampling import ModelSampler
 from factorctl.data.spec import parse_data_spec
-from factorctl.errors import UsageError
+from factorctl.errors import UsageError, first_line
+from factorctl.models.families import DenseModel
 from factorctl.models.loading import load_dense
 from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
@@ -29,36 +30,48 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
         raise UsageError(
-            f"{source.path} has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
+            f"{source.path} has no tokenizer that transformers can read: {first_line(error)}",
             "add the model's tokenizer files, or choose options that need no calibration (--router random)",
-        ) from None
+        ) from error
     return tokenizer
 
 
 def calibration_blocks(
-    source: Source, description: dict[str, Any], config: FactorizeConfig, progress: Progress
+    source: Source, dense: DenseModel, description: dict[str, Any], config: FactorizeConfig, progress: Progress
 ) -> TokenBlocks:
-    """Token blocks for `config.calibration`, from the cache where they were made before."""
+    """Token blocks for `config.calibration`, from the cache where they were made before.
+
+    Raises:
+        UsageError: no tokenizer, one of another model, or no text.
+    """
     tokenizer = load_tokenizer(source)
+    block_length = min(BLOCK_LENGTH, int(getattr(dense.config, "max_position_embeddings", BLOCK_LENGTH)))
     sampler = ModelSampler(
         load_model=lambda: load_dense(source.path),
         model_hash=hash_value(description["files"]),
         tokenizer=tokenizer,
-        document_length=BLOCK_LENGTH,
+        document_length=block_length,
     )
     if config.calibration == "self":
         progress.note("calibrating on text sampled from the model itself; give --calibration DATA for your own")
-    return build_token_blocks(
+    blocks = build_token_blocks(
         parse_data_spec(config.calibration, option="--calibration"),
         tokenizer,
-        block_length=BLOCK_LENGTH,
+        block_length=block_length,
         tokens=config.calibration_tokens,
         seed=config.seed,
         cache_dir=cache_directory() / "blocks",
         heldout_fraction=0,
-        max_document_tokens=2 * BLOCK_LENGTH,
+        max_document_tokens=2 * block_length,
         sampler=sampler,
         progress=progress,
     )
+    largest, vocabulary = int(blocks.train.max()), int(dense.config.vocab_size)
+    if largest >= vocabulary:
+        raise UsageError(
+            f"the tokenizer in {source.path} gives token {largest}; the model knows {vocabulary} tokens",
+            "its tokenizer files belong to another model: put the right ones there",
+        )
+    return blocks

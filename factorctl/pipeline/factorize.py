@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from factorctl.checkpoint.builder import ArtefactBuilder, building
 from factorctl.checkpoint.hashing import hash_file, hash_value
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
-from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.checkpoint.reader import CheckpointReader, TensorEntry, all_finite
 from factorctl.checkpoint.sources import Source, resolve
 from factorctl.checkpoint.strict_json import dump_json
 from factorctl.config import FactorizeConfig, factor_shape
@@ -88,6 +89,8 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
     """
     if config.calibration_tokens <= 0:
         raise UsageError(f"--calibration-tokens {config.calibration_tokens} is no positive number", "try 64K")
+    if not 0 <= config.seed < 2**32:
+        raise UsageError(f"--seed {config.seed} is out of range", "choose a number from 0 to 4294967295")
     strategy, provenance = get_strategy(config.strategy)
     check_option_names(strategy, config.strategy_options)
     needs = strategy.needs(config.strategy_options)
@@ -108,7 +111,6 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
     has_student = config.router == "analytic" or config.scale == "fitted" or config.refit
     reader = CheckpointReader(source.path)
     stored_tensors(empty_dense_model(dense), reader)
-    disk = sum(entry.nbytes for entry in reader.entries.values())
     plan = FactorizePlan(
         config=config,
         out=out,
@@ -120,7 +122,7 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
         needs=needs,
         calibrates=has_student or bool(needs),
         has_student=has_student,
-        disk_bytes=disk * (2 if config.dtype == "float32" else 1),
+        disk_bytes=sum(math.prod(e.shape) * (_storage_dtype(config, e).itemsize) for e in reader.entries.values()),
         memory_bytes=0,
     )
     plan = replace(plan, memory_bytes=estimate_memory(plan, reader))
@@ -177,7 +179,7 @@ def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
     device = torch_device(config.device)
     with progress.stage("Hashing the source"):
         source = describe_source(plan.source)
-    blocks = calibration_blocks(plan.source, source, config, progress) if plan.calibrates else None
+    blocks = calibration_blocks(plan.source, plan.dense, source, config, progress) if plan.calibrates else None
     identity = _fingerprint(plan, source, blocks)
     num_shards = plan.dense.num_layers + 1
     with building(
@@ -305,7 +307,27 @@ def _write_rest(plan: FactorizePlan, builder: ArtefactBuilder) -> None:
 
 def _stored(plan: FactorizePlan, reader: CheckpointReader, name: str) -> torch.Tensor:
     tensor = reader.read(name)
-    return tensor if plan.config.dtype == "auto" else tensor.to(getattr(torch, plan.config.dtype))
+    stored = tensor.to(_storage_dtype(plan.config, reader.entry(name)))
+    if not all_finite(stored):
+        raise UsageError(
+            f"tensor {name} has values beyond the range of {plan.config.dtype}", "choose --dtype bfloat16 or auto"
+        )
+    return stored
+
+
+def _storage_dtype(config: FactorizeConfig, entry: TensorEntry) -> torch.dtype:
+    """The dtype in which a tensor of the source is stored.
+
+    Raises:
+        UsageError: the source holds integers, which only a quantised model's weights are.
+    """
+    if not entry.dtype.is_floating_point:
+        raise UsageError(
+            f"tensor {entry.name} in {entry.file} is stored as {str(entry.dtype).removeprefix('torch.')}: "
+            "quantised weights cannot be cut into experts",
+            "give the unquantised checkpoint",
+        )
+    return entry.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def _manifest(

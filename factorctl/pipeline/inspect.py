@@ -14,9 +14,9 @@ import torch
 from factorctl import __version__
 from factorctl.checkpoint.manifest import Manifest, check_files, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.errors import UsageError
+from factorctl.errors import IntegrityError, UsageError
 from factorctl.models.building import empty_factored_model, filled_ffn
-from factorctl.models.dense_ffn import cast_ffn, dense_output
+from factorctl.models.dense_ffn import IDENTITY_TOLERANCE, cast_ffn, dense_output
 from factorctl.models.families import ffn_prefix
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint, stored_tensors
 from factorctl.models.slicing import FactoredTensors, unslice_ffn
@@ -171,7 +171,10 @@ def _identity_error(checkpoint: NativeCheckpoint, progress: Progress) -> float:
             ours_TD = filled_ffn(dense, all_on, layer, tensors, dtype=torch.float32)(x_TD)
             whole = cast_ffn(unslice_ffn(tensors, checkpoint.spec.shape), torch.float32)
             reference_TD = dense_output(whole, dense.activation, x_TD)
-            worst = max(worst, float((ours_TD - reference_TD).norm() / reference_TD.norm()))
+            error = float((ours_TD - reference_TD).norm() / reference_TD.norm().clamp_min(1e-30))
+            if not error <= IDENTITY_TOLERANCE[tensors["down"].dtype]:
+                raise IntegrityError(f"layer {layer}: all experts on differ from the dense layer by {error:.2e}")
+            worst = max(worst, error)
             task.advance()
     return worst
 

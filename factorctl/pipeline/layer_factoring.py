@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from factorctl.calibration.closed_form import Tokens, fit_router, fit_scale, refit_down, relative_error
-from factorctl.calibration.statistics import StatsCollector
-from factorctl.calibration.stream import LayerwiseModel
-from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.calibration.statistics import StatsCollector, token_weights
+from factorctl.calibration.stream import BATCH_TOKENS, LayerwiseModel
+from factorctl.checkpoint.reader import CheckpointReader, all_finite
 from factorctl.config import FactorizeConfig
 from factorctl.contracts import (
     DenseFFN,
@@ -25,6 +25,7 @@ from factorctl.contracts import (
     Stat,
     validate,
 )
+from factorctl.errors import UsageError
 from factorctl.models.building import filled_ffn
 from factorctl.models.dense_ffn import cast_ffn, check_identity
 from factorctl.models.factored_ffn import FactoredFFN
@@ -33,7 +34,8 @@ from factorctl.models.families import DenseModel
 from factorctl.models.router_init import random_router
 from factorctl.models.slicing import FactoredTensors, slice_ffn
 
-IDENTITY_TOKENS = 64
+SAMPLE_TOKENS = 64
+"""Tokens on which the identity of a layer is checked."""
 HELDOUT_SHARE = 1 / 8
 """Share of the calibration tokens that judges the refit and never enters it."""
 
@@ -119,7 +121,15 @@ class LayerFactory:
 
     def _read_ffn(self, layer: int) -> DenseFFN:
         ffn = self.dense.read_ffn(layer, self.reader.read)
-        return ffn if self.config.dtype == "auto" else cast_ffn(ffn, getattr(torch, self.config.dtype))
+        if self.config.dtype == "auto":
+            return ffn
+        cast = cast_ffn(ffn, getattr(torch, self.config.dtype))
+        if not all(all_finite(tensor) for tensor in (cast.gate_FD, cast.up_FD, cast.down_DF)):
+            raise UsageError(
+                f"layer {layer}: FFN weights have values beyond the range of {self.config.dtype}",
+                "choose --dtype bfloat16 or auto",
+            )
+        return cast
 
     def _partition(self, layer: int, ffn: DenseFFN, stats: LayerStats | None) -> Partition:
         """Shared neurons by importance, the others by the strategy; validated."""
@@ -143,9 +153,9 @@ class LayerFactory:
 
     def _identity_inputs(self, layer: int) -> torch.Tensor:
         if self.stream is not None:
-            return self.stream.sample_inputs(IDENTITY_TOKENS)
+            return self.stream.sample_TD
         generator = torch.Generator().manual_seed(layer)
-        return torch.randn(IDENTITY_TOKENS, self.dense.hidden_size, generator=generator)
+        return torch.randn(SAMPLE_TOKENS, self.dense.hidden_size, generator=generator)
 
     def _module(self, layer: int, tensors: FactoredTensors) -> FactoredFFN:
         spec = self.spec if self.spec.fitted_a else replace(self.spec, scale="sum")
@@ -176,8 +186,8 @@ class CalibrationStream:
     has_student: bool
     _dense_BLD: torch.Tensor = field(init=False)
     _student_BLD: torch.Tensor = field(init=False)
-    _sample_TD: torch.Tensor | None = field(init=False, default=None)
-    _target_TD: torch.Tensor | None = field(init=False, default=None)
+    _sample_TD: torch.Tensor = field(init=False)
+    _target: tuple[torch.Tensor, torch.Tensor] | None = field(init=False, default=None)
     _tokens: Tokens = field(init=False)
 
     def __post_init__(self) -> None:
@@ -192,41 +202,38 @@ class CalibrationStream:
     def observe(self, layer: int, needs: frozenset[Stat]) -> LayerStats | None:
         """Run the dense layer: keep its FFN's outputs as targets, return the statistics that are needed."""
         self.model.load_layer(layer)
-        ffn = cast_ffn(self.model.dense.read_ffn(layer, self.model.reader.read), torch.float32, self.device)
-        collector = StatsCollector(ffn, self.model.dense.activation, needs=needs, tokens=self.model.ids_BL.numel())
-        targets: list[torch.Tensor] = []
-        self._sample_TD = None
-
-        def see(x_TD: torch.Tensor, t_TD: torch.Tensor) -> None:
-            if self._sample_TD is None:
-                self._sample_TD = x_TD
-            if needs:
-                collector.add(x_TD)
-            if self.has_student:
-                targets.append(t_TD)
-
-        self._dense_BLD = self.model.run_layer(layer, self._dense_BLD, on_ffn=see)
-        self._target_TD = torch.cat(targets) if targets else None
+        residual_BLD, x_TD = self.model.run_attention(layer, self._dense_BLD)
+        t_TD = self.model.dense_ffn(layer, x_TD)
+        self._dense_BLD = self.model.add_ffn(layer, residual_BLD, t_TD)
+        weight_T = token_weights(self._dense_BLD.flatten(0, 1))
+        self._sample_TD = x_TD[:SAMPLE_TOKENS].cpu()
+        self._target = (t_TD, weight_T) if self.has_student else None
         if not self.has_student:
             self.model.drop_layer(layer)
-        return collector.result() if needs else None
+        if not needs:
+            return None
+        ffn = cast_ffn(self.model.dense.read_ffn(layer, self.model.reader.read), torch.float32, self.device)
+        collector = StatsCollector(ffn, self.model.dense.activation, needs=needs, tokens=len(x_TD))
+        for batch_TD, batch_weight_T in zip(x_TD.split(BATCH_TOKENS), weight_T.split(BATCH_TOKENS), strict=True):
+            collector.add(batch_TD, batch_weight_T)
+        return collector.result()
 
-    def sample_inputs(self, tokens: int) -> torch.Tensor:
+    @property
+    def sample_TD(self) -> torch.Tensor:
         """The first FFN inputs of the layer that was observed last, on the CPU."""
-        assert self._sample_TD is not None
-        return self._sample_TD[:tokens].cpu()
+        return self._sample_TD
 
     def enter(self, layer: int) -> Tokens:
         """What the factored layer sees and what it should give."""
-        assert self._target_TD is not None
+        assert self._target is not None
         self._student_BLD, x_TD = self.model.run_attention(layer, self._student_BLD)
-        self._tokens = Tokens(x_TD, self._target_TD)
+        self._tokens = Tokens(x_TD, *self._target)
         return self._tokens
 
     def leave(self, layer: int, ffn: FactoredFFN) -> None:
         """Send the compressed stream through the factored FFN and release the layer."""
-        y_TD = torch.cat([ffn(x_TD) for x_TD, _ in self._tokens.chunks()])
+        y_TD = torch.cat([ffn(x_TD) for x_TD, _, _ in self._tokens.chunks()])
         self._student_BLD = self.model.add_ffn(layer, self._student_BLD, y_TD)
         self.model.drop_layer(layer)
         del self._tokens
-        self._target_TD = None
+        self._target = None
