@@ -51,12 +51,12 @@ def _quantisation(path: Path) -> str:
 
 def _convert(path: Path, home: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
     require_disk_space(home.parent, 8 * path.stat().st_size)
     try:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
             dtype=torch.float32,
