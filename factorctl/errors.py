@@ -58,9 +58,9 @@ class ResourceError(FactorctlError):
     exit_code = ExitCode.RESOURCES
 
 
-def first_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """What another library's error says, short enough to quote in ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

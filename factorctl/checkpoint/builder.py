@@ -7,6 +7,7 @@ rename. The journal outlives the rename, so that a kill at any moment before it 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from factorctl.checkpoint.publishing import (
     writable,
     write_file,
 )
+from factorctl.checkpoint.reader import INDEX_NAME
 from factorctl.checkpoint.strict_json import dump_json, read_json_object
 from factorctl.checkpoint.writer import shard_name, write_index, write_shard
 from factorctl.errors import FactorctlError, IntegrityError, ResourceError
@@ -44,8 +46,6 @@ class ArtefactBuilder:
         self.final, self.partial, self.num_shards = final, partial_path(final), num_shards
         self._fingerprint = fingerprint
         self._files: dict[str, FileRecord] = {}
-        self._weight_map: dict[str, str] = {}
-        self._weight_bytes = 0
         self._journal = self._resumed(progress) or {}
         with writable(self.partial):
             if not self._journal:
@@ -75,14 +75,27 @@ class ArtefactBuilder:
         """Copy byte for byte under the same name."""
         self.write_file(path.name, path.read_bytes())
 
-    def publish(self, manifest: Manifest) -> Manifest:
-        """Complete the manifest with every file's hash, write it and give the directory its final name."""
+    def adopt_file(self, name: str) -> None:
+        """Count a file that a library wrote straight into `partial` (a .gguf, say) among the artefact's."""
+        with writable(self.partial / name), (self.partial / name).open("rb") as file:
+            os.fsync(file.fileno())
+        self._files[name] = hash_file(self.partial / name)
+
+    def write_index(self) -> None:
+        """Name every shard in the index: from here on `partial` loads like the finished directory."""
+        weight_map: dict[str, str] = {}
+        weight_bytes = 0
         for index in range(self.num_shards):
             entry = self._journal[str(index)]
             self._files[shard_name(index, self.num_shards)] = FileRecord(**entry["file"])
-            self._weight_map |= dict.fromkeys(entry["tensors"], shard_name(index, self.num_shards))
-            self._weight_bytes += sum(entry["tensors"].values())
-        self._files["model.safetensors.index.json"] = write_index(self.partial, self._weight_map, self._weight_bytes)
+            weight_map |= dict.fromkeys(entry["tensors"], shard_name(index, self.num_shards))
+            weight_bytes += sum(entry["tensors"].values())
+        self._files[INDEX_NAME] = write_index(self.partial, weight_map, weight_bytes)
+
+    def publish(self, manifest: Manifest) -> Manifest:
+        """Complete the manifest with every file's hash, write it and give the directory its final name."""
+        if self.num_shards:
+            self.write_index()
         complete = replace(manifest, files=dict(sorted(self._files.items())))
         write_manifest(self.partial, complete)
         with writable(self.partial):

@@ -14,7 +14,7 @@ from factorctl.checkpoint.publishing import (
     sole_writer,
     writable,
 )
-from factorctl.errors import IntegrityError, UsageError, first_line
+from factorctl.errors import IntegrityError, UsageError, in_one_line
 from factorctl.progress import Progress
 
 
@@ -45,7 +45,7 @@ def _quantisation(path: Path) -> str:
         for tensor in GGUFReader(path).tensors:
             sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
     except Exception as error:  # the reader trusts its offsets: a damaged file fails anywhere in it
-        raise UsageError(f"{path} is no readable GGUF file: {first_line(error)}", "fetch the file again") from error
+        raise UsageError(f"{path} is no readable GGUF file: {in_one_line(error)}", "fetch the file again") from error
     return ", ".join(sorted(sizes, key=lambda name: -sizes[name]))
 
 
@@ -66,7 +66,7 @@ def _convert(path: Path, home: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # transformers' GGUF reader fails in many ways on what it does not know
         raise UsageError(
-            f"transformers cannot read {path.name} as a dense model: {first_line(error)}",
+            f"transformers cannot read {path.name} as a dense model: {in_one_line(error)}",
             "give the model's Hugging Face directory instead",
         ) from error
     model, info = loaded

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # of httpx or httpx2
 
 from factorctl.checkpoint.aliases import ALIASES
-from factorctl.errors import ResourceError, UsageError, did_you_mean, first_line
+from factorctl.errors import ResourceError, UsageError, did_you_mean, in_one_line
 from factorctl.progress import Progress
 
 WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
@@ -64,7 +64,7 @@ def download_snapshot(repo: str, *, revision: str | None, progress: Progress) ->
                 f"no space left while fetching {repo}", "free some disk space, or set HF_HOME to a larger disk"
             ) from None
         raise ResourceError(
-            f"the hub cannot be reached for {repo}: {first_line(error)}",
+            f"the hub cannot be reached for {repo}: {in_one_line(error)}",
             "run again when it is (finished files are kept), give a local directory, or try the model `demo`, "
             "which comes with a package",
         ) from None

@@ -39,6 +39,8 @@ def refuse_existing(final: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{final} is no name for a new directory", "choose an --out that ends in a name")
     if final.is_symlink():
         raise UsageError(f"{final} is a symbolic link", "choose another --out, or give the directory it leads to")
+    if blocking := next((p for p in final.parents if p.exists() and not p.is_dir()), None):
+        raise UsageError(f"{blocking} is a file, not a directory", "choose another --out")
     if not final.exists():
         return
     if not final.is_dir():

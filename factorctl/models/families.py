@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from factorctl.checkpoint.sources import read_dense_config
 from factorctl.contracts import DenseFFN
-from factorctl.errors import IntegrityError, UsageError, did_you_mean, first_line
+from factorctl.errors import IntegrityError, UsageError, in_one_line
 
 ReadTensor = Callable[[str], torch.Tensor]
 
@@ -160,16 +160,16 @@ def read_dense_model(directory: Path) -> DenseModel:
 def dense_model(raw: Mapping[str, object], *, origin: str) -> DenseModel:
     """As `read_dense_model`, from the content of a config.json."""
     if "model_type" not in raw:
-        raise UsageError(f"the config.json of {origin} names no model_type", _known_families(""))
+        raise UsageError(f"the config.json of {origin} names no model_type", _known_families())
     model_type = str(raw["model_type"])
     if model_type not in FAMILIES:
-        raise UsageError(f"{origin} is a {model_type!r} model, {_why_not(model_type)}", _known_families(model_type))
+        raise UsageError(f"{origin} is a {model_type!r} model, {_why_not(model_type)}", _known_families())
     settings = {key: value for key, value in raw.items() if key != "model_type"}
     try:
         config = AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # transformers checks configs with many exception types of its own
         raise IntegrityError(
-            f"{origin}: config.json does not describe a {model_type} model: {first_line(error)}"
+            f"{origin}: config.json does not describe a {model_type} model: {in_one_line(error)}"
         ) from error
     model = DenseModel(FAMILIES[model_type], config, raw)
     activation_of(model.family, config)
@@ -185,10 +185,10 @@ def _why_not(model_type: str) -> str:
         return "a factored checkpoint already"
     if model_type in {"gpt2", "gpt_neox", "opt", "bloom", "falcon", "phi", "gptj"}:
         return "whose FFN has no gate"
+    if f"{model_type}_text" in FAMILIES:
+        return f"which sees images too; only its text half, a {model_type}_text checkpoint, can be factored"
     return "which is not in the table of families"
 
 
-def _known_families(model_type: str) -> str:
-    table = "; ".join(f"{family.model_type} ({family.title})" for family in FAMILIES.values())
-    close = did_you_mean(model_type, FAMILIES)
-    return f"{close.split('? ')[0]}? " * close.startswith("did") + f"supported: {table}"
+def _known_families() -> str:
+    return "supported: " + "; ".join(f"{family.model_type} ({family.title})" for family in FAMILIES.values())

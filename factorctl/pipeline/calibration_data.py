@@ -13,7 +13,7 @@ from factorctl.data.blocks import TokenBlocks
 from factorctl.data.building import build_token_blocks
 from factorctl.data.sampling import ModelSampler
 from factorctl.data.spec import parse_data_spec
-from factorctl.errors import UsageError, first_line
+from factorctl.errors import UsageError, in_one_line
 from factorctl.models.families import DenseModel
 from factorctl.models.loading import load_dense
 from factorctl.pipeline.workspace import cache_directory
@@ -32,7 +32,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path)
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
         raise UsageError(
-            f"{source.path} has no tokenizer that transformers can read: {first_line(error)}",
+            f"{source.path} has no tokenizer that transformers can read: {in_one_line(error)}",
             "add the model's tokenizer files, or choose options that need no calibration (--router random)",
         ) from error
     return tokenizer
