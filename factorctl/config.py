@@ -148,3 +148,94 @@ class FactorizeConfig:
     dtype: DTypeName = "auto"
     """Storage dtype; auto keeps the source's, so that no weight value changes."""
     overwrite: bool = False
+
+
+PresetName = Literal["default", "factorllm"]
+TrainedPart = Literal["router", "experts", "all"]
+OptimizerName = Literal["adamw", "adam", "adamw-8bit"]
+TeacherStorage = Literal["none", "bf16", "8bit", "4bit"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """`factorctl finetune`. What is None takes the preset's or the checkpoint's value."""
+
+    tokens: int
+    """Tokens to train on."""
+    checkpoint: Path | None = None
+    """A native checkpoint; None means the newest in the workspace."""
+    top_k: int | None = None
+    data: str | None = None
+    """None means the default pretraining sample of the Hub."""
+    text_field: str | None = None
+    preset: PresetName = "default"
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    """Overrides of the preset, by loss: lm, par, kd, mse, balance, z."""
+    temperature: float | None = None
+    gate: Gate | None = None
+    scale: ScaleRule | None = None
+    train: TrainedPart = "all"
+    router_warmup: int = 0
+    """Tokens at the start during which only the routers learn."""
+    optimizer: OptimizerName | None = None
+    lr: float | None = None
+    router_lr: float | None = None
+    weight_decay: float | None = None
+    clip_norm: float | None = None
+    batch_tokens: int | None = None
+    """Tokens per optimiser step, over all processes."""
+    block_length: int = 1024
+    """Tokens of a training sequence."""
+    micro_batch: int | None = None
+    """Sequences that one process takes through the model at once."""
+    heldout_tokens: int = 16_384
+    max_epochs: float = 4.0
+    precision: Precision = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    teacher: str | None = None
+    """The dense source, where the checkpoint's own values are no longer the dense ones."""
+    teacher_quant: TeacherStorage = "none"
+    save_every: int | None = None
+    """Tokens between two saved states; None means a tenth of all."""
+    resume: bool = False
+    track: tuple[Tracker, ...] = ()
+    out: Path | None = None
+    workspace: Path = DEFAULT_WORKSPACE
+    seed: int = 0
+    device: Device = "auto"
+    dtype: DTypeName = "auto"
+    """Storage dtype of the result; auto keeps the checkpoint's."""
+    overwrite: bool = False
+
+
+ExportTarget = Literal["hf", "gguf", "dense", "bnb-4bit", "bnb-8bit"]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """`factorctl export`."""
+
+    checkpoint: Path | None = None
+    """A native checkpoint; None means the newest in the workspace."""
+    target: ExportTarget = "hf"
+    quant: str = "auto"
+    """GGUF storage type; auto keeps the export's dtype (f32, f16 or bf16)."""
+    exact: bool = False
+    """Refuse whatever is only near the native function (gate `hard` at K > 1)."""
+    untie_lm_head: bool = False
+    max_shard_bytes: int = 2_000_000_000
+    """Also bounds memory: one shard is built at a time."""
+    verify_gguf: bool = False
+    """Demand that llama.cpp itself runs the file before it is published."""
+    push: str | None = None
+    """Hub repository that the finished export is uploaded to."""
+    private: bool = False
+    out: Path | None = None
+    workspace: Path = DEFAULT_WORKSPACE
+    seed: int = 0
+    device: Device = "auto"
+    dtype: DTypeName = "auto"
+    overwrite: bool = False

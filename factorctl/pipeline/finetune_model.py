@@ -1,0 +1,182 @@
+"""From a plan to what the loop trains: the model with its twin FFNs, text blocks, accelerator and optimisers."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from factorctl.checkpoint.hashing import hash_value
+from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.data.blocks import TokenBlocks
+from factorctl.data.building import build_token_blocks
+from factorctl.data.sampling import ModelSampler
+from factorctl.errors import UsageError
+from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
+from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.models.families import read_dense_model
+from factorctl.models.loading import fill, load, load_dense
+from factorctl.models.slicing import FactoredTensors
+from factorctl.pipeline.finetune_plan import FinetunePlan
+from factorctl.pipeline.workspace import cache_directory
+from factorctl.progress import Progress
+from factorctl.training.distiller import Distiller
+from factorctl.training.optimizers import choose_trained
+from factorctl.training.teacher import dense_tensors, own_tensors, teacher_ffn
+from factorctl.training.twin_ffn import TwinFFN, TwinOptions
+
+SELF_DOCUMENT_LENGTH = 512
+
+
+def load_tokenizer(plan: FinetunePlan) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        UsageError: there is none that can be read, or its ids do not fit the model's embeddings.
+    """
+    path = plan.checkpoint.path
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, config=plan.checkpoint.dense.config)
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(
+            f"{path} has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
+            "factorize again from a source directory with its tokenizer files",
+        ) from None
+    largest = max(tokenizer.get_vocab().values())
+    vocabulary = int(plan.checkpoint.dense.config.vocab_size)
+    if largest >= vocabulary:
+        raise UsageError(
+            f"the tokenizer in {path} does not match the model: it makes ids up to {largest}, "
+            f"the model has embeddings for {vocabulary}",
+            "factorize again from a source directory whose tokenizer files belong to its weights",
+        )
+    return tokenizer
+
+
+def training_blocks(plan: FinetunePlan, progress: Progress) -> TokenBlocks:
+    """The token blocks of the run, from the cache where they were made before.
+
+    Every process calls this before they join: one builds, the others wait for its lock, with no timeout to miss.
+
+    Raises:
+        UsageError: the text is missing, unreadable, or would have to be seen too often.
+    """
+    tokenizer = load_tokenizer(plan)
+    tokens, wanted = plan.batch.tokens, plan.config.heldout_tokens
+    blocks = build_token_blocks(
+        plan.data,
+        tokenizer,
+        block_length=plan.batch.block_length,
+        tokens=tokens,
+        seed=plan.config.seed,
+        cache_dir=cache_directory() / "blocks",
+        heldout_fraction=min(0.5, wanted / tokens),
+        allow_fewer=True,
+        purpose="training",
+        sampler=_sampler(plan, tokenizer),
+        progress=progress,
+    )
+    epochs = tokens / blocks.tokens
+    if epochs > plan.config.max_epochs:
+        raise UsageError(
+            f"--tokens {tokens:,} would go {epochs:.1f} times through the text, which gives {blocks.tokens:,} tokens; "
+            f"--max-epochs is {plan.config.max_epochs:g}",
+            "give more text, ask for fewer tokens, or raise --max-epochs",
+        )
+    if epochs > 1:
+        progress.note(f"the text gives {blocks.tokens:,} tokens: {tokens:,} make {epochs:.1f} epochs")
+    return blocks
+
+
+def _sampler(plan: FinetunePlan, tokenizer: PreTrainedTokenizerBase) -> ModelSampler:
+    """Text of `self` comes from the dense model: the source, or this checkpoint with all experts on."""
+    checkpoint, teacher = plan.checkpoint, plan.teacher
+
+    def dense() -> PreTrainedModel:
+        if teacher is not None:
+            return load_dense(teacher.path, device=plan.device)
+        return load(checkpoint.path, top_k=checkpoint.spec.shape.num_experts, device=plan.device, verify=False)
+
+    return ModelSampler(
+        load_model=dense,
+        model_hash=hash_value(checkpoint.manifest.source["files"]),
+        tokenizer=tokenizer,
+        document_length=min(SELF_DOCUMENT_LENGTH, plan.batch.block_length),
+    )
+
+
+def build_distiller(plan: FinetunePlan, progress: Progress) -> Distiller:
+    """Student and teacher in one model: trained values in float32, frozen ones in the compute dtype, routers float32.
+
+    No step draws a random number: dropout is off, also while layers are in training mode for checkpointing.
+    """
+    config = plan.config
+    model = empty_factored_model(plan.checkpoint.dense, plan.spec)
+    with progress.stage("Loading the model"):
+        fill(model, CheckpointReader(plan.checkpoint.path), dtype=None, device=plan.device)
+    model.config.use_cache = False
+    choose_trained(factored_ffns(model), config.train, plan.recipe.weights)
+    for name, parameter in model.named_parameters():
+        keeps_precision = parameter.requires_grad or name.endswith(".router")
+        parameter.data = parameter.data.to(torch.float32 if keeps_precision else plan.compute_dtype)
+    share = plan.spec.shape.top_k / plan.spec.shape.num_experts if plan.recipe.label_share == "paper" else None
+    options = TwinOptions(plan.recipe.weights, share, plan.compute_dtype)
+    students = list(factored_ffns(model))
+    for layer, (block, student) in enumerate(zip(decoder_layers(model), students, strict=True)):
+        tensors = _teacher_tensors(plan, layer, student)
+        teacher = teacher_ffn(student, tensors, config.teacher_quant, plan.compute_dtype)
+        block.mlp = TwinFFN(student, teacher, options)
+    _switch_off_dropout(model)
+    if config.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        model.train()
+    if config.compile:
+        for block in decoder_layers(model):
+            block.compile()
+    return Distiller(model, options, plan.recipe.temperature)
+
+
+def _teacher_tensors(plan: FinetunePlan, layer: int, student: FactoredFFN) -> FactoredTensors:
+    if plan.teacher is None:
+        return own_tensors(student)
+    dense = read_dense_model(plan.teacher.path)
+    return dense_tensors(student, dense.read_ffn(layer, CheckpointReader(plan.teacher.path).read))
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def make_accelerator(plan: FinetunePlan) -> Accelerator:
+    """accelerate's view of this process: alone, or one of several that a launcher started.
+
+    Precision is not accelerate's business here: `TwinFFN` and `Distiller` choose dtypes part by part.
+
+    Raises:
+        UsageError: a tracker is not installed.
+    """
+    for tracker in plan.config.track:
+        if importlib.util.find_spec(tracker) is None:
+            raise UsageError(f"--track {tracker}: {tracker} is not installed", f"pip install {tracker}")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    accelerator = Accelerator(
+        cpu=plan.device.type == "cpu",
+        mixed_precision="no",
+        log_with=list(plan.config.track) or None,
+        project_dir=str(plan.run),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if plan.config.track:
+        facts: dict[str, Any] = {"preset": plan.config.preset, "notation": plan.spec.shape.notation}
+        accelerator.init_trackers("factorctl", config={**facts, "tokens": plan.batch.tokens})
+    return accelerator

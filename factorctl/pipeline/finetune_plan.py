@@ -1,0 +1,289 @@
+"""What `finetune` decides before it loads a weight: shapes, recipe, batches, teacher, memory, and where things go."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from factorctl.checkpoint.hashing import hash_file
+from factorctl.checkpoint.manifest import Manifest, is_artefact
+from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
+from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.checkpoint.sources import Source, resolve
+from factorctl.config import FinetuneConfig
+from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, DataSpec, parse_data_spec
+from factorctl.errors import FactorctlError, ResourceError, UsageError
+from factorctl.models.building import empty_factored_model, factored_ffns
+from factorctl.models.factored_spec import FactoredSpec
+from factorctl.models.loading import NativeCheckpoint, open_checkpoint
+from factorctl.pipeline.devices import torch_device
+from factorctl.pipeline.workspace import cache_directory, newest_checkpoint, output_path
+from factorctl.progress import Progress
+from factorctl.training.batches import BatchPlan, plan_batches
+from factorctl.training.optimizers import choose_trained, is_router
+from factorctl.training.presets import Recipe, batch_tokens_of, recipe_of
+from factorctl.training.teacher import require_cuda_for
+
+PROCESS_BYTES = 700_000_000
+"""Resident size of the interpreter with torch and transformers loaded, before any weight."""
+_PLACES = frozenset({"out", "workspace", "overwrite", "resume", "track", "save_every", "checkpoint", "max_epochs"})
+"""Parts of the configuration that decide where things go, not what they are."""
+_HOW = frozenset({"micro_batch", "gradient_checkpointing", "compile"})
+"""Parts that only change how the same steps are computed: a resumed run may change them."""
+
+
+@dataclass(frozen=True)
+class FinetunePlan:
+    """Everything that is decided before the first weight is read."""
+
+    config: FinetuneConfig
+    checkpoint: NativeCheckpoint
+    spec: FactoredSpec
+    """K, gate and scale of the result."""
+    recipe: Recipe
+    data: DataSpec
+    batch: BatchPlan
+    device: torch.device
+    compute_dtype: torch.dtype
+    teacher: Source | None
+    """The dense source; None where the checkpoint's own values still are the dense ones."""
+    memory: dict[str, int]
+    """Expected bytes per process, by use."""
+    trained_parameters: int
+    out: Path
+    run: Path
+    """Directory of training states, metrics and the picture."""
+
+    @property
+    def save_every(self) -> int:
+        return self.config.save_every or max(self.batch.batch_tokens, self.batch.tokens // 10)
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
+    """Resolve and check all that can be checked without reading weights.
+
+    Raises:
+        UsageError: an option does not fit the checkpoint or another option.
+        ResourceError: disk, memory or device do not suffice.
+    """
+    device = _local_device(config)
+    require_cuda_for(config.teacher_quant, device)
+    recipe = recipe_of(config)
+    checkpoint = open_checkpoint(config.checkpoint or newest_checkpoint(config.workspace))
+    spec = target_spec(checkpoint.spec, config, recipe)
+    _check_lengths(config, checkpoint)
+    data = parse_data_spec(config.data or DEFAULT_PRETRAINING_DATA, text_field=config.text_field)
+    batch = plan_batches(
+        config.tokens,
+        batch_tokens=batch_tokens_of(recipe, config.tokens),
+        block_length=config.block_length,
+        micro_batch=config.micro_batch,
+        world_size=world_size(),
+        device_type=device.type,
+    )
+    out = output_path(config.out, config.workspace, checkpoint.path.name, f"{config.preset}-{spec.shape.notation}")
+    _check_output(config, out)
+    model = empty_factored_model(checkpoint.dense, spec)
+    choose_trained(factored_ffns(model), config.train, recipe.weights)
+    plan = FinetunePlan(
+        config=config,
+        checkpoint=checkpoint,
+        spec=spec,
+        recipe=recipe,
+        data=data,
+        batch=batch,
+        device=device,
+        compute_dtype=compute_dtype(config, device),
+        teacher=find_teacher(config, checkpoint, progress),
+        memory={},
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        out=out,
+        run=out.with_name(f"{out.name}.training"),
+    )
+    plan = replace(plan, memory=expected_memory(plan, model))
+    _require_resources(plan)
+    return plan
+
+
+def target_spec(base: FactoredSpec, config: FinetuneConfig, recipe: Recipe) -> FactoredSpec:
+    """The checkpoint's sizes with the K, gate and scale to train at.
+
+    Raises:
+        UsageError: K does not fit, or the scale was fitted for another K.
+    """
+    spec = base.with_top_k(base.shape.top_k if config.top_k is None else config.top_k, recipe.scale)
+    return spec if recipe.gate is None else replace(spec, gate=recipe.gate)
+
+
+def _check_lengths(config: FinetuneConfig, checkpoint: NativeCheckpoint) -> None:
+    context = getattr(checkpoint.dense.config, "max_position_embeddings", None)
+    if config.block_length < 2 or (context is not None and config.block_length > context):
+        raise UsageError(
+            f"--block-length {config.block_length} does not fit a model with a context of {context}",
+            f"choose 2 to {context} tokens",
+        )
+    if config.heldout_tokens < 1:
+        raise UsageError("--heldout-tokens 0 leaves nothing to measure on", "a held-out split is always kept: try 16K")
+    if config.save_every is not None and config.save_every < 1:
+        raise UsageError(f"--save-every {config.save_every} is out of range", "choose a number of tokens")
+    if not 0 <= config.router_warmup <= config.tokens:
+        raise UsageError(
+            f"--router-warmup {config.router_warmup} is not within the {config.tokens} tokens of the run",
+            "choose fewer; --train router trains routers alone for all of it",
+        )
+
+
+def _check_output(config: FinetuneConfig, out: Path) -> None:
+    if config.resume and out.is_dir() and is_artefact(out) and not config.overwrite:
+        raise UsageError(f"there is nothing to resume: {out} is finished", "choose another --out to train it further")
+    refuse_existing(out, overwrite=config.overwrite)
+
+
+def _local_device(config: FinetuneConfig) -> torch.device:
+    """This process's device: with several GPUs, the one that the launcher gave it."""
+    device = torch_device(config.device)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
+
+
+def world_size() -> int:
+    """Processes that train together, as torchrun and accelerate launch announce it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def compute_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on GPUs that have it, float32 elsewhere."""
+    if config.precision != "auto":
+        return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def holds_dense_values(manifest: Manifest) -> bool:
+    """Whether the FFN values of a checkpoint still are the dense source's: factorized, neither refit nor trained."""
+    return manifest.stage == "factorize" and not manifest.config.get("refit")
+
+
+def find_teacher(config: FinetuneConfig, checkpoint: NativeCheckpoint, progress: Progress) -> Source | None:
+    """The dense source as teacher, or None where the checkpoint itself with all experts on is the teacher.
+
+    Raises:
+        UsageError: the source is needed and is not to be found, or what was named is another model.
+    """
+    manifest = checkpoint.manifest
+    if config.teacher is None and holds_dense_values(manifest):
+        return None
+    known = manifest.source
+    if config.teacher is not None:
+        source = resolve(config.teacher, revision=None, cache=cache_directory(), progress=progress)
+    else:
+        source = _recorded_source(known, progress)
+    if not _is_source(source.path, known["files"]):
+        raise UsageError(
+            f"{source.path} is not the dense model that {checkpoint.path} was made from ({known['id']}): its weights "
+            "have other hashes than the manifest records",
+            "name that model with --teacher; student and teacher share its attention and embeddings",
+        )
+    return source
+
+
+def _recorded_source(known: Any, progress: Progress) -> Source:
+    """Where the manifest says the source is, else where it once came from."""
+    path = Path(str(known.get("path", "")))
+    names = {"hub": known["id"], "wheel": f"pypi:{known['id']}"}
+    model = str(path) if (path / "config.json").is_file() else names.get(known["kind"])
+    try:
+        if model is not None:
+            revision = known.get("revision") if model == known["id"] else None
+            return resolve(model, revision=revision, cache=cache_directory(), progress=progress)
+        reason = f"{path} is not there any more"
+    except FactorctlError as error:
+        reason = error.message
+    raise UsageError(
+        f"the teacher is the dense source {known['id']}, since this checkpoint's values are no longer the dense ones; "
+        f"it was not found: {reason}",
+        "name it with --teacher MODEL",
+    )
+
+
+def _is_source(directory: Path, files: Any) -> bool:
+    names = [name for name in files if name.endswith(".safetensors")]
+    return bool(names) and all(
+        (directory / name).is_file() and asdict(hash_file(directory / name)) == dict(files[name]) for name in names
+    )
+
+
+def expected_memory(plan: FinetunePlan, model: PreTrainedModel) -> dict[str, int]:
+    """Bytes per process, from shapes; `model` is on the meta device and knows what is trained.
+
+    Activations are a rough count of what a decoder layer keeps for its backward pass.
+    """
+    width = plan.compute_dtype.itemsize
+    trained = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    values = sum(count for _, count in trained)
+    experts = sum(count for name, count in trained if not is_router(name))
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    all_ffn = sum(p.numel() for ffn in factored_ffns(model) for p in ffn.parameters())
+    teacher_bytes = {"none": width, "bf16": 2, "8bit": 1, "4bit": 0.5}[plan.config.teacher_quant]
+    copied = experts if plan.teacher is None and plan.config.teacher_quant == "none" else all_ffn
+    per_value = 2 if plan.recipe.optimizer == "adamw-8bit" else 8
+    dense, shape = plan.checkpoint.dense, plan.spec.shape
+    per_token = 16 * dense.hidden_size + 4 * shape.active_neurons
+    tokens = plan.batch.micro_batch * plan.batch.block_length
+    kept_layers = 2 if plan.config.gradient_checkpointing else dense.num_layers
+    vocabulary = int(dense.config.vocab_size)
+    return {
+        "process": PROCESS_BYTES,
+        "frozen weights": frozen * width,
+        "trained weights": values * 4,
+        "gradients": values * 4,
+        "optimizer": values * per_value,
+        "teacher": int(copied * teacher_bytes),
+        "activations": tokens * per_token * kept_layers * width + 6 * 512 * vocabulary * 4,
+    }
+
+
+def _require_resources(plan: FinetunePlan) -> None:
+    """Refuse before the work starts what disk or memory cannot hold."""
+    reader = CheckpointReader(plan.checkpoint.path)
+    result = sum(entry.nbytes for entry in reader.entries.values())
+    state = plan.trained_parameters * (4 + (2 if plan.recipe.optimizer == "adamw-8bit" else 8))
+    require_disk_space(plan.out.parent, result + 2 * state)
+    if plan.device.type == "cuda":
+        available = torch.cuda.mem_get_info(plan.device)[0]
+    else:
+        available = psutil.virtual_memory().available // plan.batch.world_size
+    if plan.memory_bytes > available:
+        raise ResourceError(
+            f"about {plan.memory_bytes / 1e9:.1f} GB of memory are needed; {available / 1e9:.1f} GB are available",
+            "lower --micro-batch or --block-length, or choose --gradient-checkpointing, --optimizer adamw-8bit, "
+            "--precision bfloat16",
+        )
+
+
+def resolved_config(plan: FinetunePlan) -> dict[str, Any]:
+    """The configuration as JSON, presets resolved, without where the result is put."""
+    raw = {key: value for key, value in asdict(plan.config).items() if key not in _PLACES | _HOW}
+    recipe = asdict(plan.recipe)
+    weights = recipe.pop("weights")
+    return {
+        **raw,
+        **recipe,
+        "loss_weights": weights,
+        "betas": list(plan.recipe.betas),
+        "data": plan.config.data or DEFAULT_PRETRAINING_DATA,
+        "top_k": plan.spec.shape.top_k,
+        "gate": plan.spec.gate,
+        "scale": plan.spec.scale,
+        "precision": str(plan.compute_dtype).removeprefix("torch."),
+        "device": plan.device.type,
+        "batch_tokens": plan.batch.batch_tokens,
+    }

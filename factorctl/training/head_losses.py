@@ -1,0 +1,109 @@
+"""Losses on the vocabulary, computed a chunk of tokens at a time.
+
+With V = 49,152, the float32 logits of 2048 tokens are 400 MB, and teacher, student and their gradients would take six
+times that. The head is frozen, so the only gradient wanted is that of the hidden states [T, D]: each chunk's is taken
+while its logits are at hand, and they are dropped. That costs no arithmetic; recomputing them later would.
+
+T tokens, D hidden_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from factorctl.training.losses import IGNORED, kd_loss, lm_loss
+from factorctl.training.presets import LossWeights
+
+CHUNK_TOKENS = 512
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Final hidden states [T, D] -> logits [T, V]."""
+
+
+class HeadLosses(NamedTuple):
+    """The weighted sum, which carries the gradient, and its parts, which do not."""
+
+    total: torch.Tensor
+    lm: torch.Tensor
+    kd: torch.Tensor | None
+    teacher_lm: torch.Tensor | None
+    """The teacher's own loss; measured only where no gradient is wanted."""
+
+
+@dataclass(frozen=True)
+class HeadTask:
+    """What to compute from one batch's hidden states."""
+
+    head: Head
+    targets_T: torch.Tensor
+    teacher_TD: torch.Tensor | None
+    weights: LossWeights
+    temperature: float
+
+    def chunk(self, student_CD: torch.Tensor, start: int, *, measuring: bool) -> torch.Tensor:
+        """This chunk's share of [lm, kd, teacher's lm], each a mean over all tokens of the batch."""
+        stop = start + student_CD.shape[0]
+        targets_C = self.targets_T[start:stop]
+        counted = (self.targets_T != IGNORED).sum().clamp_min(1)
+        logits_CV = self.head(student_CD)
+        lm = lm_loss(logits_CV, targets_C, reduction="sum") / counted
+        kd = teacher_lm = torch.zeros_like(lm)
+        if self.teacher_TD is not None and (self.weights.kd or measuring):
+            with torch.no_grad():
+                teacher_CV = self.head(self.teacher_TD[start:stop])
+            kd = kd_loss(logits_CV, teacher_CV, self.temperature) * (stop - start) / self.targets_T.shape[0]
+            if measuring:
+                teacher_lm = lm_loss(teacher_CV, targets_C, reduction="sum") / counted
+        return torch.stack([lm, kd, teacher_lm])
+
+
+class _GradientNow(torch.autograd.Function):
+    """Weighted sum of the chunks' losses whose gradient is taken in the forward pass, while logits are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, student_TD: torch.Tensor, task: HeadTask) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient_TD = torch.empty_like(student_TD)
+        parts = None
+        for start in range(0, student_TD.shape[0], CHUNK_TOKENS):
+            chunk_CD = student_TD[start : start + CHUNK_TOKENS].detach().requires_grad_()
+            with torch.enable_grad():
+                found = task.chunk(chunk_CD, start, measuring=False)
+                (gradient_CD,) = torch.autograd.grad(_weighted(found, task.weights), chunk_CD)
+            gradient_TD[start : start + CHUNK_TOKENS] = gradient_CD
+            parts = found.detach() if parts is None else parts + found.detach()
+        assert parts is not None, "a batch without tokens"
+        ctx.save_for_backward(gradient_TD)
+        ctx.mark_non_differentiable(parts)
+        return _weighted(parts, task.weights), parts
+
+    @staticmethod
+    def backward(ctx: Any, total: torch.Tensor, _parts: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient_TD,) = ctx.saved_tensors
+        return gradient_TD * total, None
+
+
+def _weighted(parts: torch.Tensor, weights: LossWeights) -> torch.Tensor:
+    return weights.lm * parts[0] + weights.kd * parts[1]
+
+
+def head_losses(task: HeadTask, student_TD: torch.Tensor, *, measuring: bool = False) -> HeadLosses:
+    """Language-model and distillation loss of a batch; `measuring` takes the teacher's own loss as well."""
+    wanted = bool(task.weights.lm or task.weights.kd)
+    if student_TD.requires_grad and wanted and not measuring:
+        total, parts = _GradientNow.apply(student_TD, task)  # type: ignore[no-untyped-call]
+    else:
+        with torch.no_grad():
+            chunks = enumerate(student_TD.detach().split(CHUNK_TOKENS))
+            found = [task.chunk(chunk, i * CHUNK_TOKENS, measuring=measuring) for i, chunk in chunks]
+            parts = torch.stack(found).sum(0)
+            total = _weighted(parts, task.weights)
+    has_teacher = task.teacher_TD is not None
+    return HeadLosses(
+        total=total,
+        lm=parts[0],
+        kd=parts[1] if has_teacher and (task.weights.kd or measuring) else None,
+        teacher_lm=parts[2] if has_teacher and measuring else None,
+    )

@@ -1,0 +1,232 @@
+"""The training loop: gradients of a global batch, one optimiser step, what to write down, when to stop.
+
+Runs under accelerate in one process or many. Every process takes the same decisions: what they hang on (losses, load,
+a wish to stop) is reduced over all of them first.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from factorctl.errors import FactorctlError, ResourceError
+from factorctl.progress import Progress, Task
+from factorctl.training.batches import Batches
+from factorctl.training.distiller import StepReport
+from factorctl.training.heldout import PARTS
+from factorctl.training.load_watch import LoadWatch
+from factorctl.training.metrics import MetricsFile
+from factorctl.training.optimizers import Schedule, is_router, set_learning_rate
+from factorctl.training.signals import StopRequest, stop_request
+from factorctl.training.state import Progressed, newest_state, save_state
+
+_MEANS = (*PARTS, "total", "agreement")
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How a run goes, beside its batches."""
+
+    schedule: Schedule
+    clip_norm: float
+    router_warmup: int
+    """Tokens at the start during which only routers learn."""
+    save_every: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """One step's means over all micro-batches of all processes."""
+
+    means: dict[str, float]
+    load_LN: torch.Tensor | None
+    gradient_norm: float
+    stops: bool
+    """Some process was asked to stop."""
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.means["total"]) and math.isfinite(self.gradient_norm)
+
+
+class TrainingLoop:
+    """Trains a prepared model until its tokens are used up or someone stops it.
+
+    Args:
+        accelerator: accelerate's, to which `model` and `optimizers` belong.
+        model: a `Distiller`, wrapped or not.
+        run: directory of states and metrics.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        batches: Batches,
+        options: LoopOptions,
+        run: Path,
+        progress: Progress,
+    ) -> None:
+        self.accelerator, self.model, self.optimizers = accelerator, model, optimizers
+        self.batches, self.options, self.run, self.progress = batches, options, run, progress
+        self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.metrics = MetricsFile(run)
+        self.watch = LoadWatch(options.top_k, progress)
+
+    def train(self, start: Progressed) -> Progressed:
+        """Go on from `start` to the last step; the last state is saved.
+
+        Raises:
+            FactorctlError: a loss is not finite; says where, and which state is good.
+            ResourceError: the device ran out of memory.
+            KeyboardInterrupt: or what the caller's SIGTERM handler raises, once the state is saved.
+        """
+        plan, now = self.batches.plan, start
+        with stop_request() as request:
+            with self.progress.stage("Training", total=plan.tokens, unit="tokens") as task:
+                task.advance(start.tokens)
+                while now.step < plan.steps:
+                    now = self._advance(now, request, task)
+                    if request.signal is not None or self._stopped:
+                        break
+            if request.signal is not None or self._stopped:
+                self._save_once(now)
+                self.progress.note(f"saved {now.tokens:,} tokens in; go on with the same command and --resume")
+                request.obey()
+                raise KeyboardInterrupt  # another process was asked to stop
+        self.watch.look()
+        return now
+
+    _stopped = False
+
+    def _advance(self, now: Progressed, request: StopRequest, task: Task) -> Progressed:
+        """One step, its metrics, and a state when one is due."""
+        plan, options, started = self.batches.plan, self.options, time.perf_counter()
+        after = replace(now, step=now.step + 1, tokens=now.tokens + plan.batch_tokens)
+        set_learning_rate(self.optimizers, options.schedule.factor(after.tokens))
+        try:
+            summary = self._gradients(now.step, request)
+        except torch.OutOfMemoryError as error:
+            self._out_of_memory(now, error)
+        if not summary.is_finite:
+            self._not_finite(now, summary)
+        if now.tokens < options.router_warmup:
+            self._forget_gradients(routers=False)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self._forget_gradients(routers=True)
+        seconds = time.perf_counter() - started
+        self._report(after, summary, seconds, task)
+        due = after.tokens // options.save_every > now.tokens // options.save_every
+        if due or after.step == plan.steps:
+            self._save_once(after)
+        self._stopped = summary.stops
+        return after
+
+    def _gradients(self, step: int, request: StopRequest) -> StepSummary:
+        """Gradients of the global batch, clipped, and what was measured on the way."""
+        reports = []
+        rounds = self.batches.of_step(step)
+        for index, (ids_BL, positions_BL) in enumerate(rounds):
+            with nullcontext() if index == len(rounds) - 1 else self.accelerator.no_sync(self.model):
+                report = self.model(ids_BL, positions_BL)
+                self.accelerator.backward(report.total / len(rounds))
+            reports.append(report._replace(total=report.total.detach()))
+        limit = self.options.clip_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_([p for _, p in self.trained], limit)
+        return self._summarised(reports, float(norm), request)
+
+    def _summarised(self, reports: list[StepReport], norm: float, request: StopRequest) -> StepSummary:
+        names = [name for name in _MEANS if getattr(reports[0], name) is not None]
+        rows = [torch.stack([getattr(report, name).float() for name in names]) for report in reports]
+        wish = torch.tensor([float(request.signal is not None)], device=rows[0].device)
+        means = self.accelerator.reduce(torch.cat([torch.stack(rows).mean(0), wish]), reduction="mean").tolist()
+        load = None
+        if reports[0].load_LN is not None:
+            load = torch.stack([report.load_LN for report in reports if report.load_LN is not None]).sum(0)
+            load = self.accelerator.reduce(load, reduction="sum").cpu()
+        return StepSummary(dict(zip(names, means[:-1], strict=True)), load, norm, means[-1] > 0)
+
+    def _forget_gradients(self, *, routers: bool) -> None:
+        """Drop the gradients, those of the routers only if asked: an optimiser skips what has none."""
+        for name, parameter in self.trained:
+            if routers or not is_router(name):
+                parameter.grad = None
+
+    def _save_once(self, now: Progressed) -> None:
+        newest = newest_state(self.run)
+        if newest is None or not newest.name.endswith(f"-{now.step:08d}"):
+            model = self.accelerator.unwrap_model(self.model)
+            save_state(self.run, now, model, self.optimizers, writes=self.accelerator.is_main_process)
+            self.accelerator.wait_for_everyone()
+
+    def _report(self, now: Progressed, summary: StepSummary, seconds: float, task: Task) -> None:
+        plan = self.batches.plan
+        speed = plan.batch_tokens / seconds
+        line: dict[str, Any] = {
+            "step": now.step,
+            "tokens": now.tokens,
+            "epoch": round(self.batches.order.epoch(now.step * plan.batch_blocks), 4),
+            **summary.means,
+            "gradient_norm": summary.gradient_norm,
+            "lr_factor": self.options.schedule.factor(now.tokens),
+            "tokens_per_second": round(speed, 1),
+            "memory_bytes": memory_bytes(self.batches.device),
+        }
+        shown: dict[str, object] = {n: v for n, v in summary.means.items() if n not in ("total", "agreement")}
+        shown |= {"tok/s": round(speed), "GB": round(line["memory_bytes"] / 1e9, 2)}
+        if "agreement" in summary.means:
+            shown["agree"] = f"{summary.means['agreement']:.0%}"
+        if summary.load_LN is not None:
+            share_LN = summary.load_LN / plan.batch_tokens
+            line |= {"load_busiest": float(share_LN.max()), "load_idlest": float(share_LN.min())}
+            shown |= {"busiest": f"{line['load_busiest']:.0%}", "idlest": f"{line['load_idlest']:.1%}"}
+            self.watch.add(summary.load_LN, plan.batch_tokens)
+        if self.accelerator.is_main_process:
+            self.metrics.append(line)
+        self.accelerator.log({k: v for k, v in line.items() if k not in ("step", "tokens")}, step=now.step)
+        task.advance(plan.batch_tokens, **shown)
+
+    def _not_finite(self, now: Progressed, summary: StepSummary) -> None:
+        parts = ", ".join(f"{name} {value:g}" for name, value in summary.means.items())
+        good = newest_state(self.run)
+        kept = f"the last good state is {good}" if good else "no state was saved before"
+        raise FactorctlError(
+            f"step {now.step + 1} ({now.tokens:,} tokens in): a loss or gradient is not finite ({parts}, gradient norm "
+            f"{summary.gradient_norm:g}); {kept}",
+            "the weights were not touched; start over with a lower --lr or --router-lr, or with --precision float32",
+        )
+
+    def _out_of_memory(self, now: Progressed, error: torch.OutOfMemoryError) -> None:
+        """Weights and optimiser are those of the last whole step: save them, then say what to change."""
+        self._forget_gradients(routers=True)
+        tried, peak = self.batches.plan, memory_bytes(self.batches.device)
+        if self.accelerator.num_processes == 1:  # others would wait for one that has failed
+            self._save_once(now)
+            kept = f"the state {now.tokens:,} tokens in is saved"
+        else:
+            kept = f"the last saved state is {newest_state(self.run)}"
+        raise ResourceError(
+            f"out of memory in step {now.step + 1} with {tried.micro_batch} x {tried.block_length} tokens at once; "
+            f"peak {peak / 1e9:.1f} GB; {kept}",
+            f"go on with --resume and --micro-batch {max(1, tried.micro_batch // 2)} or --gradient-checkpointing; or "
+            "start over with --precision bfloat16, --optimizer adamw-8bit, --teacher-quant 8bit or shorter blocks",
+        ) from error
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the allocator on CUDA, else the process's resident size."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,138 @@
+"""Recipes: which losses with which weights, gate, scale, optimiser and schedule. The command line overrides each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from factorctl.config import FinetuneConfig, Gate, OptimizerName, PresetName, ScaleRule
+from factorctl.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weight of each loss in the sum; 0 leaves it out, and what only it needs is not computed."""
+
+    lm: float = 0.0
+    par: float = 0.0
+    kd: float = 0.0
+    mse: float = 0.0
+    balance: float = 0.0
+    z: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about the training that a preset decides."""
+
+    weights: LossWeights
+    optimizer: OptimizerName
+    lr: float
+    router_lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    warmup_fraction: float
+    """Share of the tokens over which the learning rate rises from 0."""
+    final_lr_fraction: float
+    """What is left of the learning rate at the end of the cosine."""
+    clip_norm: float
+    """The gradient's norm over all trained values is cut to this, after the backward pass; 0 leaves it."""
+    temperature: float = 1.0
+    """Of the logit distillation."""
+    gate: Gate | None = None
+    """None keeps the checkpoint's."""
+    scale: ScaleRule | None = None
+    label_share: str = "paper"
+    """Part of the target that one expert is compared with: `paper` K/N; `scale` 1/a, what its output counts for."""
+    batch_tokens: int | None = None
+    """None: a 256th of all tokens, between 2048 and 32,768."""
+
+
+PRESETS: Mapping[PresetName, Recipe] = {
+    # FactorLLM as published: PAR beside the language-model loss (weight .05 in the released code), hard gate, N/K,
+    # Adam with its schedule of 500 warm-up steps in 10,000 and batches of 1 x 1024 tokens. The released code clips
+    # before the backward pass, that is not at all.
+    "factorllm": Recipe(
+        weights=LossWeights(lm=1.0, par=0.05),
+        optimizer="adam",
+        lr=4e-5,
+        router_lr=4e-5,
+        betas=(0.9, 0.95),
+        weight_decay=1e-5,
+        warmup_fraction=0.05,
+        final_lr_fraction=0.0,
+        clip_norm=0.0,
+        gate="hard",
+        scale="paper",
+        batch_tokens=1024,
+    ),
+    "default": Recipe(
+        weights=LossWeights(lm=0.0, par=0.1, kd=1.0, mse=0.0, balance=0.01, z=0.0),
+        optimizer="adamw",
+        lr=2e-4,
+        router_lr=2e-3,
+        betas=(0.9, 0.95),
+        weight_decay=0.01,
+        warmup_fraction=0.05,
+        final_lr_fraction=0.1,
+        clip_norm=1.0,
+        gate="softmax",
+        label_share="scale",
+    ),
+}
+
+
+def recipe_of(config: FinetuneConfig) -> Recipe:
+    """The preset with what `config` overrides.
+
+    Raises:
+        UsageError: an unknown loss, a negative weight, or no weight at all.
+    """
+    preset = PRESETS[config.preset]
+    weights = _weights(preset.weights, config.loss_weights)
+    names = (
+        "optimizer",
+        "lr",
+        "router_lr",
+        "weight_decay",
+        "clip_norm",
+        "temperature",
+        "gate",
+        "scale",
+        "batch_tokens",
+    )
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if config.lr is not None and config.router_lr is None:
+        given["router_lr"] = preset.router_lr * config.lr / preset.lr
+    recipe = replace(preset, weights=weights, **given)
+    _check_numbers(recipe)
+    return recipe
+
+
+def batch_tokens_of(recipe: Recipe, tokens: int) -> int:
+    """Tokens of one optimiser step: as given, or in proportion to the budget."""
+    return recipe.batch_tokens or min(32_768, max(2048, tokens // 256))
+
+
+def _weights(preset: LossWeights, given: Mapping[str, float]) -> LossWeights:
+    known = {field.name for field in fields(LossWeights)}
+    for name, weight in given.items():
+        if name not in known:
+            raise UsageError(f"--loss names '{name}', which is no loss", did_you_mean(name, known))
+        if not 0 <= weight < float("inf"):
+            raise UsageError(f"--loss {name}={weight:g} is no weight", "choose 0 or more")
+    weights = replace(preset, **given)
+    if not any((weights.lm, weights.par, weights.kd, weights.mse)):
+        raise UsageError("every loss that teaches has weight 0", "give lm, kd, mse or par a weight: --loss kd=1")
+    return weights
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    limits: dict[str, Any] = {"--lr": recipe.lr, "--router-lr": recipe.router_lr, "--temperature": recipe.temperature}
+    for option, value in limits.items():
+        if not 0 < value < float("inf"):
+            raise UsageError(f"{option} {value:g} is out of range", "choose a number above 0")
+    for option, value in {"--weight-decay": recipe.weight_decay, "--clip-norm": recipe.clip_norm}.items():
+        if not 0 <= value < float("inf"):
+            raise UsageError(f"{option} {value:g} is out of range", "choose 0 or more")
