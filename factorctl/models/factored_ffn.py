@@ -82,7 +82,8 @@ class FactoredFFN(nn.Module):
     @property
     def experts(self) -> ExpertWeights:
         """The routed experts as views; nothing is copied."""
-        return ExpertWeights(self.gate_up, self.down[:, self.shape.shared_size :], self.gate_up_bias, self.activation)
+        down = self.down[:, self.shape.shared_size :] if self.shape.shared_size else self.down
+        return ExpertWeights(self.gate_up, down, self.gate_up_bias, self.activation)
 
     def router_logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         """W_router x, [T, N], in the router's own dtype."""

@@ -134,10 +134,8 @@ def steps_for(device: torch.device, dtype: torch.dtype, hidden_size: int, shape:
 
 
 def cache_file() -> Path:
-    """Where tuned ladders live: $FACTORCTL_CACHE, else the user's cache directory."""
-    own = os.environ.get("FACTORCTL_CACHE")
-    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "factorctl"
-    return root / "paths.json"
+    """Where tuned ladders live: beside factorctl's other caches, see $FACTORCTL_CACHE."""
+    return Path(os.environ.get("FACTORCTL_CACHE") or Path.home() / ".cache" / "factorctl") / "paths.json"
 
 
 def read_tuned(file: Path) -> dict[str, Steps]:

@@ -20,8 +20,6 @@ G = 2H rows of a gate|up pair, R = N*H routed neurons, P = T*K (token, expert) p
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
@@ -32,6 +30,9 @@ from factorctl.models.routing import Routing, group_by_expert, scatter_weights
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 PathName = Literal["dense", "masked", "skip", "loop", "grouped", "slot"]
+
+Range = tuple[int, int]
+"""Experts from the first number up to, not including, the second."""
 
 CALL_COST_BYTES = {8: 256 << 10, 4: 256 << 10, 2: 768 << 10}
 """What one more expert in `skip` costs besides its weights, as bytes read in that time, by bytes per weight.
@@ -91,23 +92,16 @@ def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     return activation(gate) * up
 
 
+def gate_up_products(x_TD: torch.Tensor, experts: ExpertWeights) -> torch.Tensor:
+    """W_gate x and W_up x of every given expert, [T, N*2H]: one GEMM."""
+    bias = experts.gate_up_bias_NG
+    return F.linear(x_TD, experts.gate_up_NGD.flatten(0, 1), None if bias is None else bias.flatten())
+
+
 def hidden_of_all(x_TD: torch.Tensor, experts: ExpertWeights) -> torch.Tensor:
     """act(gate x) * (up x) of every routed neuron, [T, N, H]: one GEMM over all experts."""
-    bias = experts.gate_up_bias_NG
-    flat_TR = F.linear(x_TD, experts.gate_up_NGD.flatten(0, 1), None if bias is None else bias.flatten())
-    return gated(flat_TR.view(-1, experts.num_experts, 2 * experts.expert_size), experts.activation)
-
-
-def _weighted_sum(
-    x_TD: torch.Tensor, experts: ExpertWeights, weights_TN: torch.Tensor, shared: SharedHidden | None
-) -> torch.Tensor:
-    """Every given expert on every token, times its weight; shared neurons join the same down-projection."""
-    hidden_TNH = hidden_of_all(x_TD, experts)
-    hidden_TR = (hidden_TNH * weights_TN.unsqueeze(-1).to(hidden_TNH.dtype)).flatten(1)
-    if shared is None:
-        return F.linear(hidden_TR, experts.down_DR)
-    hidden = torch.cat([shared.hidden_TS, hidden_TR], dim=1)
-    return F.linear(hidden, shared.down_DF[:, : hidden.shape[1]])
+    products_TR = gate_up_products(x_TD, experts)
+    return gated(products_TR.view(-1, experts.num_experts, 2 * experts.expert_size), experts.activation)
 
 
 def masked(
@@ -117,7 +111,12 @@ def masked(
 
     Executes the dense FLOPs whatever K is: the floor of every other path and their oracle.
     """
-    return _weighted_sum(x_TD, experts, scatter_weights(routing, experts.num_experts), shared)
+    hidden_TNH = hidden_of_all(x_TD, experts)
+    weights_TN = scatter_weights(routing, experts.num_experts).to(hidden_TNH.dtype)
+    hidden_TR = (hidden_TNH * weights_TN.unsqueeze(-1)).flatten(1)
+    if shared is None:
+        return F.linear(hidden_TR, experts.down_DR)
+    return F.linear(torch.cat([shared.hidden_TS, hidden_TR], dim=1), shared.down_DF)
 
 
 def skip(
@@ -126,17 +125,46 @@ def skip(
     """`masked` over the experts that some token chose, neighbours in one GEMM.
 
     With few tokens a CPU waits for weights, not for arithmetic: each weight is read at most once, no token is moved.
+    What lies between the GEMMs runs once for all of them, because next to a small layer every call shows.
     """
-    one_pair = routing.ids_TK.numel() == 1
-    weights_TN = routing.weights_TK if one_pair else scatter_weights(routing, experts.num_experts)
-    parts = []
-    for start, stop in runs(sorted(set(routing.ids_TK.flatten().tolist())), bridged_gap(experts)):
-        weights = weights_TN if one_pair else weights_TN[:, start:stop]
-        parts.append(_weighted_sum(x_TD, experts.between(start, stop), weights, shared if start == 0 else None))
-        shared = None if start == 0 else shared
-    if shared is not None:
-        parts.append(shared.output_TD())
-    return functools.reduce(operator.add, parts) if parts else torch.zeros_like(x_TD)
+    size = experts.expert_size
+    ranges = list(runs(sorted(set(routing.ids_TK.flatten().tolist())), bridged_gap(experts)))
+    chosen = [experts.between(start, stop) for start, stop in ranges]
+    y_TD = None if shared is None else shared.output_TD()
+    if not chosen:
+        return torch.zeros_like(x_TD) if y_TD is None else y_TD
+    products = [gate_up_products(x_TD, some) for some in chosen]
+    products_TR = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+    hidden_TNH = gated(products_TR.view(x_TD.shape[0], -1, 2 * size), experts.activation)
+    hidden_TNH = weigh(hidden_TNH, routing, ranges, experts.num_experts)
+    for hidden_TR, some in zip(_split_ranges(hidden_TNH, ranges), chosen, strict=True):
+        if y_TD is None:
+            y_TD = F.linear(hidden_TR, some.down_DR)
+        else:
+            y_TD = torch.addmm(y_TD.to(hidden_TR.dtype), hidden_TR, some.down_DR.t())
+    assert y_TD is not None
+    return y_TD
+
+
+def weigh(hidden_TNH: torch.Tensor, routing: Routing, ranges: list[Range], num_experts: int) -> torch.Tensor:
+    """Multiply the experts in `ranges` by their weights; those that a token did not choose become zero."""
+    if routing.ids_TK.shape[0] == 1 and not routing.weights_TK.requires_grad:
+        weights = dict(zip(routing.ids_TK[0].tolist(), routing.weights_TK[0].tolist(), strict=True))
+        found = [weights.get(expert, 0.0) for start, stop in ranges for expert in range(start, stop)]
+        if len(found) == 1:
+            return hidden_TNH if found[0] == 1.0 else hidden_TNH * found[0]
+        return hidden_TNH * torch.tensor(found, dtype=hidden_TNH.dtype, device=hidden_TNH.device).view(1, -1, 1)
+    weights_TN = scatter_weights(routing, num_experts).to(hidden_TNH.dtype)
+    slices = [weights_TN[:, start:stop] for start, stop in ranges]
+    return hidden_TNH * (slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)).unsqueeze(-1)
+
+
+def _split_ranges(hidden_TNH: torch.Tensor, ranges: list[Range]) -> tuple[torch.Tensor, ...]:
+    """[T, neurons of the range], range by range."""
+    hidden_TR, size = hidden_TNH.flatten(1), hidden_TNH.shape[2]
+    if len(ranges) == 1:
+        return (hidden_TR,)
+    return torch.split(hidden_TR, [(stop - start) * size for start, stop in ranges], dim=1)
 
 
 def bridged_gap(experts: ExpertWeights) -> int:
@@ -146,7 +174,7 @@ def bridged_gap(experts: ExpertWeights) -> int:
     return CALL_COST_BYTES[weight.dtype.itemsize] // expert_bytes
 
 
-def runs(ids: list[int], gap: int) -> Iterator[tuple[int, int]]:
+def runs(ids: list[int], gap: int) -> Iterator[Range]:
     """[start, stop) ranges over a sorted list of ids; up to `gap` ids may be missing within a range."""
     start = 0
     for i in range(1, len(ids) + 1):

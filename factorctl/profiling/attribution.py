@@ -1,0 +1,97 @@
+"""Where the time of a factored FFN goes: its path, the weights it reads, and what deciding costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from factorctl.models.building import factored_ffns
+from factorctl.models.paths import PathName
+from factorctl.profiling.expert_load import RoutedText, mean_hits
+from factorctl.profiling.flops import experts_run_by
+from factorctl.profiling.runtime import Clock, synchronised_clock
+from factorctl.profiling.sizes import ModelSizes
+
+ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class FfnCost:
+    """One FFN layer at one number of tokens, averaged over the layers."""
+
+    tokens: int
+    path: PathName
+    ffn_ms: float
+    """Median of a whole layer's time, on the text's own FFN inputs."""
+    dense_ms: float
+    """The same layer with all experts on."""
+    routing_share: float
+    """Router product, top-k and gate over the layer's time; the path's own gathering is not in it."""
+    experts_hit: float
+    """Experts that some token chose."""
+    weight_mbytes: float
+    """FFN weights that the path reads."""
+    dense_weight_mbytes: float
+    executed_share: float
+    """FLOPs that the path executes over the dense FFN's; the active share is K/N."""
+
+
+@torch.no_grad()
+def ffn_cost(model: PreTrainedModel, sizes: ModelSizes, text: RoutedText, tokens: int, itemsize: int) -> FfnCost:
+    """Time every layer in turn, so that its weights come from memory as they do in the model."""
+    ffns = list(factored_ffns(model))
+    inputs = [repeat_to(x_TD, tokens) for x_TD in text.inputs_LTD]
+    top_k, num_experts = sizes.shape.top_k, sizes.shape.num_experts
+    clock = synchronised_clock(inputs[0].device)
+
+    def run(active: int) -> None:
+        for ffn, x_TD in zip(ffns, inputs, strict=True):
+            ffn.top_k = active
+            ffn(x_TD)
+            ffn.top_k = top_k
+
+    def route() -> None:
+        for ffn, x_TD in zip(ffns, inputs, strict=True):
+            ffn.route(x_TD)
+
+    ffn_ms, dense_ms = _medians_ms([lambda: run(top_k), lambda: run(num_experts)], clock)
+    routing_ms = _medians_ms([route], clock)[0] if sizes.routes else 0.0
+    path = ffns[0].path_for(tokens)
+    hits = mean_hits(text.loads, top_k, tokens)
+    read = num_experts if path in ("masked", "dense") else hits
+    shape, neuron_bytes = sizes.shape, sizes.neuron_weights * itemsize
+    return FfnCost(
+        tokens=tokens,
+        path=path,
+        ffn_ms=ffn_ms / len(ffns),
+        dense_ms=dense_ms / len(ffns),
+        routing_share=routing_ms / ffn_ms,
+        experts_hit=hits,
+        weight_mbytes=(shape.shared_size + read * shape.expert_size) * neuron_bytes / 1e6,
+        dense_weight_mbytes=shape.intermediate_size * neuron_bytes / 1e6,
+        executed_share=(shape.shared_size + _run_per_token(path, sizes, tokens, hits) * shape.expert_size)
+        / shape.intermediate_size,
+    )
+
+
+def _run_per_token(path: PathName, sizes: ModelSizes, tokens: int, hits: float) -> float:
+    return hits if path == "skip" else experts_run_by(path, sizes, tokens)
+
+
+def _medians_ms(runs: list[Callable[[], None]], clock: Clock) -> list[float]:
+    """Interleaved medians, after one run of each to warm up."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(ROUNDS + 1):
+        for run, found in zip(runs, times, strict=True):
+            start = clock()
+            run()
+            found.append((clock() - start) * 1e3)
+    return [sorted(found[1:])[ROUNDS // 2] for found in times]
+
+
+def repeat_to(x_TD: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The first `tokens` rows, starting over where there are fewer."""
+    return x_TD[torch.arange(tokens, device=x_TD.device) % x_TD.shape[0]]

@@ -1,0 +1,91 @@
+"""Timing the execution paths on this machine, and turning the times into a ladder."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from factorctl.models.building import factored_ffns
+from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.models.path_choice import Site, Step, Steps, site_of
+from factorctl.models.paths import PathName
+from factorctl.profiling.attribution import repeat_to
+from factorctl.profiling.expert_load import RoutedText
+from factorctl.profiling.runtime import synchronised_clock
+from factorctl.progress import Progress
+
+TOKEN_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ROUNDS = 15
+MARGIN = 0.97
+"""Another path than the one that serves fewer tokens must be at least 3% faster: noise makes no step."""
+
+Timings = dict[int, dict[PathName, float]]
+"""Tokens -> path -> median milliseconds of one layer."""
+
+
+def model_site(model: PreTrainedModel) -> Site:
+    """What the choice of paths in this model depends on; all its layers are alike."""
+    ffn = next(iter(factored_ffns(model)))
+    return site_of(ffn.gate_up.device, ffn.gate_up.dtype, ffn.hidden_size, ffn.shape)
+
+
+def candidates(site: Site) -> tuple[PathName, ...]:
+    """Paths that may be chosen here: none that waits for the GPU, none that the sizes rule out."""
+    if not site.cuda:
+        return "skip", "loop", "masked"
+    return ("slot", "masked", "grouped") if site.can_group else ("slot", "masked")
+
+
+@torch.no_grad()
+def time_paths(model: PreTrainedModel, text: RoutedText, progress: Progress) -> Timings:
+    """Every candidate at every token count, interleaved, each round on all layers with the text's own FFN inputs."""
+    site, ffns = model_site(model), list(factored_ffns(model))
+    timings: Timings = {}
+    with progress.stage("Timing execution paths", total=len(TOKEN_COUNTS), unit="token counts") as task:
+        for tokens in TOKEN_COUNTS:
+            inputs = [repeat_to(x_TD, tokens) for x_TD in text.inputs_LTD]
+            timings[tokens] = _time_candidates(ffns, inputs, candidates(site))
+            task.advance(tokens=tokens)
+    return timings
+
+
+def _time_candidates(
+    ffns: Sequence[FactoredFFN], inputs: Sequence[torch.Tensor], paths: Sequence[PathName]
+) -> dict[PathName, float]:
+    clock = synchronised_clock(inputs[0].device)
+    times: dict[PathName, list[float]] = {path: [] for path in paths}
+    before = [ffn.path for ffn in ffns]
+    try:
+        for done in range(ROUNDS + 1):
+            for path in paths if done % 2 else paths[::-1]:
+                for ffn in ffns:
+                    ffn.path = path
+                start = clock()
+                for ffn, x_TD in zip(ffns, inputs, strict=True):
+                    ffn(x_TD)
+                if done:
+                    times[path].append((clock() - start) * 1e3 / len(ffns))
+    finally:
+        for ffn, path_before in zip(ffns, before, strict=True):
+            ffn.path = path_before
+    return {path: statistics.median(found) for path, found in times.items()}
+
+
+def ladder(timings: Mapping[int, Mapping[PathName, float]]) -> Steps:
+    """The fastest path per token count as steps; a step ends halfway, geometrically, to where the next one won.
+
+    Example: skip at 1 to 8 tokens, loop from 16 on -> (Step(11, "skip"), Step(None, "loop")).
+    """
+    counts = sorted(timings)
+    chosen = min(timings[counts[0]], key=timings[counts[0]].__getitem__)
+    steps = []
+    for fewer, more in itertools.pairwise(counts):
+        fastest = min(timings[more], key=timings[more].__getitem__)
+        if fastest != chosen and timings[more][fastest] < MARGIN * timings[more][chosen]:
+            steps.append(Step(int((fewer * more) ** 0.5), chosen))
+            chosen = fastest
+    return (*steps, Step(None, chosen))

@@ -1,0 +1,97 @@
+"""The models that a factored model is timed against, all in one process, sharing every weight that they can.
+
+model:  the factored model as it is used.
+dense:  the same modules with all experts on: same runtime, same GEMMs. The only base of a speed-up.
+narrow: a dense model that is as wide as the active neurons, F*K/N without shared ones: what routing that costs
+        nothing would reach.
+stock:  transformers' own FFN, three linear layers: what users run today.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from factorctl.models.building import decoder_layers, factored_ffns
+from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.models.paths import gated
+
+VariantName = Literal["model", "dense", "narrow", "stock"]
+
+
+class FusedFFN(nn.Module):
+    """A dense FFN of the shared neurons and the first `experts` experts: gate and up in one GEMM, weights copied."""
+
+    def __init__(self, ffn: FactoredFFN, experts: int) -> None:
+        super().__init__()
+        gate_FD, up_FD, self.down_DF = dense_weights(ffn, experts)
+        biases = dense_biases(ffn, experts)
+        self.gate_up_GD = torch.cat([gate_FD, up_FD])
+        self.gate_up_bias = None if biases is None else torch.cat(biases)
+        self.down_bias, self.activation = ffn.down_bias, ffn.activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = gated(F.linear(x, self.gate_up_GD, self.gate_up_bias), self.activation)
+        return F.linear(hidden, self.down_DF, self.down_bias)
+
+
+class StockFFN(nn.Module):
+    """The whole dense FFN as transformers computes it: three linear layers, weights copied."""
+
+    def __init__(self, ffn: FactoredFFN) -> None:
+        super().__init__()
+        experts = ffn.shape.num_experts
+        self.gate_FD, self.up_FD, self.down_DF = dense_weights(ffn, experts)
+        biases = dense_biases(ffn, experts)
+        self.gate_bias = None if biases is None else biases[0]
+        self.up_bias = None if biases is None else biases[1]
+        self.down_bias, self.activation = ffn.down_bias, ffn.activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.activation(F.linear(x, self.gate_FD, self.gate_bias))
+        return F.linear(gate * F.linear(x, self.up_FD, self.up_bias), self.down_DF, self.down_bias)
+
+
+def dense_weights(ffn: FactoredFFN, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gate, up and down of the shared neurons and the first `experts` experts, contiguous."""
+    size, width = ffn.shape.expert_size, ffn.hidden_size
+    gate_up = ffn.gate_up[:experts].detach().view(experts, 2, size, width)
+    gate, up = gate_up[:, 0].reshape(-1, width), gate_up[:, 1].reshape(-1, width)
+    if ffn.shared_gate_up is not None:
+        shared_gate, shared_up = ffn.shared_gate_up.detach().chunk(2)
+        gate, up = torch.cat([shared_gate, gate]), torch.cat([shared_up, up])
+    return gate, up, ffn.down.detach()[:, : ffn.shape.shared_size + experts * size].contiguous()
+
+
+def dense_biases(ffn: FactoredFFN, experts: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """gate and up biases in the order of `dense_weights`; None where the FFN has none."""
+    if ffn.gate_up_bias is None:
+        return None
+    gate, up = (part.flatten() for part in ffn.gate_up_bias[:experts].detach().view(experts, 2, -1).unbind(1))
+    if ffn.shared_gate_up_bias is None:
+        return gate, up
+    shared_gate, shared_up = ffn.shared_gate_up_bias.detach().chunk(2)
+    return torch.cat([shared_gate, gate]), torch.cat([shared_up, up])
+
+
+def make_variants(model: PreTrainedModel) -> dict[VariantName, PreTrainedModel]:
+    """The model and its anchors; attention, embeddings and head are the same tensors in all four."""
+    dense, narrow, stock = sharing_copy(model), sharing_copy(model), sharing_copy(model)
+    for ffn in factored_ffns(dense):
+        ffn.top_k, ffn.path = ffn.shape.num_experts, "auto"
+    for block, ffn in zip(decoder_layers(narrow), list(factored_ffns(narrow)), strict=True):
+        block.mlp = FusedFFN(ffn, ffn.top_k)
+    for block, ffn in zip(decoder_layers(stock), list(factored_ffns(stock)), strict=True):
+        block.mlp = StockFFN(ffn)
+    return {"model": model, "dense": dense, "narrow": narrow, "stock": stock}
+
+
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Another module tree over the same parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
