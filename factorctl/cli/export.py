@@ -1,0 +1,177 @@
+"""`factorctl export`."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from factorctl.cli.options import (
+    DEFAULT_WORKSPACE_OPTION,
+    CheckpointArg,
+    DeviceOpt,
+    DryRunOpt,
+    DTypeOpt,
+    FormatOpt,
+    OutOpt,
+    OverwriteOpt,
+    QuietOpt,
+    SeedOpt,
+    WorkspaceOpt,
+)
+from factorctl.config import ExportConfig, ExportTarget
+from factorctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from factorctl.pipeline.export import ExportPlan, ExportResult
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|K|M|G|T)B?", re.IGNORECASE)
+_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def export(
+    checkpoint: CheckpointArg = None,
+    to: Annotated[
+        ExportTarget,
+        typer.Option(
+            "--to",
+            help="hf: a stock transformers mixture of experts; gguf: llama.cpp and Ollama; dense: the source's "
+            "architecture; bnb-4bit, bnb-8bit: quantised by bitsandbytes.",
+        ),
+    ] = "hf",
+    quant: Annotated[
+        str,
+        typer.Option(
+            "--quant", help="GGUF storage: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.; auto keeps the dtype."
+        ),
+    ] = "auto",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Refuse what is only near the native function (gate hard, several experts).")
+    ] = False,
+    untie_lm_head: Annotated[
+        bool, typer.Option("--untie-lm-head", help="Store the head beside the embeddings it equals; SGLang needs it.")
+    ] = False,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Largest weight file, e.g. 500MB; also bounds memory.")
+    ] = "2GB",
+    verify_gguf: Annotated[
+        bool, typer.Option("--verify-gguf", help="Demand a comparison in llama.cpp itself (pip install xllamacpp).")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="REPO", help="Upload the finished export to this Hub repository.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a repository that --push creates private.")] = False,
+    out: OutOpt = None,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    seed: SeedOpt = 0,
+    device: DeviceOpt = "auto",
+    dtype: DTypeOpt = "auto",
+    overwrite: OverwriteOpt = False,
+    dry_run: DryRunOpt = False,
+    output: FormatOpt = "text",
+    quiet: QuietOpt = False,
+) -> None:
+    """Turn a native checkpoint into what unmodified stock engines run, and prove that it computes the same.
+
+    The export is loaded in the stock engine and its logits are compared with the native model's before it is published;
+    if they differ, nothing is. What a target cannot hold is refused by name.
+
+    Examples:
+
+        factorctl export runs/demo-1R4E2K
+
+        factorctl export runs/demo-1R4E2K --to gguf --quant q8_0
+    """
+    from factorctl.cli.render import progress_listener
+    from factorctl.pipeline import export as pipeline
+
+    config = ExportConfig(
+        checkpoint=checkpoint,
+        target=to,
+        quant=quant,
+        exact=exact,
+        untie_lm_head=untie_lm_head,
+        max_shard_bytes=parse_bytes(max_shard_size, "--max-shard-size"),
+        verify_gguf=verify_gguf,
+        push=push,
+        private=private,
+        out=out,
+        workspace=workspace,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+    progress = progress_listener(quiet=quiet)
+    if dry_run:
+        _show_plan(pipeline.plan_export(config, progress), output)
+    else:
+        _show_result(pipeline.export(config, progress), output)
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """'500MB' as 500,000,000.
+
+    Raises:
+        UsageError: no such size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = round(float(match[1]) * _FACTORS[match[2].upper()]) if match else 0
+    if size <= 0:
+        raise UsageError(f"{option} {text!r} is no size", "for example 500MB or 2GB")
+    return size
+
+
+def _show_plan(plan: ExportPlan, output: str) -> None:
+    from factorctl.cli.render import facts_table, gigabytes, show
+
+    facts: dict[str, object] = {
+        "checkpoint": str(plan.checkpoint.path),
+        "notation": plan.checkpoint.spec.shape.notation,
+        "format": plan.config.target,
+        "architecture": plan.form.architecture,
+        "dtype": plan.form.dtype,
+        "tensors": plan.shards.num_tensors,
+        "shards": len(plan.shards.shards),
+        "disk_bytes": plan.disk_bytes,
+        "memory_bytes": plan.memory_bytes,
+        "out": str(plan.out),
+    }
+    shown = {**facts, "disk_bytes": gigabytes(plan.disk_bytes), "memory_bytes": gigabytes(plan.memory_bytes)}
+    show(facts, output=output, tables=[facts_table("Plan (nothing is written)", shown)])  # type: ignore[arg-type]
+
+
+def _show_result(result: ExportResult, output: str) -> None:
+    from factorctl.cli.render import facts_table, gigabytes, show
+
+    facts: dict[str, object] = {
+        "format": f"{result.format}, {result.architecture}, {result.dtype}",
+        "compared in": f"{result.engine}, {result.tokens_compared} tokens",
+        "largest logit error": result.max_logit_error,
+        "top-1 agreement": None if result.top1_agreement is None else f"{result.top1_agreement:.2%}",
+        "KL (nats per token)": result.kl,
+    }
+    if result.scale_rounding is not None:
+        facts["scale folded in"] = "bit-exact" if result.scale_rounding == 0 else f"rounds {result.scale_rounding:.1e}"
+    if result.selection_agreement is not None:
+        facts["experts chosen alike"] = f"{result.selection_agreement:.3%}, gates off 1/K by {result.gate_error:.1e}"
+    if result.identical_to_source is not None:
+        facts["the source, bit for bit"] = result.identical_to_source
+    if result.memory_bytes is not None:
+        facts["weights in memory"] = gigabytes(result.memory_bytes)
+    facts |= {
+        "on disk": f"{gigabytes(result.bytes)} in {result.files} files",
+        "time": f"{result.seconds:.1f} s",
+        "written to": result.path,
+    }
+    if result.commit is not None:
+        facts["pushed as"] = result.commit
+    table = facts_table(f"Exported {result.notation}", facts)
+    show(result, output=output, tables=[table], closing=_next_steps(result))  # type: ignore[arg-type]
+
+
+def _next_steps(result: ExportResult) -> list[str]:
+    if result.format == "gguf":
+        return [f"Next: llama-cli -m {result.path}/model.gguf", f"      ollama create NAME -f {result.path}/Modelfile"]
+    return [f"Next: vllm serve {result.path}", "      more engines and their limits: docs/serve.md"]

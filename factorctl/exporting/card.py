@@ -1,0 +1,128 @@
+"""README.md of an export: where it came from, what was checked, how to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from factorctl.checkpoint.manifest import Manifest
+from factorctl.exporting.comparison import Agreement
+
+METHOD = "https://arxiv.org/abs/2408.11855"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card says beyond the parent's manifest."""
+
+    target: str
+    architecture: str
+    dtype: str
+    engine: str
+    """What the export was compared in."""
+    agreement: Agreement | None
+    notes: Sequence[str] = ()
+    gguf_file: str | None = None
+    licence: str | None = None
+    reports: Mapping[str, str] = field(default_factory=dict)
+    """Title -> Markdown table, from reports on the parent checkpoint."""
+
+
+def export_card(parent: Manifest, facts: CardFacts) -> str:
+    """A model card; the same facts give the same text."""
+    sections = [
+        _front_matter(parent, facts),
+        _what_it_is(parent, facts),
+        _checked(facts),
+        _usage(facts),
+        *(f"## {title}\n\n{table}" for title, table in facts.reports.items()),
+        _made_with(parent, facts),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def licence_of(config: Mapping[str, Any], copied: Sequence[str]) -> str | None:
+    """The licence as far as the source's own files say it."""
+    named = config.get("license")
+    files = [name for name in copied if name.upper().startswith(("LICENSE", "NOTICE", "USE_POLICY"))]
+    return str(named) if named else f"see {', '.join(files)}" if files else None
+
+
+def _front_matter(parent: Manifest, facts: CardFacts) -> str:
+    lines = ["---", "library_name: " + ("gguf" if facts.gguf_file else "transformers"), "pipeline_tag: text-generation"]
+    if parent.source.get("kind") == "hub":
+        lines += [f"base_model: {parent.source['id']}"]
+    return "\n".join([*lines, "tags:", "- mixture-of-experts", "- factorctl", "---"])
+
+
+def _what_it_is(parent: Manifest, facts: CardFacts) -> str:
+    factored, source = parent.factored, parent.source
+    revision = f", revision {source['revision']}" if source.get("revision") else ""
+    if facts.target == "dense" and factored["top_k"]:
+        what = "put back together: all experts are always on."
+    elif factored["top_k"] == 0:
+        what = f"cut down to the {factored['shared_size']} most important neurons of every feed-forward network."
+    else:
+        what = (
+            f"split into a mixture of experts ({factored['notation']}): {factored['num_experts']} experts of "
+            f"{factored['expert_size']} neurons, {factored['top_k']} of them active per token, beside "
+            f"{factored['shared_size']} shared neurons that are always on; "
+            f"{factored['active_ffn_fraction']:.1%} of the feed-forward neurons work for a token."
+        )
+    title = f"# {source['id']} as {facts.architecture}" + (
+        f", {factored['notation']}" if 0 < factored["top_k"] < factored["num_experts"] else ""
+    )
+    licence = facts.licence or "that of the base model, which did not carry a licence file"
+    return "\n".join(
+        [
+            title,
+            "",
+            f"- Base model: {source['id']}{revision}, {what}",
+            f"- Method: [FactorLLM]({METHOD}), by factorctl {parent.tool_version} ({parent.stage}); gate "
+            f"`{factored['gate']}`, scale `{factored['scale']}`.",
+            f"- Format: {facts.target}, architecture `{facts.architecture}`, {facts.dtype} weights, no custom code.",
+            f"- Licence: {licence}.",
+            *(f"- {note[0].upper()}{note[1:]}." for note in facts.notes),
+        ]
+    )
+
+
+def _checked(facts: CardFacts) -> str:
+    if facts.agreement is None:
+        return "## Compared with the native checkpoint\n\nNot run: every tensor was read back and compared instead."
+    agreement = facts.agreement
+    return (
+        f"## Compared with the native checkpoint\n\nOn {agreement.tokens} tokens, in {facts.engine}: largest logit "
+        f"difference {agreement.max_logit_error:.2g}, same most likely token {agreement.top1_agreement:.2%}, "
+        f"KL {agreement.kl:.2g} nats."
+    )
+
+
+def _usage(facts: CardFacts) -> str:
+    if facts.gguf_file:
+        return (
+            "## Use\n\n```sh\n"
+            f'llama-cli -m {facts.gguf_file} -p "Once upon a time"\n'
+            "ollama create my-model -f Modelfile && ollama run my-model\n```"
+        )
+    return (
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\nmodel = AutoModelForCausalLM.from_pretrained("PATH")\n'
+        'ids = tokenizer("Once upon a time", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))\n```"
+    )
+
+
+def _made_with(parent: Manifest, facts: CardFacts) -> str:
+    config = parent.config
+    model = config.get("model") or parent.source["id"]
+    commands = [
+        f"factorctl factorize {model} --experts {parent.factored['num_experts']} --top-k {parent.factored['top_k']}",
+        f"factorctl export CHECKPOINT --to {facts.target}",
+    ]
+    return (
+        "## How it was made\n\n```sh\n" + "\n".join(commands) + "\n```\n\n"
+        f"`factorctl.json` ties this directory to its parent checkpoint (`{parent.sha256[:16]}`) and holds the full "
+        "configuration and the sha256 of every file; `factorctl verify PATH` checks them."
+    )

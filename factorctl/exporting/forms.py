@@ -1,0 +1,153 @@
+"""The form that a checkpoint takes for a target: its tensors, its config.json, and what it then has to equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.config import ExportConfig
+from factorctl.exporting.architectures import architecture_for, needs_router_scaling
+from factorctl.exporting.comparison import Fidelity
+from factorctl.exporting.dense_layout import DenseLayout, dense_config
+from factorctl.exporting.features import features_of
+from factorctl.exporting.folding import Folding, folded_scale, is_power_of_two
+from factorctl.exporting.shards import Layout
+from factorctl.exporting.stock_config import stock_config
+from factorctl.exporting.stock_tensors import NativeUnits, StockLayout
+from factorctl.models.loading import NativeCheckpoint
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Form:
+    """One checkpoint in the form of one target."""
+
+    container: Literal["safetensors", "gguf"]
+    architecture: str
+    layout: Layout
+    config: dict[str, Any]
+    """config.json; empty for a GGUF, which carries its own."""
+    dtype: str
+    top_k: int
+    """Active experts of the native model that this form equals: all of them for `--to dense`."""
+    fidelity: Fidelity
+
+
+def form_for(
+    checkpoint: NativeCheckpoint, config: ExportConfig, reader: CheckpointReader, shifts: Sequence[int] = ()
+) -> Form:
+    """The form of `config.target`.
+
+    Args:
+        shifts: per layer the power of two that the router is divided by, for gate `hard` at K > 1.
+    """
+    if config.target == "hf":
+        return _stock_form(checkpoint, config, reader, shifts)
+    return _dense_form(checkpoint, config, reader)
+
+
+def stored_dtype(config: ExportConfig, reader: CheckpointReader) -> torch.dtype:
+    """The dtype of the export's weights: the checkpoint's own unless `--dtype` names another."""
+    return cast_to(config) or reader.entry(EMBEDDING).dtype
+
+
+def cast_to(config: ExportConfig) -> torch.dtype | None:
+    return None if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _native_units(checkpoint: NativeCheckpoint, reader: CheckpointReader) -> NativeUnits:
+    return NativeUnits(checkpoint.dense, tuple(reader.entries))
+
+
+def _is_tied(checkpoint: NativeCheckpoint, config: ExportConfig) -> bool:
+    return bool(checkpoint.dense.config.tie_word_embeddings) and not config.untie_lm_head
+
+
+def _stock_form(
+    checkpoint: NativeCheckpoint, config: ExportConfig, reader: CheckpointReader, shifts: Sequence[int]
+) -> Form:
+    dense, spec = checkpoint.dense, checkpoint.spec
+    arch, dtype = architecture_for(dense, spec), stored_dtype(config, reader)
+    folding = Folding(spec, arch.shared, cast_to(config), tuple(shifts))
+    return Form(
+        container="safetensors",
+        architecture=arch.class_name,
+        layout=StockLayout(_native_units(checkpoint, reader), arch, folding, config.untie_lm_head),
+        config=stock_config(dense, spec, arch, dtype=dtype_name(dtype), tied=_is_tied(checkpoint, config)),
+        dtype=dtype_name(dtype),
+        top_k=spec.shape.top_k,
+        fidelity=fidelity_of_experts(checkpoint, config, reader),
+    )
+
+
+def _dense_form(checkpoint: NativeCheckpoint, config: ExportConfig, reader: CheckpointReader) -> Form:
+    dense, spec, dtype = checkpoint.dense, checkpoint.spec, stored_dtype(config, reader)
+    changes_tie = bool(dense.config.tie_word_embeddings) and config.untie_lm_head
+    named = None if config.dtype == "auto" else dtype_name(dtype)
+    return Form(
+        container="safetensors",
+        architecture=str((dense.config.architectures or [type(dense.config).__name__])[0]),
+        layout=DenseLayout(_native_units(checkpoint, reader), spec, cast_to(config), config.untie_lm_head),
+        config=dense_config(dense.raw, spec, dtype=named, untied=changes_tie),
+        dtype=dtype_name(dtype),
+        top_k=0 if spec.shape.top_k == 0 else spec.shape.num_experts,
+        fidelity=Fidelity.ROUNDED if _narrows(config, reader) else Fidelity.EXACT,
+    )
+
+
+def fidelity_of_experts(checkpoint: NativeCheckpoint, config: ExportConfig, reader: CheckpointReader) -> Fidelity:
+    """Exact while values are only multiplied by powers of two, or kept wider than 16 bits."""
+    spec, layers = checkpoint.spec, range(checkpoint.dense.num_layers)
+    folds_exactly = all(is_power_of_two(folded_scale(spec, layer)) for layer in layers)
+    is_wide = stored_dtype(config, reader).itemsize > 2
+    if needs_router_scaling(spec) or _narrows(config, reader) or not (folds_exactly or is_wide):
+        return Fidelity.ROUNDED
+    return Fidelity.EXACT
+
+
+def _narrows(config: ExportConfig, reader: CheckpointReader) -> bool:
+    """Whether `--dtype` rounds: to fewer bytes, or between the two 16-bit formats."""
+    wanted, kept = cast_to(config), reader.entry(EMBEDDING).dtype
+    return wanted is not None and wanted != kept and wanted.itemsize <= kept.itemsize
+
+
+def remarks(checkpoint: NativeCheckpoint, config: ExportConfig) -> list[str]:
+    """What the user should know of this form before relying on it."""
+    dense, spec = checkpoint.dense, checkpoint.spec
+    shape, features, notes = spec.shape, features_of(dense), []
+    if config.target == "dense" and 0 < shape.top_k < shape.num_experts:
+        notes.append(f"all {shape.num_experts} experts are on in the dense model; the checkpoint runs {shape.top_k}")
+    if config.target == "dense" and not is_untouched(checkpoint) and shape.top_k:
+        notes.append("the weights were trained or refitted: this is no longer the source's dense model")
+    copies = dense.family.model_type == "qwen3" and shape.shared_size and config.target in ("hf", "gguf")
+    if copies:
+        active = shape.top_k * (shape.shared_size + shape.expert_size) / shape.active_neurons
+        notes.append(
+            f"Qwen3-MoE has no shared expert: the {shape.shared_size} shared neurons are copied into each of the "
+            f"{shape.num_experts} experts, exactly, at {active:.2f} times the active neurons"
+        )
+    if config.target == "gguf" and features.window:
+        notes.append(
+            f"llama.cpp has no sliding window in this architecture: the context is cut to the window of "
+            f"{features.window} tokens, within which the two are equal"
+        )
+    if needs_router_scaling(spec) and config.target in ("hf", "gguf"):
+        notes.append("gate hard counts every chosen expert fully; stock routers come near that, not to it")
+    return notes
+
+
+def is_untouched(checkpoint: NativeCheckpoint) -> bool:
+    """Whether every FFN weight is the source's bit for bit: factorized, not cast, refitted or trained."""
+    manifest = checkpoint.manifest
+    layers = manifest.details.get("layers") or []
+    refitted = any(layer.get("refit", {}).get("kept") for layer in layers)
+    return manifest.stage == "factorize" and manifest.config.get("dtype") == "auto" and not refitted

@@ -1,0 +1,120 @@
+"""config.json of an export: the stock architecture's own fields, with both spellings of what changed between releases.
+
+transformers 5 reads `rope_parameters` and `dtype`; transformers 4, vLLM before mid-2026, SGLang and Ollama read
+`rope_theta`, `rope_scaling` and `torch_dtype`, and silently take theta = 10000 where they are missing.
+Both are written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from factorctl.exporting.architectures import GRANITE, MIXTRAL, QWEN2, Architecture
+from factorctl.exporting.features import Features, features_of
+from factorctl.models.factored_spec import FactoredSpec
+from factorctl.models.families import DenseModel
+
+PADDING_SHARED_SIZE = 16
+"""Qwen2-MoE must have a shared expert: transformers wants its tensors, vLLM has no place for empty ones. Where nothing
+is shared it gets this many neurons of zero weight; a multiple of usual tensor-parallel degrees."""
+
+
+def stock_config(
+    dense: DenseModel, spec: FactoredSpec, arch: Architecture, *, dtype: str, tied: bool
+) -> dict[str, Any]:
+    """config.json for `arch`.
+
+    Args:
+        dtype: of the stored weights, e.g. 'bfloat16'.
+        tied: whether the head is the embedding.
+    """
+    features = features_of(dense)
+    return {
+        **_common(dense, features, arch, dtype=dtype, tied=tied),
+        **rope_keys(features),
+        **_experts(dense, spec, features, arch),
+    }
+
+
+def _common(dense: DenseModel, features: Features, arch: Architecture, *, dtype: str, tied: bool) -> dict[str, Any]:
+    config = dense.config
+    return {
+        "architectures": [arch.class_name],
+        "model_type": arch.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": dense.hidden_size,
+        "num_hidden_layers": dense.num_layers,
+        "num_attention_heads": features.num_heads,
+        "num_key_value_heads": features.num_kv_heads,
+        "head_dim": features.head_dim,
+        "hidden_act": features.activation,
+        "max_position_embeddings": features.context_length,
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_range,
+        "attention_dropout": config.attention_dropout,
+        "tie_word_embeddings": tied,
+        "use_cache": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "transformers_version": transformers.__version__,
+    }
+
+
+def rope_keys(features: Features) -> dict[str, Any]:
+    """RoPE under the keys of transformers 5 and under those of everyone before."""
+    parameters = {key: value for key, value in features.rope.items() if key != "partial_rotary_factor"}
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    return {
+        "rope_parameters": parameters,
+        "rope_theta": features.rope_theta,
+        "rope_scaling": None if features.rope_type == "default" else scaling,
+    }
+
+
+def _experts(dense: DenseModel, spec: FactoredSpec, features: Features, arch: Architecture) -> dict[str, Any]:
+    shape = spec.shape
+    routing = {"num_experts_per_tok": shape.top_k, "output_router_logits": False, "router_aux_loss_coef": 0.001}
+    if arch is MIXTRAL:
+        return {
+            **routing,
+            "num_local_experts": shape.num_experts,
+            "intermediate_size": shape.expert_size,
+            "sliding_window": features.window,
+        }
+    if arch is GRANITE:
+        return {
+            **routing,
+            "num_local_experts": shape.num_experts,
+            "intermediate_size": shape.expert_size,
+            "shared_intermediate_size": shape.shared_size,
+            "attention_bias": False,
+            "attention_multiplier": features.head_dim**-0.5,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        }
+    qwen: dict[str, Any] = {
+        **routing,
+        "num_experts": shape.num_experts,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "intermediate_size": dense.intermediate_size,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": dense.num_layers,
+    }
+    if arch is QWEN2:
+        shared = shape.shared_size or PADDING_SHARED_SIZE
+        return {
+            **qwen,
+            "moe_intermediate_size": shape.expert_size,
+            "shared_expert_intermediate_size": shared,
+            "qkv_bias": True,
+        }
+    return {**qwen, "moe_intermediate_size": shape.shared_size + shape.expert_size, "attention_bias": False}

@@ -1,0 +1,106 @@
+"""Asking stock transformers, in a process that cannot import factorctl, what an export computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from factorctl.errors import FactorctlError
+from factorctl.exporting import stock_process
+
+
+@dataclass(frozen=True)
+class StockJob:
+    """One directory to load and what to compute with it."""
+
+    directory: Path
+    dtype: str
+    """What to compute in: stored weights are cast to it."""
+    sequences: Sequence[Sequence[int]]
+    prompts: Sequence[Sequence[int]] = ()
+    """Token ids that are continued greedily."""
+    new_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StockAnswer:
+    """What stock transformers made of a directory."""
+
+    class_name: str
+    logits: list[torch.Tensor]
+    """Per sequence [tokens, vocabulary], float32."""
+    memory_bytes: int
+    continuations: list[list[int]] = field(default_factory=list)
+
+
+class StockReloadError(FactorctlError):
+    """Stock transformers did not load the export, or not all of it: nothing may be published."""
+
+
+def ask_stock(jobs: Sequence[StockJob]) -> list[StockAnswer]:
+    """Load every directory with transformers' `AutoModelForCausalLM` in one blocked process.
+
+    Raises:
+        StockReloadError: loading failed, or a tensor was missing, unexpected or misshaped.
+    """
+    with tempfile.TemporaryDirectory(prefix="factorctl-export-") as scratch:
+        requests = [_request(job, Path(scratch) / f"{index}.safetensors") for index, job in enumerate(jobs)]
+        request = Path(scratch) / "request.json"
+        request.write_text(json.dumps({"jobs": requests}))
+        replies = _run(request)
+        return [_answer(job, reply, made["logits"]) for job, reply, made in zip(jobs, replies, requests, strict=True)]
+
+
+def _request(job: StockJob, logits: Path) -> dict[str, Any]:
+    return {
+        "directory": str(job.directory.resolve()),
+        "dtype": job.dtype,
+        "sequences": [list(ids) for ids in job.sequences],
+        "prompts": [list(ids) for ids in job.prompts],
+        "new_tokens": job.new_tokens,
+        "logits": str(logits),
+    }
+
+
+def _run(request: Path) -> list[dict[str, Any]]:
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-I", str(Path(stock_process.__file__).resolve()), str(request)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **quiet},
+    )
+    if finished.returncode:
+        lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
+        raise StockReloadError(f"stock transformers cannot load the export: {lines[-1]}", _REPORT)
+    return [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
+
+
+def _answer(job: StockJob, reply: dict[str, Any], logits: str) -> StockAnswer:
+    for kind, names in reply["loading"].items():
+        raise StockReloadError(
+            f"stock transformers ({reply['class']}) reports {kind} for {job.directory.name}: {names[0]} "
+            f"({len(names)} in all)",
+            _REPORT,
+        )
+    tensors = load_file(logits)
+    return StockAnswer(
+        reply["class"],
+        [tensors[str(index)] for index in range(len(tensors))],
+        reply["memory_bytes"],
+        reply["continuations"],
+    )
+
+
+_REPORT = "nothing was published; this is a fault of factorctl: please report it with the output of `factorctl inspect`"
