@@ -1,0 +1,54 @@
+"""What every benchmark report says of where and how it was made."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+LIBRARIES = ("factorctl", "torch", "transformers", "numpy")
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux gives it."""
+    names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    return names[0].strip() if names else platform.machine()
+
+
+def slug(words: str) -> str:
+    """Words as part of a file name: 'AMD EPYC' gives 'amd-epyc'."""
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def report_path(topic: str) -> Path:
+    """docs/benchmarks/<date>-<topic>-<cpu>.md."""
+    name = f"{datetime.date.today().isoformat()}-{topic}-{slug(cpu_model())}.md"
+    return Path(__file__).parents[2] / "docs" / "benchmarks" / name
+
+
+def header(title: str, *, libraries: Sequence[str] = LIBRARIES) -> str:
+    """Title, date, hardware, load, versions and the command that reproduces the report."""
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return f"""# {title}
+
+{datetime.date.today().isoformat()}, {cpu_model()}, {os.cpu_count()} cores, load average at the end {load}.
+Python {platform.python_version()}, {versions}.
+
+    {command}
+"""
+
+
+def write_report(path: Path, text: str) -> None:
+    """Print the report and write it."""
+    print(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"written to {path}", file=sys.stderr)
