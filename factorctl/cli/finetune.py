@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -30,7 +30,7 @@ from factorctl.config import (
     Tracker,
     TrainedPart,
 )
-from factorctl.errors import UsageError
+from factorctl.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from factorctl.pipeline.finetune import FinetuneResult, Rehearsal
@@ -103,7 +103,7 @@ def finetune(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state of the same run.")] = False,
     track: Annotated[
-        list[Tracker] | None, typer.Option("--track", help="Also log to this tracker; may be repeated.")
+        list[str] | None, typer.Option("--track", help="Also log to tensorboard, wandb or trackio; may be repeated.")
     ] = None,
     out: OutOpt = None,
     workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
@@ -160,7 +160,7 @@ def finetune(
         teacher_quant=teacher_quant,
         save_every=count(save_every, "--save-every") if save_every else None,
         resume=resume,
-        track=tuple(track or ()),
+        track=trackers(track or []),
         out=out,
         workspace=workspace,
         seed=seed,
@@ -175,6 +175,19 @@ def finetune(
     result = pipeline.finetune(config, progress)
     if pipeline.is_reporting_process():
         _show_result(result, output)
+
+
+def trackers(names: list[str]) -> tuple[Tracker, ...]:
+    """`--track NAME`, repeated.
+
+    Raises:
+        UsageError: a name that is no tracker.
+    """
+    known = get_args(Tracker)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--track {name} is not known", did_you_mean(name, known))
+    return cast("tuple[Tracker, ...]", tuple(names))
 
 
 def loss_weights(pairs: list[str]) -> dict[str, float]:
