@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Before torch starts threads: several workers share the cores, and a forked child must not wait for lost threads."""
 
 DenseSource = Callable[..., Path]
 

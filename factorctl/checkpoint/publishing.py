@@ -76,6 +76,7 @@ def sole_writer(final: Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         lock.unlink(missing_ok=True)  # while the lock is held, so that nobody else's is removed
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it with a forked child
         os.close(handle)
 
 
@@ -95,9 +96,14 @@ def _open_locked(lock: Path, final: Path, *, wait: bool) -> int:
         os.close(handle)  # we hold a file that its owner has removed: take a new one
 
 
+def temporary_path(path: Path) -> Path:
+    """Where the new content of `path` is written before it replaces the old."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds either its old content or all of the new, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_path(path)
     with writable(path):
         with temporary.open("wb") as file:
             file.write(data)
