@@ -1,0 +1,148 @@
+"""The architecture as a test: who imports whom, what no file may touch, and what `--help` may not load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+LAYERS = {
+    "contracts": 0, "config": 0, "errors": 0, "progress": 0,
+    "models": 1, "checkpoint": 1, "data": 1,
+    "calibration": 2, "training": 2, "evaluation": 2, "profiling": 2, "exporting": 2,
+    "pipeline": 3,
+    "cli": 4,
+}  # fmt: skip
+"""Part of factorctl -> layer. A part imports only from layers below its own."""
+
+SIDEWAYS = {("models", "checkpoint"), ("contracts", "errors"), ("config", "errors")}
+"""Imports within a layer that are meant: models are made from what is on disk; the ground layer shares its errors."""
+
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "lm_eval", "matplotlib", "scipy", "ot", "gguf"}
+ENTRANCES = {"factorctl/__init__.py", "factorctl/__main__.py"}
+
+
+def files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def part_of(module: str) -> str:
+    """'models' for factorctl.models.families; '' for factorctl itself."""
+    return [*module.split("."), ""][1]
+
+
+def imports(path: Path, *, only_at_import: bool = False) -> Iterator[str]:
+    """Every module that the file names; `factorctl.models.loading.load` counts as what it is imported from."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = _run_at_import(tree) if only_at_import else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:  # within a plugin's own package
+                assert path.parent.name == "plugins", f"{path}: relative import"
+                yield f"factorctl_plugins.{node.module or ''}"
+                continue
+            assert node.module is not None
+            yield node.module
+            if node.module == "factorctl":
+                yield from (f"factorctl.{alias.name}" for alias in node.names if alias.name in LAYERS)
+            elif node.module.count(".") == 1 and node.module.startswith("factorctl."):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported: not in functions, not under TYPE_CHECKING."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _run_at_import(child)
+
+
+def test_every_part_has_a_layer() -> None:
+    parts = {path.stem if path.is_file() else path.name for path in (ROOT / "factorctl").iterdir()}
+    assert parts - {"__init__", "__main__", "__pycache__", "py"} == LAYERS.keys()
+
+
+@pytest.mark.parametrize("path", files("factorctl"), ids=name_of)
+def test_a_layer_imports_only_from_below(path: Path) -> None:
+    if name_of(path) in ENTRANCES:
+        return
+    here = path.relative_to(ROOT / "factorctl").parts[0].removesuffix(".py")
+    for module in imports(path):
+        there = part_of(module)
+        if module.split(".")[0] != "factorctl" or there in ("", here):
+            continue
+        assert there in LAYERS, f"{name_of(path)} imports {module}"
+        allowed = LAYERS[there] < LAYERS[here] or (here, there) in SIDEWAYS
+        assert allowed, f"{name_of(path)} (layer {LAYERS[here]}) imports {module} (layer {LAYERS[there]})"
+
+
+@pytest.mark.parametrize("path", files("plugins"), ids=name_of)
+def test_a_plugin_imports_only_the_contracts(path: Path) -> None:
+    ours = {module for module in imports(path) if module.split(".")[0] in ("factorctl", "factorctl_plugins")}
+    for module in ours:
+        assert module.startswith(("factorctl.contracts", "factorctl_plugins")), f"{name_of(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", files("factorctl", "plugins"), ids=name_of)
+def test_only_the_renderer_draws(path: Path) -> None:
+    roots = {module.split(".")[0] for module in imports(path)}
+    if name_of(path) != "factorctl/cli/render.py":
+        assert "rich" not in roots
+    assert "click" not in roots, "typer brings its own"
+    assert not roots & {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+@pytest.mark.parametrize("path", files("factorctl/cli"), ids=name_of)
+def test_the_command_line_loads_nothing_heavy_at_import(path: Path) -> None:
+    roots = {module.split(".")[0] for module in imports(path, only_at_import=True)}
+    assert not roots & HEAVY, name_of(path)
+
+
+@pytest.mark.parametrize("name", ["contracts", "config", "errors", "progress"])
+def test_the_ground_layer_loads_nothing_heavy_at_import(name: str) -> None:
+    assert not {m.split(".")[0] for m in imports(ROOT / f"factorctl/{name}.py", only_at_import=True)} & HEAVY
+
+
+def calls(path: Path) -> Iterator[ast.Call]:
+    yield from (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call))
+
+
+@pytest.mark.parametrize("path", files("factorctl", "plugins"), ids=name_of)
+def test_no_code_from_a_checkpoint_is_ever_run(path: Path) -> None:
+    for call in calls(path):
+        assert ast.unparse(call.func) not in {"torch.load", "torch.save", "eval", "exec", "pickle.loads"}, call.lineno
+        for keyword in call.keywords:
+            if keyword.arg == "trust_remote_code":
+                assert ast.unparse(keyword.value) == "False", f"{name_of(path)}:{call.lineno}"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["factorize", "--help"], ["--version"]], ids=" ".join)
+def test_help_loads_neither_torch_nor_transformers(arguments: list[str]) -> None:
+    script = (
+        "import sys\nsys.argv = ['factorctl', *sys.argv[1:]]\nfrom factorctl.cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print('LOADED', sorted({'torch', 'transformers', 'datasets', 'numpy', 'scipy'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_importing_the_package_loads_nothing_heavy_but_offers_load() -> None:
+    script = "import sys, factorctl\nassert 'torch' not in sys.modules\nprint(factorctl.load.__module__)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "factorctl.models.loading"
