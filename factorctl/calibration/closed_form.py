@@ -33,19 +33,27 @@ class Tokens:
 
     x_TD: torch.Tensor
     t_TD: torch.Tensor
+    weight_T: torch.Tensor
+    """How much each token's squared error counts; see `statistics.token_weights`."""
 
-    def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return zip(self.x_TD.split(CHUNK_TOKENS), self.t_TD.split(CHUNK_TOKENS), strict=True)
+    def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(x_TD, t_TD, weight_T1) by `CHUNK_TOKENS`."""
+        columns = (self.x_TD, self.t_TD, self.weight_T.unsqueeze(1))
+        return zip(*(column.split(CHUNK_TOKENS) for column in columns), strict=True)
 
     def split(self, first: int) -> tuple[Tokens, Tokens]:
         """The first `first` tokens and the rest."""
-        return Tokens(self.x_TD[:first], self.t_TD[:first]), Tokens(self.x_TD[first:], self.t_TD[first:])
+        columns = (self.x_TD, self.t_TD, self.weight_T)
+        return Tokens(*(column[:first] for column in columns)), Tokens(*(column[first:] for column in columns))
 
 
 def relative_error(ffn: FactoredFFN, tokens: Tokens) -> float:
-    """||ffn(x) - t|| / ||t|| over all tokens."""
-    wrong = sum(float((ffn(x) - t).square().sum()) for x, t in tokens.chunks())
-    return float((wrong / max(1e-30, float(tokens.t_TD.square().sum()))) ** 0.5)
+    """sqrt( sum_t c_t ||ffn(x_t) - t_t||^2 / sum_t c_t ||t_t||^2 )."""
+    wrong = right = 0.0
+    for x_TD, t_TD, weight_T1 in tokens.chunks():
+        wrong += float(((ffn(x_TD) - t_TD).square() * weight_T1).sum())
+        right += float((t_TD.square() * weight_T1).sum())
+    return float((wrong / max(1e-30, right)) ** 0.5)
 
 
 def outputs_of_experts(ffn: FactoredFFN, x_TD: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -80,15 +88,15 @@ def fit_router(ffn: FactoredFFN, tokens: Tokens) -> None:
     The regression fixes the first, a search over `SHARPNESSES` for the least output error the second.
     """
     moments = RidgeMoments(ffn.hidden_size, ffn.shape.num_experts, tokens.x_TD.device)
-    for x_TD, t_TD in tokens.chunks():
-        moments.add(x_TD, benefits(ffn, x_TD, t_TD))
+    for x_TD, t_TD, weight_T1 in tokens.chunks():
+        moments.add(x_TD, benefits(ffn, x_TD, t_TD) * weight_T1)
     direction_ND = moments.solve(ROUTER_DAMPING).T
     spread = float((tokens.x_TD[:CHUNK_TOKENS] @ direction_ND.T).std(dim=1).mean())
     direction_ND = direction_ND / max(spread, 1e-20)
     if ffn.gate == "hard" or ffn.top_k <= 1:
         ffn.router.copy_(direction_ND)
         return
-    sample = Tokens(*next(tokens.chunks()))
+    sample, _ = tokens.split(CHUNK_TOKENS)
 
     def error(sharpness: float) -> float:
         ffn.router.copy_(direction_ND * max(sharpness, 1e-3))
@@ -104,11 +112,11 @@ def fit_scale(ffn: FactoredFFN, tokens: Tokens) -> float:
         return 1.0
     ffn.scale_a = 1.0
     along = norm = 0.0
-    for x_TD, t_TD in tokens.chunks():
+    for x_TD, t_TD, weight_T1 in tokens.chunks():
         fixed_TD = always_on(ffn, x_TD)
         routed_TD = ffn(x_TD) - fixed_TD
-        along += float((routed_TD * (t_TD - fixed_TD)).sum())
-        norm += float(routed_TD.square().sum())
+        along += float((routed_TD * (t_TD - fixed_TD) * weight_T1).sum())
+        norm += float((routed_TD.square() * weight_T1).sum())
     ffn.scale_a = along / norm if norm else 1.0
     return ffn.scale_a
 
@@ -130,9 +138,10 @@ def refit_down(ffn: FactoredFFN, tokens: Tokens, heldout: Tokens) -> RefitResult
     was not chosen. The damping with the least error on held-out tokens wins; if none lowers it, W0 stays.
     """
     moments = RidgeMoments(ffn.shape.intermediate_size, ffn.hidden_size, tokens.x_TD.device)
-    for x_TD, t_TD in tokens.chunks():
+    for x_TD, t_TD, weight_T1 in tokens.chunks():
         target_TD = t_TD if ffn.down_bias is None else t_TD - ffn.down_bias
-        moments.add(weighted_hidden(ffn, x_TD), target_TD)
+        root_T1 = weight_T1.sqrt()
+        moments.add(weighted_hidden(ffn, x_TD) * root_T1, target_TD * root_T1)
     original_DF = ffn.down.detach().clone()
     before = relative_error(ffn, heldout)
     best_error, best_damping, best_DF = before, 0.0, original_DF

@@ -1,7 +1,7 @@
 """Per-neuron statistics of a dense FFN on calibration tokens, gathered batch by batch.
 
-With h = act(W_gate x) * (W_up x) for token x:
-    importance_f = sqrt(mean_t h_f^2) * ||w_down,f||     the size of what the neuron adds to the output
+With h = act(W_gate x) * (W_up x) for token x, and c_t the token's weight in the mean (see `token_weights`):
+    importance_f = sqrt(mean_t c_t h_f^2) * ||w_down,f||  the size of what the neuron adds to the residual stream
     rate_f       = share of tokens where |h_f| is among the layer's top tenth   (CMoE, arXiv 2502.04416)
     patterns_pf  = that same membership, for P tokens evenly spread over the calibration set
 """
@@ -33,10 +33,10 @@ class StatsCollector:
         self._patterns: list[torch.Tensor] = []
         self._pattern_stride = max(1, tokens // PATTERN_TOKENS)
 
-    def add(self, x_TD: torch.Tensor) -> None:
-        """Count one batch of FFN inputs."""
+    def add(self, x_TD: torch.Tensor, weight_T: torch.Tensor) -> None:
+        """Count one batch of FFN inputs and the weights of its tokens."""
         hidden_TF = dense_hidden(self._ffn, self._activation, x_TD)
-        self._sum_of_squares_F += hidden_TF.square().sum(0, dtype=torch.float64).cpu()
+        self._sum_of_squares_F += (weight_T @ hidden_TF.square()).double().cpu()
         if self._needs & {Stat.RATE, Stat.PATTERNS}:
             active_TF = most_active(hidden_TF)
             self._active_F += active_TF.sum(0).cpu()
@@ -53,6 +53,15 @@ class StatsCollector:
             rate_F=self._active_F / max(1, self._tokens) if Stat.RATE in self._needs else None,
             patterns_PF=patterns_PF,
         )
+
+
+def token_weights(hidden_TD: torch.Tensor) -> torch.Tensor:
+    """c_t = 1 / mean_d h_td^2 for the residual stream h behind the layer, [T].
+
+    What follows normalises the stream token by token, so an error counts relative to the token's own size. Without the
+    weight, the few tokens with massive activations (the first of a block) would decide every least-squares problem.
+    """
+    return 1 / hidden_TD.square().mean(-1).clamp_min(1e-12)
 
 
 def most_active(hidden_TF: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ B blocks of L tokens; T = B*L; D hidden_size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,22 +65,6 @@ class LayerwiseModel:
     def drop_layer(self, layer: int) -> None:
         decoder_layers(self._model)[layer].to("meta")
 
-    def run_layer(
-        self, layer: int, hidden_BLD: torch.Tensor, on_ffn: Callable[[torch.Tensor, torch.Tensor], None] | None = None
-    ) -> torch.Tensor:
-        """The layer's output for every block; `on_ffn(x_TD, t_TD)` sees its FFN's inputs and outputs by batches."""
-        module = decoder_layers(self._model)[layer]
-        if on_ffn is None:
-            return self._run(module, layer, hidden_BLD)
-        see = on_ffn
-        hook = module.get_submodule("mlp").register_forward_hook(
-            lambda _, inputs, output: see(inputs[0].flatten(0, 1), output.flatten(0, 1))
-        )
-        try:
-            return self._run(module, layer, hidden_BLD)
-        finally:
-            hook.remove()
-
     def run_attention(self, layer: int, hidden_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(residual stream after attention [B, L, D], FFN input [T, D]): the layer up to its FFN."""
         module = decoder_layers(self._model)[layer]
@@ -92,6 +75,11 @@ class LayerwiseModel:
         finally:
             module.mlp = dense_ffn
         return residual_BLD, torch.cat(inputs)
+
+    def dense_ffn(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """The dense FFN's output for inputs [T, D]."""
+        ffn = decoder_layers(self._model)[layer].get_submodule("mlp")
+        return torch.cat([ffn(batch_TD) for batch_TD in x_TD.split(BATCH_TOKENS)])
 
     def add_ffn(self, layer: int, residual_BLD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
         """The layer's output when its FFN gave `y_TD`."""

@@ -17,6 +17,12 @@ IDENTITY_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 
 """Largest relative error of all experts on against the dense layer, by storage dtype."""
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices itself; where it does not, they can be far slower."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(supported())
+
+
 class IdentityError(FactorctlError):
     """A factored layer with all experts on is not the dense layer: nothing may be published."""
 
@@ -51,8 +57,9 @@ def cast_ffn(ffn: DenseFFN, dtype: torch.dtype, device: torch.device | None = No
 def check_identity(
     dense: DenseModel, spec: FactoredSpec, layer: int, ffn: DenseFFN, tensors: FactoredTensors, x_TD: torch.Tensor
 ) -> float:
-    """Relative error of the factored layer with all experts on against the dense one, computed in float32.
+    """Relative error of the factored layer with all experts on against the dense one.
 
+    Computed in the storage dtype where that is bfloat16 and the processor has it, else in float32.
     Also holds every weight of the factored layer, moved back, to be bit for bit the source's.
 
     Raises:
@@ -63,9 +70,11 @@ def check_identity(
         ours, theirs = getattr(back, name), getattr(ffn, name)
         if theirs is not None and not torch.equal(ours, theirs):
             raise IdentityError(f"layer {layer}: values of {name} changed while they were moved", _REPORT)
-    reference_TD = dense_output(cast_ffn(ffn, torch.float32), dense.activation, x_TD)
+    native_bf16 = ffn.gate_FD.dtype == torch.bfloat16 and cpu_has_bfloat16()
+    dtype = torch.bfloat16 if native_bf16 else torch.float32
+    reference_TD = dense_output(cast_ffn(ffn, dtype), dense.activation, x_TD.to(dtype)).float()
     all_on = spec.with_top_k(spec.shape.num_experts)
-    ours_TD = filled_ffn(dense, all_on, layer, tensors, dtype=torch.float32)(x_TD)
+    ours_TD = filled_ffn(dense, all_on, layer, tensors, dtype=dtype)(x_TD.to(dtype)).float()
     error = float((ours_TD - reference_TD).norm() / reference_TD.norm().clamp_min(1e-30))
     tolerance = IDENTITY_TOLERANCE[ffn.gate_FD.dtype]
     if not error <= tolerance:

@@ -16,7 +16,7 @@ from factorctl.checkpoint.manifest import Manifest, check_files, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.models.building import empty_factored_model, filled_ffn
-from factorctl.models.dense_ffn import IDENTITY_TOLERANCE, cast_ffn, dense_output
+from factorctl.models.dense_ffn import IDENTITY_TOLERANCE, cast_ffn, cpu_has_bfloat16, dense_output
 from factorctl.models.families import ffn_prefix
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint, stored_tensors
 from factorctl.models.slicing import FactoredTensors, unslice_ffn
@@ -217,7 +217,7 @@ def diagnose(workspace: Path) -> Diagnosis:
         memory_available_bytes=memory.available,
         disk_free_bytes=shutil.disk_usage(existing).free,
         cuda_devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        bf16_on_cpu=torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False,
+        bf16_on_cpu=cpu_has_bfloat16(),
         hub=_hub_state(),
         cache=str(cache_directory()),
     )

@@ -34,7 +34,7 @@ from factorctl.models.families import DenseModel
 from factorctl.models.router_init import random_router
 from factorctl.models.slicing import FactoredTensors, slice_ffn
 
-SAMPLE_TOKENS = 64
+SAMPLE_TOKENS = 32
 """Tokens on which the identity of a layer is checked."""
 HELDOUT_SHARE = 1 / 8
 """Share of the calibration tokens that judges the refit and never enters it."""
@@ -140,11 +140,13 @@ class LayerFactory:
             assert stats.importance_F is not None
             order_F = torch.argsort(stats.importance_F, descending=True, stable=True)
             shared_S, routed_R = order_F[: shape.shared_size].sort().values, order_F[shape.shared_size :].sort().values
-        part = self.strategy.partition(
-            ffn.select(routed_R),
-            None if stats is None else stats.select(routed_R),
-            PartitionSpec(shape.num_experts, layer, self.config.seed, self.config.strategy_options),
-        )
+        spec = PartitionSpec(shape.num_experts, layer, self.config.seed, self.config.strategy_options)
+        if shared_S is None:
+            part = self.strategy.partition(ffn, stats, spec)
+        else:
+            part = self.strategy.partition(
+                ffn.select(routed_R), None if stats is None else stats.select(routed_R), spec
+            )
         validate(part, num_neurons=len(routed_R), num_experts=shape.num_experts)
         whole = Partition(routed_R[part.experts_NH], shared_S)
         return validate(

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 import torch
+from reporting import header, report_path, write_report
 from safetensors.torch import save_file
-from tests.benchmarks.reporting import write_report
 from transformers import LlamaConfig
 
 PEAK_RSS_BAR = 3e9
