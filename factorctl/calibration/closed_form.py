@@ -1,7 +1,7 @@
 """The closed-form steps on one factored FFN: analytic router, fitted scale, refit of the down-projection.
 
 Each takes the inputs x that the layer sees behind the already factored layers below it (the compressed stream) and
-the target t: what the dense FFN gave at the same position of the dense model. No gradients; seconds per layer.
+the target t: what the layer's dense FFN gives on these inputs. No gradients; seconds per layer.
 
 T tokens, D hidden_size, N num_experts, K top_k, F intermediate_size.
 """

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from factorctl import __version__
+from factorctl.calibration.compressed_stream import CalibrationStream
 from factorctl.calibration.stream import LayerwiseModel
 from factorctl.checkpoint.builder import ArtefactBuilder, building
 from factorctl.checkpoint.hashing import hash_file, hash_value
@@ -31,7 +32,7 @@ from factorctl.models.loading import native_config, stored_tensors
 from factorctl.models.strategies import StrategyProvenance, get_strategy
 from factorctl.pipeline.calibration_data import calibration_blocks
 from factorctl.pipeline.devices import torch_device
-from factorctl.pipeline.layer_factoring import CalibrationStream, FactoredLayer, LayerFactory
+from factorctl.pipeline.layer_factoring import FactoredLayer, LayerFactory
 from factorctl.pipeline.model_card import native_card
 from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
 from factorctl.pipeline.workspace import cache_directory, output_path
@@ -54,7 +55,7 @@ class FactorizePlan:
     provenance: StrategyProvenance
     needs: frozenset[Stat]
     calibrates: bool
-    has_student: bool
+    compressed: bool
     disk_bytes: int
     memory_bytes: int
 
@@ -108,7 +109,7 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
     refuse_existing(out, overwrite=config.overwrite)
     if shape.shared_size:
         needs = needs | {Stat.IMPORTANCE}
-    has_student = config.router == "analytic" or config.scale == "fitted" or config.refit
+    compressed = config.router == "analytic" or config.scale == "fitted" or config.refit
     reader = CheckpointReader(source.path)
     stored_tensors(empty_dense_model(dense), reader)
     plan = FactorizePlan(
@@ -120,8 +121,8 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
         strategy=strategy,
         provenance=provenance,
         needs=needs,
-        calibrates=has_student or bool(needs),
-        has_student=has_student,
+        calibrates=compressed or bool(needs),
+        compressed=compressed,
         disk_bytes=sum(math.prod(e.shape) * (_storage_dtype(config, e).itemsize) for e in reader.entries.values()),
         memory_bytes=0,
     )
@@ -143,8 +144,7 @@ def estimate_memory(plan: FactorizePlan, reader: CheckpointReader) -> int:
     ffn_float32 = 3 * dense.intermediate_size * dense.hidden_size * 4
     total = PROCESS_BYTES + 3 * max(sizes.values()) + 2 * ffn_float32
     if plan.calibrates:
-        streams = 6 if plan.has_student else 2
-        total += streams * config.calibration_tokens * dense.hidden_size * 4 + 2 * ffn_float32
+        total += 6 * config.calibration_tokens * dense.hidden_size * 4 + 2 * ffn_float32
         total += 4 * 4096 * dense.intermediate_size * 4
     if config.refit:
         total += 4 * dense.intermediate_size**2 * 8
@@ -261,7 +261,7 @@ def _write_layers(
     layers = range(plan.dense.num_layers)
     if blocks is not None and any(builder.finished(layer + 1) is None for layer in layers):
         ids_BL = torch.from_numpy(blocks.train.astype("int64"))
-        factory.stream = CalibrationStream(LayerwiseModel(plan.dense, reader, ids_BL, device), plan.has_student)
+        factory.stream = CalibrationStream(LayerwiseModel(plan.dense, reader, ids_BL, device), plan.compressed)
     records = []
     with progress.stage("Factorizing", total=len(layers), unit="layer") as task:
         for layer in layers:

@@ -6,14 +6,13 @@ T tokens, D hidden_size, F intermediate_size, N num_experts, S shared_size.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from factorctl.calibration.closed_form import Tokens, fit_router, fit_scale, refit_down, relative_error
-from factorctl.calibration.statistics import StatsCollector, token_weights
-from factorctl.calibration.stream import BATCH_TOKENS, LayerwiseModel
+from factorctl.calibration.closed_form import fit_router, fit_scale, refit_down, relative_error
+from factorctl.calibration.compressed_stream import CalibrationStream
 from factorctl.checkpoint.reader import CheckpointReader, all_finite
 from factorctl.config import FactorizeConfig
 from factorctl.contracts import (
@@ -67,7 +66,7 @@ class LayerFactory:
     def factor(self, layer: int) -> FactoredLayer:
         """Partition, slice, prove the identity, then take the closed-form steps that were asked for."""
         ffn = self._read_ffn(layer)
-        stats = None if self.stream is None else self.stream.observe(layer, self.needs)
+        stats = self._observe(layer)
         partition = self._partition(layer, ffn, stats)
         router_ND = random_router(
             self.spec.shape.num_experts, self.dense.hidden_size, seed=self.config.seed, layer=layer
@@ -79,8 +78,9 @@ class LayerFactory:
         }
         if stats is not None and partition.shared_S is not None and stats.importance_F is not None:
             record["shared_importance"] = float(stats.importance_F[partition.shared_S].sum() / stats.importance_F.sum())
-        if self.stream is not None and self.stream.has_student:
-            record |= self._close_in(layer, tensors)
+        if self.stream is not None:
+            fitted = self._close_in(layer, tensors, record) if self.stream.compressed else None
+            self.stream.leave(layer, fitted)
         return FactoredLayer(tensors, record)
 
     def replay(self, layer: int, finished: FactoredTensors, record: dict[str, Any]) -> None:
@@ -88,18 +88,21 @@ class LayerFactory:
         if self.stream is None:
             return
         with torch.no_grad():
-            self.stream.observe(layer, frozenset())
-            if self.stream.has_student:
-                ffn = self._module(layer, finished)
-                ffn.scale_a = record.get("fitted_a", ffn.scale_a)
-                self.stream.enter(layer)
-                self.stream.leave(layer, ffn)
+            self.stream.enter(layer)
+            ffn = self._module(layer, finished)
+            ffn.scale_a = record.get("fitted_a", ffn.scale_a)
+            self.stream.leave(layer, ffn)
 
-    def _close_in(self, layer: int, tensors: FactoredTensors) -> dict[str, Any]:
-        """Router, scale and refit on the compressed stream; writes the fitted values into `tensors`."""
+    def _observe(self, layer: int) -> LayerStats | None:
+        if self.stream is None:
+            return None
+        self.stream.enter(layer)
+        return self.stream.statistics(layer, self.needs) if self.needs else None
+
+    def _close_in(self, layer: int, tensors: FactoredTensors, record: dict[str, Any]) -> FactoredFFN:
+        """Router, scale and refit on the compressed stream; writes what was fitted into `tensors` and `record`."""
         assert self.stream is not None
-        ffn, tokens = self._module(layer, tensors), self.stream.enter(layer)
-        record: dict[str, Any] = {}
+        ffn, tokens = self._module(layer, tensors), self.stream.tokens
         fitting, heldout = tokens.split(round(len(tokens.x_TD) * (1 - HELDOUT_SHARE)))
         if self.config.router == "analytic":
             fit_router(ffn, fitting)
@@ -116,8 +119,7 @@ class LayerFactory:
             }
             self._store(tensors, "down", ffn)
         record["output_error"] = relative_error(ffn, heldout)
-        self.stream.leave(layer, ffn)
-        return record
+        return ffn
 
     def _read_ffn(self, layer: int) -> DenseFFN:
         ffn = self.dense.read_ffn(layer, self.reader.read)
@@ -155,7 +157,7 @@ class LayerFactory:
 
     def _identity_inputs(self, layer: int) -> torch.Tensor:
         if self.stream is not None:
-            return self.stream.sample_TD
+            return self.stream.tokens.x_TD[:SAMPLE_TOKENS].cpu()
         generator = torch.Generator().manual_seed(layer)
         return torch.randn(SAMPLE_TOKENS, self.dense.hidden_size, generator=generator)
 
@@ -174,68 +176,3 @@ class LayerFactory:
         parameter = ffn.get_parameter(name)
         tensors[name] = parameter.detach().to("cpu", tensors[name].dtype).clone()
         parameter.copy_(tensors[name])
-
-
-@dataclass
-class CalibrationStream:
-    """Calibration tokens on their way through the model: as the dense model sees them, and as the factored one does.
-
-    Args:
-        has_student: whether a closed-form step needs the compressed stream; statistics alone do not.
-    """
-
-    model: LayerwiseModel
-    has_student: bool
-    _dense_BLD: torch.Tensor = field(init=False)
-    _student_BLD: torch.Tensor = field(init=False)
-    _sample_TD: torch.Tensor = field(init=False)
-    _target: tuple[torch.Tensor, torch.Tensor] | None = field(init=False, default=None)
-    _tokens: Tokens = field(init=False)
-
-    def __post_init__(self) -> None:
-        with torch.no_grad():
-            self._dense_BLD = self.model.embed()
-        self._student_BLD = self._dense_BLD
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    def observe(self, layer: int, needs: frozenset[Stat]) -> LayerStats | None:
-        """Run the dense layer: keep its FFN's outputs as targets, return the statistics that are needed."""
-        self.model.load_layer(layer)
-        residual_BLD, x_TD = self.model.run_attention(layer, self._dense_BLD)
-        t_TD = self.model.dense_ffn(layer, x_TD)
-        self._dense_BLD = self.model.add_ffn(layer, residual_BLD, t_TD)
-        weight_T = token_weights(self._dense_BLD.flatten(0, 1))
-        self._sample_TD = x_TD[:SAMPLE_TOKENS].cpu()
-        self._target = (t_TD, weight_T) if self.has_student else None
-        if not self.has_student:
-            self.model.drop_layer(layer)
-        if not needs:
-            return None
-        ffn = cast_ffn(self.model.dense.read_ffn(layer, self.model.reader.read), torch.float32, self.device)
-        collector = StatsCollector(ffn, self.model.dense.activation, needs=needs, tokens=len(x_TD))
-        for batch_TD, batch_weight_T in zip(x_TD.split(BATCH_TOKENS), weight_T.split(BATCH_TOKENS), strict=True):
-            collector.add(batch_TD, batch_weight_T)
-        return collector.result()
-
-    @property
-    def sample_TD(self) -> torch.Tensor:
-        """The first FFN inputs of the layer that was observed last, on the CPU."""
-        return self._sample_TD
-
-    def enter(self, layer: int) -> Tokens:
-        """What the factored layer sees and what it should give."""
-        assert self._target is not None
-        self._student_BLD, x_TD = self.model.run_attention(layer, self._student_BLD)
-        self._tokens = Tokens(x_TD, *self._target)
-        return self._tokens
-
-    def leave(self, layer: int, ffn: FactoredFFN) -> None:
-        """Send the compressed stream through the factored FFN and release the layer."""
-        y_TD = torch.cat([ffn(x_TD) for x_TD, _, _ in self._tokens.chunks()])
-        self._student_BLD = self.model.add_ffn(layer, self._student_BLD, y_TD)
-        self.model.drop_layer(layer)
-        del self._tokens
-        self._target = None
