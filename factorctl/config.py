@@ -239,3 +239,48 @@ class ExportConfig:
     device: Device = "auto"
     dtype: DTypeName = "auto"
     overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """`factorctl profile`."""
+
+    checkpoint: Path | None = None
+    """A native checkpoint; None means the newest in the workspace."""
+    batch: tuple[int, ...] = (1, 8)
+    prompt: tuple[int, ...] = (128, 512)
+    decode_tokens: int = 8
+    """Decoding steps after each prefill, each one a sample."""
+    rounds: int = 10
+    seconds: float = 60.0
+    """Begin no further round of a regime after this long, once there are three."""
+    top_k: int | None = None
+    scale: ScaleRule | None = None
+    data: str = "self"
+    """Text that decides the routing: DATA, or `random` for random tokens."""
+    text_field: str | None = None
+    latency: bool = True
+    sweep_k: bool = False
+    """Also count the FLOPs of every other number of active experts."""
+    tune: bool = False
+    """Time the execution paths first, and cache what is fastest on this machine."""
+    require_quiet: bool = False
+    """Refuse to measure on a busy machine instead of marking the report."""
+    html: Path | None = None
+    plots: Path | None = None
+    """Directory for the PNG files."""
+    out: Path | None = None
+    """File for the JSON report with all samples."""
+    workspace: Path = DEFAULT_WORKSPACE
+    seed: int = 0
+    device: Device = "auto"
+    dtype: DTypeName = "auto"
+    """Compute dtype; auto keeps the checkpoint's, but float32 instead of bfloat16 where a CPU only emulates it."""
+
+    def __post_init__(self) -> None:
+        for option, values in (("--batch", self.batch), ("--prompt", self.prompt), ("--rounds", (self.rounds,))):
+            if not values or min(values) < 1:
+                listed = ",".join(str(value) for value in values) or "nothing"
+                raise UsageError(f"{option} {listed} holds no positive numbers only", f"for example {option} 1,8")
+        if self.decode_tokens < 1:
+            raise UsageError(f"--decode-tokens {self.decode_tokens} is no positive number", "try 8")

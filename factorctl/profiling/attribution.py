@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,13 +10,18 @@ import torch
 from transformers import PreTrainedModel
 
 from factorctl.models.building import factored_ffns
+from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.paths import PathName
 from factorctl.profiling.expert_load import RoutedText, mean_hits
 from factorctl.profiling.flops import experts_run_by
 from factorctl.profiling.runtime import Clock, synchronised_clock
 from factorctl.profiling.sizes import ModelSizes
 
-ROUNDS = 20
+ROUNDS, MIN_ROUNDS = 20, 5
+SECONDS = 10.0
+"""Begin no further round of one comparison after this long."""
+STREAM_BYTES = 256 << 20
+"""More weights than any cache holds: as many layers take turns as it takes to reach it."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +47,20 @@ class FfnCost:
 
 @torch.no_grad()
 def ffn_cost(model: PreTrainedModel, sizes: ModelSizes, text: RoutedText, tokens: int, itemsize: int) -> FfnCost:
-    """Time every layer in turn, so that its weights come from memory as they do in the model."""
-    ffns = list(factored_ffns(model))
-    inputs = [repeat_to(x_TD, tokens) for x_TD in text.inputs_LTD]
+    """Time layers in turn, so that weights come from memory as they do in the model."""
+    layers = streamed_layers(model, text, tokens)
+    ffns = [ffn for ffn, _ in layers]
     top_k, num_experts = sizes.shape.top_k, sizes.shape.num_experts
-    clock = synchronised_clock(inputs[0].device)
+    clock = synchronised_clock(layers[0][1].device)
 
     def run(active: int) -> None:
-        for ffn, x_TD in zip(ffns, inputs, strict=True):
+        for ffn, x_TD in layers:
             ffn.top_k = active
             ffn(x_TD)
             ffn.top_k = top_k
 
     def route() -> None:
-        for ffn, x_TD in zip(ffns, inputs, strict=True):
+        for ffn, x_TD in layers:
             ffn.route(x_TD)
 
     ffn_ms, dense_ms = _medians_ms([lambda: run(top_k), lambda: run(num_experts)], clock)
@@ -81,15 +87,27 @@ def _run_per_token(path: PathName, sizes: ModelSizes, tokens: int, hits: float) 
     return hits if path == "skip" else experts_run_by(path, sizes, tokens)
 
 
+def streamed_layers(model: PreTrainedModel, text: RoutedText, tokens: int) -> list[tuple[FactoredFFN, torch.Tensor]]:
+    """FFNs with `tokens` of their own inputs: enough of them, evenly spread, that no cache holds their weights."""
+    ffns = list(factored_ffns(model))
+    bytes_each = sum(parameter.nbytes for parameter in ffns[0].parameters())
+    stride = max(1, len(ffns) * bytes_each // max(STREAM_BYTES, bytes_each))
+    pairs = list(zip(ffns, text.inputs_LTD, strict=True))[::stride]
+    return [(ffn, repeat_to(x_TD, tokens)) for ffn, x_TD in pairs]
+
+
 def _medians_ms(runs: list[Callable[[], None]], clock: Clock) -> list[float]:
     """Interleaved medians, after one run of each to warm up."""
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS + 1):
+    begun = clock()
+    for done in range(ROUNDS + 1):
+        if done > MIN_ROUNDS and clock() - begun > SECONDS:
+            break
         for run, found in zip(runs, times, strict=True):
             start = clock()
             run()
             found.append((clock() - start) * 1e3)
-    return [sorted(found[1:])[ROUNDS // 2] for found in times]
+    return [statistics.median(found[1:]) for found in times]
 
 
 def repeat_to(x_TD: torch.Tensor, tokens: int) -> torch.Tensor:

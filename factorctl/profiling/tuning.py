@@ -13,13 +13,15 @@ from factorctl.models.building import factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.path_choice import Site, Step, Steps, site_of
 from factorctl.models.paths import PathName
-from factorctl.profiling.attribution import repeat_to
+from factorctl.profiling.attribution import streamed_layers
 from factorctl.profiling.expert_load import RoutedText
 from factorctl.profiling.runtime import synchronised_clock
 from factorctl.progress import Progress
 
 TOKEN_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-ROUNDS = 15
+ROUNDS, MIN_ROUNDS = 15, 4
+SECONDS = 10.0
+"""Begin no further round at one token count after this long."""
 MARGIN = 0.97
 """Another path than the one that serves fewer tokens must be at least 3% faster: noise makes no step."""
 
@@ -42,37 +44,37 @@ def candidates(site: Site) -> tuple[PathName, ...]:
 
 @torch.no_grad()
 def time_paths(model: PreTrainedModel, text: RoutedText, progress: Progress) -> Timings:
-    """Every candidate at every token count, interleaved, each round on all layers with the text's own FFN inputs."""
-    site, ffns = model_site(model), list(factored_ffns(model))
+    """Every candidate at every token count, interleaved, on the text's own FFN inputs."""
+    paths = candidates(model_site(model))
     timings: Timings = {}
     with progress.stage("Timing execution paths", total=len(TOKEN_COUNTS), unit="token counts") as task:
         for tokens in TOKEN_COUNTS:
-            inputs = [repeat_to(x_TD, tokens) for x_TD in text.inputs_LTD]
-            timings[tokens] = _time_candidates(ffns, inputs, candidates(site))
+            timings[tokens] = _time_candidates(streamed_layers(model, text, tokens), paths)
             task.advance(tokens=tokens)
     return timings
 
 
 def _time_candidates(
-    ffns: Sequence[FactoredFFN], inputs: Sequence[torch.Tensor], paths: Sequence[PathName]
+    layers: Sequence[tuple[FactoredFFN, torch.Tensor]], paths: Sequence[PathName]
 ) -> dict[PathName, float]:
-    clock = synchronised_clock(inputs[0].device)
+    clock = synchronised_clock(layers[0][1].device)
     times: dict[PathName, list[float]] = {path: [] for path in paths}
-    before = [ffn.path for ffn in ffns]
+    before = [ffn.path for ffn, _ in layers]
+    begun = clock()
     try:
         for done in range(ROUNDS + 1):
+            if done > MIN_ROUNDS and clock() - begun > SECONDS:
+                break
             for path in paths if done % 2 else paths[::-1]:
-                for ffn in ffns:
-                    ffn.path = path
                 start = clock()
-                for ffn, x_TD in zip(ffns, inputs, strict=True):
+                for ffn, x_TD in layers:
+                    ffn.path = path
                     ffn(x_TD)
-                if done:
-                    times[path].append((clock() - start) * 1e3 / len(ffns))
+                times[path].append((clock() - start) * 1e3 / len(layers))
     finally:
-        for ffn, path_before in zip(ffns, before, strict=True):
+        for (ffn, _), path_before in zip(layers, before, strict=True):
             ffn.path = path_before
-    return {path: statistics.median(found) for path, found in times.items()}
+    return {path: statistics.median(found[1:]) for path, found in times.items()}
 
 
 def ladder(timings: Mapping[int, Mapping[PathName, float]]) -> Steps:

@@ -1,0 +1,204 @@
+"""`factorctl profile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from factorctl.cli.options import (
+    DEFAULT_WORKSPACE_OPTION,
+    CheckpointArg,
+    DeviceOpt,
+    DTypeOpt,
+    FormatOpt,
+    QuietOpt,
+    SeedOpt,
+    WorkspaceOpt,
+)
+from factorctl.config import ProfileConfig, ScaleRule
+from factorctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from factorctl.profiling.report import ProfileResult
+
+
+def profile(
+    checkpoint: CheckpointArg = None,
+    batch: Annotated[str, typer.Option("--batch", help="Sequences at once; a list.")] = "1,8",
+    prompt: Annotated[str, typer.Option("--prompt", help="Tokens per sequence before decoding; a list.")] = "128,512",
+    decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Decoding steps per round.")] = 8,
+    rounds: Annotated[int, typer.Option("--rounds", help="Interleaved rounds per regime, after one to warm up.")] = 10,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="Begin no further round of a regime after this long.")
+    ] = 60.0,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", "-k", help="Experts active per token. [default: the checkpoint's]")
+    ] = None,
+    scale: Annotated[
+        ScaleRule | None, typer.Option("--scale", help="Needed with --top-k where scales were fitted.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option("--data", help="Text that decides the routing: files, Hub dataset, self, or random tokens.")
+    ] = "self",
+    text_field: Annotated[
+        str | None, typer.Option("--text-field", help="Field of JSON and parquet rows that holds the text.")
+    ] = None,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time it, or only count.")] = True,
+    sweep_k: Annotated[bool, typer.Option("--sweep-k", help="Also count FLOPs at every number of experts.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Time the execution paths first and remember the fastest for this machine.")
+    ] = False,
+    require_quiet: Annotated[
+        bool, typer.Option("--require-quiet", help="Refuse a busy machine instead of marking the report.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page here.")] = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Write the plots as PNG into this directory.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the JSON report with all samples here.")
+    ] = None,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    seed: SeedOpt = 0,
+    device: DeviceOpt = "auto",
+    dtype: DTypeOpt = "auto",
+    output: FormatOpt = "text",
+    quiet: QuietOpt = False,
+) -> None:
+    """Count FLOPs, time prefill and decoding against the dense model, and say where the time goes.
+
+    The dense model runs in the same process and runtime, interleaved. Regimes in which the factored model loses are
+    shown in red.
+
+    Examples:
+
+        factorctl profile runs/demo-1R4E2K --batch 1,8 --prompt 128,512 --html report.html
+
+        factorctl profile --no-latency --sweep-k
+    """
+    from factorctl.cli.render import progress_listener, show
+    from factorctl.pipeline.profile import profile as run_profile
+
+    result = run_profile(
+        ProfileConfig(
+            checkpoint=checkpoint,
+            batch=numbers(batch, "--batch"),
+            prompt=numbers(prompt, "--prompt"),
+            decode_tokens=decode_tokens,
+            rounds=rounds,
+            seconds=seconds,
+            top_k=top_k,
+            scale=scale,
+            data=data,
+            text_field=text_field,
+            latency=latency,
+            sweep_k=sweep_k,
+            tune=tune,
+            require_quiet=require_quiet,
+            html=html,
+            plots=plots,
+            out=out,
+            workspace=workspace,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        ),
+        progress_listener(quiet=quiet),
+    )
+    closing = [*result.remarks, *(f"written: {path}" for path in result.written)]
+    show(result, output=output, tables=_tables(result), closing=closing)
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """'1,8' as (1, 8).
+
+    Raises:
+        UsageError: a part is no whole number.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} {text} is no list of whole numbers", f"for example {option} 1,8,32") from None
+
+
+def _tables(result: ProfileResult) -> list[Table]:
+    from factorctl.cli.render import facts_table, gigabytes
+
+    facts: dict[str, object] = {
+        "model": f"{result.notation}, {result.hardware.dtype} on {result.hardware.device}",
+        "FLOPs": f"FFN -{result.ffn_flops_reduction:.1%}, model -{result.total_flops_reduction:.1%} "
+        f"(prompt of {result.flops.tokens}; {result.flops.note})",
+        "routing decided by": result.text,
+        "weights": f"{gigabytes(result.weight_bytes)}, as many as the dense model's",
+        "peak memory": gigabytes(result.peak_rss_bytes),
+        "machine": f"{result.machine.gemm_gflops:.0f} GFLOP/s, {result.machine.bandwidth_gb_s:.1f} GB/s, "
+        f"{result.hardware.threads} threads, load {result.hardware.load_1min:g}",
+    }
+    tables = [facts_table(f"Profile of {result.checkpoint}", facts), _flops_table(result)]
+    if result.sweep:
+        tables.append(_sweep_table(result))
+    if result.latency:
+        tables += [_latency_table(result), _costs_table(result)]
+    if result.expert_load:
+        tables.append(_load_table(result))
+    if result.tuning:
+        steps = ", ".join(f"{path} up to {limit or 'any'} tokens" for limit, path in result.tuning.steps)
+        tables.append(facts_table("Tuned", {"site": result.tuning.site, "steps": steps}))
+    return tables
+
+
+def _flops_table(result: ProfileResult) -> Table:
+    from factorctl.cli.render import rows_table
+
+    counts = {"dense": result.flops.dense, "active": result.flops.model, "executed": result.flops.executed}
+    parts = ["ffn", "shared_ffn", "router", "attention", "head", "total"]
+    rows = [[name, *(count[part] / 1e9 for part in parts)] for name, count in counts.items()]
+    return rows_table(f"GFLOPs of a prompt of {result.flops.tokens} tokens", ["", *parts], rows)
+
+
+def _sweep_table(result: ProfileResult) -> Table:
+    from factorctl.cli.render import rows_table
+
+    rows = [
+        [row.notation, row.ffn_gflops, f"-{row.ffn_reduction:.1%}", row.total_gflops, f"-{row.total_reduction:.1%}"]
+        for row in result.sweep
+    ]
+    return rows_table("GFLOPs by active experts", ["", "FFN", "saved", "total", "saved"], rows)
+
+
+def _latency_table(result: ProfileResult) -> Table:
+    from factorctl.cli.render import rows_table
+
+    columns = ["phase", "batch", "prompt", "path", "dense ms", "model ms", "p90", "speed-up", "ceiling", "of floor",
+               "stock ms", "tokens/s"]  # fmt: skip
+    rows = [
+        [row.phase, row.batch, row.tokens, row.path, row.dense_ms, row.model_ms, row.spread["model"].p90,
+         f"{row.speedup.median:.2f}x [{row.speedup.low:.2f}, {row.speedup.high:.2f}]", f"{row.ceiling:.2f}x",
+         f"{row.floor_share.median:.0%}", row.stock_ms, row.tokens_per_second]
+        for row in result.latency
+    ]  # fmt: skip
+    table = rows_table("Latency against the dense model in the same runtime", columns, rows)
+    for drawn, row in zip(table.rows, result.latency, strict=True):
+        drawn.style = "red" if row.loses else None
+    return table
+
+
+def _costs_table(result: ProfileResult) -> Table:
+    from factorctl.cli.render import rows_table
+
+    columns = ["tokens", "path", "layer ms", "dense ms", "routing", "experts hit", "MB read", "dense MB", "executed"]
+    rows = [
+        [cost.tokens, cost.path, cost.ffn_ms, cost.dense_ms, f"{cost.routing_share:.1%}", cost.experts_hit,
+         cost.weight_mbytes, cost.dense_weight_mbytes, f"{cost.executed_share:.0%}"]
+        for cost in result.ffn_costs
+    ]  # fmt: skip
+    return rows_table("Where the time of an FFN layer goes", columns, rows)
+
+
+def _load_table(result: ProfileResult) -> Table:
+    from factorctl.cli.render import rows_table
+
+    rows = [[load.layer, load.cv, load.max_share] for load in result.expert_load]
+    return rows_table("Expert load", ["layer", "coefficient of variation", "largest share of tokens"], rows)
