@@ -140,7 +140,7 @@ def _tables(result: ProfileResult) -> list[Table]:
     if result.sweep:
         tables.append(_sweep_table(result))
     if result.latency:
-        tables += [_latency_table(result), _costs_table(result)]
+        tables += [*_latency_tables(result), _costs_table(result)]
     if result.expert_load:
         tables.append(_load_table(result))
     if result.tuning:
@@ -154,8 +154,9 @@ def _flops_table(result: ProfileResult) -> Table:
 
     counts = {"dense": result.flops.dense, "active": result.flops.model, "executed": result.flops.executed}
     parts = ["ffn", "shared_ffn", "router", "attention", "head", "total"]
-    rows = [[name, *(count[part] / 1e9 for part in parts)] for name, count in counts.items()]
-    return rows_table(f"GFLOPs of a prompt of {result.flops.tokens} tokens", ["", *parts], rows)
+    rows = [[name, *(f"{count[part] / 1e9:.3g}" for part in parts)] for name, count in counts.items()]
+    columns = ["", "FFN", "shared", "router", "attention", "head", "total"]
+    return rows_table(f"GFLOPs of a prompt of {result.flops.tokens} tokens", columns, rows)
 
 
 def _sweep_table(result: ProfileResult) -> Table:
@@ -168,33 +169,50 @@ def _sweep_table(result: ProfileResult) -> Table:
     return rows_table("GFLOPs by active experts", ["", "FFN", "saved", "total", "saved"], rows)
 
 
-def _latency_table(result: ProfileResult) -> Table:
+def _latency_tables(result: ProfileResult) -> list[Table]:
+    """Model against dense, and the other figures of the same regimes: two tables that a terminal is wide enough for."""
     from factorctl.cli.render import rows_table
 
-    columns = ["phase", "batch", "prompt", "path", "dense ms", "model ms", "p90", "speed-up", "ceiling", "of floor",
-               "stock ms", "tokens/s"]  # fmt: skip
-    rows = [
-        [row.phase, row.batch, row.tokens, row.path, row.dense_ms, row.model_ms, row.spread["model"].p90,
-         f"{row.speedup.median:.2f}x [{row.speedup.low:.2f}, {row.speedup.high:.2f}]", f"{row.ceiling:.2f}x",
-         f"{row.floor_share.median:.0%}", row.stock_ms, row.tokens_per_second]
-        for row in result.latency
+    regimes = [f"{row.phase}, {row.batch} x {row.tokens}" for row in result.latency]
+    compared = [
+        [regime, row.path, row.dense_ms, row.model_ms,
+         f"{row.speedup.median:.2f}x [{row.speedup.low:.2f}, {row.speedup.high:.2f}]", f"{row.ceiling:.2f}x"]
+        for regime, row in zip(regimes, result.latency, strict=True)
     ]  # fmt: skip
-    table = rows_table("Latency against the dense model in the same runtime", columns, rows)
-    for drawn, row in zip(table.rows, result.latency, strict=True):
+    others = [
+        [regime, row.spread["model"].p90, row.narrow_ms, f"{row.floor_share.median:.0%}", row.stock_ms,
+         f"{row.tokens_per_second:.1f}", len(row.samples_ms["model"])]
+        for regime, row in zip(regimes, result.latency, strict=True)
+    ]  # fmt: skip
+    tables = [
+        rows_table(
+            "Latency against the dense model in the same runtime (batch x prompt)",
+            ["regime", "path", "dense ms", "model ms", "speed-up", "ceiling"],
+            compared,
+        ),
+        rows_table(
+            "The same regimes: a dense model as wide as the active neurons, and transformers' own",
+            ["regime", "p90 ms", "narrow ms", "of floor", "stock ms", "tokens/s", "samples"],
+            others,
+        ),
+    ]
+    for drawn, row in zip(tables[0].rows, result.latency, strict=True):
         drawn.style = "red" if row.loses else None
-    return table
+    return tables
 
 
 def _costs_table(result: ProfileResult) -> Table:
     from factorctl.cli.render import rows_table
 
-    columns = ["tokens", "path", "layer ms", "dense ms", "routing", "experts hit", "MB read", "dense MB", "executed"]
+    columns = ["tokens", "path", "ms", "dense ms", "routing", "hit", "MB read", "dense MB", "executed"]
     rows = [
-        [cost.tokens, cost.path, cost.ffn_ms, cost.dense_ms, f"{cost.routing_share:.1%}", cost.experts_hit,
-         cost.weight_mbytes, cost.dense_weight_mbytes, f"{cost.executed_share:.0%}"]
+        [cost.tokens, cost.path, f"{cost.ffn_ms:.3g}", f"{cost.dense_ms:.3g}", f"{cost.routing_share:.1%}",
+         f"{cost.experts_hit:.2f}", f"{cost.weight_mbytes:.3g}", f"{cost.dense_weight_mbytes:.3g}",
+         f"{cost.executed_share:.0%}"]
         for cost in result.ffn_costs
     ]  # fmt: skip
-    return rows_table("Where the time of an FFN layer goes", columns, rows)
+    title = "Where the time of an FFN layer goes (experts hit, share of FLOPs executed)"
+    return rows_table(title, columns, rows)
 
 
 def _load_table(result: ProfileResult) -> Table:
