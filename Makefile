@@ -9,7 +9,8 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo   the whole pipeline on a small real model"
 	@echo "make test   the test suite"
-	@echo "make lint   linters, types and generated docs"
+	@echo "make lint   linters, types, and whether docs/cli.md is up to date"
+	@echo "make docs   write docs/cli.md from --help"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +32,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/render_cli.py --check
+
+docs: $(STAMP)
+	$(BIN)/python docs/render_cli.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -68,7 +68,7 @@ def finetune(
     optimizer: Annotated[OptimizerName | None, typer.Option("--optimizer", help="[default: the preset's]")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Of the experts; --router-lr follows in proportion.")] = None,
     router_lr: Annotated[float | None, typer.Option("--router-lr", help="Of the routers.")] = None,
-    weight_decay: Annotated[float | None, typer.Option("--weight-decay")] = None,
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="AdamW's, of the matrices.")] = None,
     clip_norm: Annotated[
         float | None, typer.Option("--clip-norm", help="Largest norm of the gradient; 0 leaves it.")
     ] = None,

@@ -5,11 +5,12 @@ Each step runs in its own process, as it would for a reader: this process never 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,36 @@ def test_the_option_takes_statistics_and_refuses_a_typing_error(site: Path) -> N
         "strategy 'dealt' has no by=importnce",
         "Hint: did you mean 'importance'? Known: importance, norm",
     ]
+
+
+def test_the_strategy_factorizes_a_model_through_the_command_line(
+    site: Path, dense_source: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    """`--strategy dealt`, then with its option, as the page says at its end."""
+    command = [
+        "-m",
+        "factorctl",
+        "factorize",
+        dense_source(),
+        "--experts",
+        "2",
+        "--strategy",
+        "dealt",
+        "--format",
+        "json",
+    ]
+    result = json.loads(run([*command, "--router", "random", "--out", tmp_path / "plain"], site).stdout)
+    assert (result["strategy"], result["notation"]) == ("dealt", "1R2E1K")
+    assert result["identity_error"] <= 1e-5
+    data = ["--calibration", text_file, "--calibration-tokens", "512"]
+    run([*command, "--option", "by=importance", "--router", "random", *data, "--out", tmp_path / "option"], site)
+    manifest = json.loads((tmp_path / "option" / "factorctl.json").read_text())
+    assert manifest["details"]["strategy"] == {
+        "name": "dealt",
+        "version": "0.1.0",
+        "reference": "https://example.org/dealt",
+        "distribution": "factorctl-dealt",
+        "options": {"by": "importance"},
+    }
+    assert manifest["details"]["calibration"]["tokens"] == 512
+    assert "dealt" in run(["-m", "factorctl", "plugins"], site).stdout
