@@ -21,7 +21,7 @@ from factorctl.models.routing import scatter_weights
 
 CHUNK_TOKENS = 4096
 ROUTER_DAMPING = 1e-3
-REFIT_DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+REFIT_DAMPINGS = (0.03, 0.1, 0.3, 1.0)
 """Candidates for the pull toward the original values; held-out tokens choose."""
 SHARPNESSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 """Candidates for the spread of the router's logits; 0 gives uniform gates and is kept tiny so that order survives."""
