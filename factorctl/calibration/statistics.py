@@ -58,9 +58,9 @@ class StatsCollector:
 def token_weights(hidden_TD: torch.Tensor) -> torch.Tensor:
     """c_t = 1 / sqrt(mean_d h_td^2) for the residual stream h behind the layer, [T].
 
-    What follows normalises the stream token by token, so an error counts relative to the token's own size: c_t would be
-    the inverse square. But the few tokens with massive activations (the first of a text), a thousand times larger, carry
-    attention for all others and must not be lost. The inverse lets them count for much and decide nothing alone.
+    What follows normalises the stream token by token, so an error counts relative to the token's own size, which asks
+    for the inverse square. But the few tokens with massive activations (the first of a text), a thousand times larger,
+    carry attention for all others and must not be lost. The inverse lets them count for much and decide nothing alone.
     """
     return hidden_TD.square().mean(-1).clamp_min(1e-12).rsqrt()
 
