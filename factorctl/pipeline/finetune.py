@@ -211,7 +211,7 @@ def identity(plan: FinetunePlan, blocks: TokenBlocks) -> dict[str, Any]:
     """What a resumed run must have in common with the one it goes on from."""
     return {
         "base checkpoint": plan.checkpoint.manifest.sha256,
-        "data": blocks.fingerprint,
+        "text": blocks.fingerprint,
         "world size": plan.batch.world_size,
         **resolved_config(plan),
     }

@@ -93,7 +93,7 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
     )
     out = output_path(config.out, config.workspace, checkpoint.path.name, f"{config.preset}-{spec.shape.notation}")
     _check_output(config, out)
-    model = empty_factored_model(checkpoint.dense, spec)
+    model = empty_factored_model(checkpoint.dense, spec).requires_grad_(False)
     choose_trained(factored_ffns(model), config.train, recipe.weights)
     plan = FinetunePlan(
         config=config,

@@ -49,7 +49,8 @@ class HeadTask:
         targets_C = self.targets_T[start:stop]
         counted = (self.targets_T != IGNORED).sum().clamp_min(1)
         logits_CV = self.head(student_CD)
-        lm = lm_loss(logits_CV, targets_C, reduction="sum") / counted
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.weights.lm)):
+            lm = lm_loss(logits_CV, targets_C, reduction="sum") / counted
         kd = teacher_lm = torch.zeros_like(lm)
         if self.teacher_TD is not None and (self.weights.kd or measuring):
             with torch.no_grad():

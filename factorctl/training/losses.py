@@ -93,8 +93,10 @@ def kd_loss(student_TV: torch.Tensor, teacher_TV: torch.Tensor, temperature: flo
 
     Hinton et al., arXiv 1503.02531; tau^2 keeps the gradient's size comparable between temperatures.
     """
-    student = F.log_softmax(wide(student_TV) / temperature, dim=-1)
-    teacher = F.log_softmax(wide(teacher_TV) / temperature, dim=-1)
+    student, teacher = wide(student_TV), wide(teacher_TV)
+    if temperature != 1.0:
+        student, teacher = student / temperature, teacher / temperature
+    student, teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
