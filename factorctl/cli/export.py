@@ -127,13 +127,12 @@ def _show_plan(plan: ExportPlan, output: str) -> None:
     from factorctl.cli.render import facts_table, gigabytes, show
 
     facts: dict[str, object] = {
-        "checkpoint": str(plan.checkpoint.path),
-        "notation": plan.checkpoint.spec.shape.notation,
-        "format": plan.config.target,
-        "architecture": plan.form.architecture,
-        "dtype": plan.form.dtype,
-        "tensors": plan.shards.num_tensors,
-        "shards": len(plan.shards.shards),
+        "checkpoint": str(plan.job.checkpoint.path),
+        "notation": plan.job.checkpoint.spec.shape.notation,
+        "format": plan.job.config.target,
+        "architecture": plan.job.form.architecture,
+        "dtype": plan.job.form.dtype,
+        "weight_files": plan.writer.num_shards or 1,
         "disk_bytes": plan.disk_bytes,
         "memory_bytes": plan.memory_bytes,
         "out": str(plan.out),

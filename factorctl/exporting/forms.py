@@ -10,11 +10,12 @@ import torch
 
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import ExportConfig
-from factorctl.exporting.architectures import architecture_for, needs_router_scaling
+from factorctl.exporting.architectures import architecture_for, gguf_architecture, needs_router_scaling
 from factorctl.exporting.comparison import Fidelity
 from factorctl.exporting.dense_layout import DenseLayout, dense_config
 from factorctl.exporting.features import features_of
 from factorctl.exporting.folding import Folding, folded_scale, is_power_of_two
+from factorctl.exporting.gguf_tensors import PLAIN_QUANTS, GgufLayout, chosen_quant
 from factorctl.exporting.shards import Layout
 from factorctl.exporting.stock_config import stock_config
 from factorctl.exporting.stock_tensors import NativeUnits, StockLayout
@@ -33,6 +34,7 @@ class Form:
     config: dict[str, Any]
     """config.json; empty for a GGUF, which carries its own."""
     dtype: str
+    """Of the stored weights; of a GGUF its storage type."""
     top_k: int
     """Active experts of the native model that this form equals: all of them for `--to dense`."""
     fidelity: Fidelity
@@ -48,6 +50,8 @@ def form_for(
     """
     if config.target == "hf":
         return _stock_form(checkpoint, config, reader, shifts)
+    if config.target == "gguf":
+        return _gguf_form(checkpoint, config, reader, shifts)
     return _dense_form(checkpoint, config, reader)
 
 
@@ -87,6 +91,32 @@ def _stock_form(
         top_k=spec.shape.top_k,
         fidelity=fidelity_of_experts(checkpoint, config, reader),
     )
+
+
+def _gguf_form(
+    checkpoint: NativeCheckpoint, config: ExportConfig, reader: CheckpointReader, shifts: Sequence[int]
+) -> Form:
+    dense, spec = checkpoint.dense, checkpoint.spec
+    arch, quant = gguf_architecture(dense, spec), chosen_quant(config.quant, stored_dtype(config, reader))
+    folding = Folding(spec, "copied" if arch == "qwen3moe" else "own", cast_to(config), tuple(shifts))
+    return Form(
+        container="gguf",
+        architecture=arch,
+        layout=GgufLayout(_native_units(checkpoint, reader), arch, folding, config.untie_lm_head),
+        config={},
+        dtype=quant,
+        top_k=spec.shape.top_k,
+        fidelity=_gguf_fidelity(quant, fidelity_of_experts(checkpoint, config, reader), reader),
+    )
+
+
+def _gguf_fidelity(quant: str, of_experts: Fidelity, reader: CheckpointReader) -> Fidelity:
+    if quant.startswith("q8"):
+        return Fidelity.INT8
+    if quant not in PLAIN_QUANTS.values():
+        return Fidelity.INT4
+    keeps = quant in ("f32", PLAIN_QUANTS[reader.entry(EMBEDDING).dtype])
+    return of_experts if keeps else Fidelity.ROUNDED
 
 
 def _dense_form(checkpoint: NativeCheckpoint, config: ExportConfig, reader: CheckpointReader) -> Form:

@@ -35,6 +35,7 @@ class PlannedTensor:
 
     unit: int
     name: str
+    shape: tuple[int, ...]
     nbytes: int
 
 
@@ -75,7 +76,7 @@ def planned_tensors(layout: Layout, reader: CheckpointReader) -> Iterator[Planne
 
     for unit in range(layout.num_units):
         for name, tensor in layout.unit(unit, shape_only).items():
-            yield PlannedTensor(unit, name, tensor.numel() * tensor.dtype.itemsize)
+            yield PlannedTensor(unit, name, tuple(tensor.shape), tensor.numel() * tensor.dtype.itemsize)
 
 
 def write_shards(

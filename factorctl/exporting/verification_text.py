@@ -5,8 +5,9 @@ Prose, verse, dialogue, another language, numbers and code, so that many tokens 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from transformers import PreTrainedTokenizerBase
 
 SEQUENCE_TOKENS = 64
 RANDOM_SEQUENCES = 8
@@ -47,10 +48,10 @@ PASSAGES = (
 )
 
 
-def text_sequences(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, context: int) -> list[list[int]]:
+def text_sequences(tokenise: Callable[[str], list[int]], *, vocab_size: int, context: int) -> list[list[int]]:
     """The passages as token ids, each cut to `SEQUENCE_TOKENS` and to the model's context."""
     length = min(SEQUENCE_TOKENS, context)
-    encoded = [list(map(int, tokenizer(passage)["input_ids"]))[:length] for passage in PASSAGES]
+    encoded = [tokenise(passage)[:length] for passage in PASSAGES]
     return [ids for ids in encoded if ids and max(ids) < vocab_size]
 
 

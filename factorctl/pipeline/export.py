@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,27 @@ import psutil
 import torch
 
 from factorctl import __version__
-from factorctl.checkpoint.builder import ArtefactBuilder, building
+from factorctl.checkpoint.builder import building
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import Source
-from factorctl.checkpoint.strict_json import dump_json
 from factorctl.config import ExportConfig
 from factorctl.errors import ResourceError
 from factorctl.exporting.architectures import needs_router_scaling, refuse_blocked
 from factorctl.exporting.card import CardFacts, export_card, licence_of
-from factorctl.exporting.comparison import Agreement, compare
 from factorctl.exporting.folding import scale_rounding
-from factorctl.exporting.forms import Form, cast_to, dtype_name, form_for, is_untouched, remarks
+from factorctl.exporting.forms import cast_to, form_for, is_untouched, remarks
+from factorctl.exporting.gguf_writer import GgufWriter
+from factorctl.exporting.gguf_writing import GGUF_NAME
 from factorctl.exporting.hard_gate import FP16_MAX_SHIFT, MAX_SHIFT, RouterScaling, choose_shifts
+from factorctl.exporting.jobs import ExportJob, Verified, Writer
 from factorctl.exporting.native_reference import NativeReference, native_reference
-from factorctl.exporting.shards import ShardPlan, plan_shards, write_shards
-from factorctl.exporting.stock_reload import StockJob, ask_stock
+from factorctl.exporting.safetensors_writer import SafetensorsWriter
 from factorctl.exporting.verification_text import random_sequences, text_sequences
-from factorctl.models.loading import NativeCheckpoint, open_checkpoint
+from factorctl.models.families import ffn_prefix
+from factorctl.models.loading import open_checkpoint
 from factorctl.pipeline.calibration_data import load_tokenizer
 from factorctl.pipeline.devices import torch_device
 from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
@@ -46,33 +48,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 class ExportPlan:
     """Everything that is decided before the first weight is read."""
 
-    config: ExportConfig
-    checkpoint: NativeCheckpoint
-    source: Source
-    """The native directory, whose tokenizer and licence files travel along."""
     out: Path
-    form: Form
-    shards: ShardPlan
-    compute: torch.dtype
-    """What the native and the exported model are compared in."""
-    sequences: list[list[int]]
-    has_tokenizer: bool
+    job: ExportJob
+    writer: Writer
     memory_bytes: int
     notes: tuple[str, ...]
 
     @property
     def disk_bytes(self) -> int:
-        return self.shards.total_bytes
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What the stock engine made of the export."""
-
-    engine: str
-    agreement: Agreement | None
-    memory_bytes: int | None
-    """What the engine held for the weights after loading."""
+        return self.writer.weight_bytes
 
 
 @dataclass(frozen=True)
@@ -119,44 +103,51 @@ def plan_export(config: ExportConfig, progress: Progress) -> ExportPlan:
     path = config.checkpoint or newest_checkpoint(config.workspace)
     if config.checkpoint is None:
         progress.note(f"no checkpoint was named; taking the newest, {path}")
+    out = output_path(config.out, config.workspace, str(path.resolve()), config.target)
+    refuse_existing(out, overwrite=config.overwrite)
     with progress.stage("Hashing the checkpoint"):
         checkpoint = open_checkpoint(path)
     refuse_blocked(checkpoint.dense, checkpoint.spec, config.target, exact=config.exact)
-    out = output_path(config.out, config.workspace, str(path.resolve()), config.target)
-    refuse_existing(out, overwrite=config.overwrite)
     reader = CheckpointReader(path)
-    form = form_for(checkpoint, config, reader)
-    shards = plan_shards(form.layout, reader, config.max_shard_bytes)
-    require_disk_space(out.parent, shards.total_bytes)
-    source = Source(path, str(checkpoint.manifest.source["id"]), "local")
-    has_tokenizer = any((path / name).is_file() for name in TOKENIZER_FILES)
     compute, memory = _compute_dtype(reader, config.max_shard_bytes)
-    notes = remarks(checkpoint, config)
-    if not has_tokenizer:
-        notes.append("the checkpoint has no tokenizer: native and export are compared on random token ids")
-    for note in notes:
-        progress.note(note)
-    return ExportPlan(
+    source = Source(path, str(checkpoint.manifest.source["id"]), "local")
+    tokenise = _tokeniser(source)
+    sizes = {
+        "vocab_size": int(checkpoint.dense.config.vocab_size),
+        "context": int(checkpoint.dense.config.max_position_embeddings),
+    }
+    texts = [] if tokenise is None else text_sequences(tokenise, **sizes)
+    job = ExportJob(
         config=config,
         checkpoint=checkpoint,
-        source=source,
-        out=out,
-        form=form,
-        shards=shards,
+        reader=reader,
+        form=form_for(checkpoint, config, reader),
+        copied=tuple(source.copied_files()),
+        sequences=texts or random_sequences(**sizes, seed=config.seed),
+        tokenise=tokenise,
         compute=compute,
-        sequences=_sequences(checkpoint, source if has_tokenizer else None, config.seed),
-        has_tokenizer=has_tokenizer,
-        memory_bytes=memory,
-        notes=tuple(notes),
     )
+    writer = writer_for(job)
+    require_disk_space(out.parent, writer.weight_bytes)
+    notes = [*remarks(checkpoint, config), *writer.notes]
+    if not texts:
+        notes.append("without a tokenizer, native and export are compared on random token ids")
+    for note in notes:
+        progress.note(note)
+    return ExportPlan(out, job, writer, memory, tuple(notes))
 
 
-def _sequences(checkpoint: NativeCheckpoint, source: Source | None, seed: int) -> list[list[int]]:
-    """What native and export are asked: real text where there is a tokenizer."""
-    config = checkpoint.dense.config
-    sizes = {"vocab_size": int(config.vocab_size), "context": int(config.max_position_embeddings)}
-    texts = [] if source is None else text_sequences(load_tokenizer(source), **sizes)
-    return texts or random_sequences(**sizes, seed=seed)
+def writer_for(job: ExportJob) -> Writer:
+    """The writer of the form's container."""
+    return GgufWriter(job) if job.form.container == "gguf" else SafetensorsWriter(job)
+
+
+def _tokeniser(source: Source) -> Callable[[str], list[int]] | None:
+    """From text to ids, special tokens included; None where the checkpoint has no tokenizer."""
+    if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    tokenizer = load_tokenizer(source)
+    return lambda text: [int(token) for token in tokenizer(text)["input_ids"]]
 
 
 def _compute_dtype(reader: CheckpointReader, max_shard_bytes: int) -> tuple[torch.dtype, int]:
@@ -185,7 +176,7 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
 
     1. Check that the target can hold the model.
     2. Run the native checkpoint over a little text.
-    3. Write shard by shard, the scale folded into the down-projections.
+    3. Write layer by layer, the scale folded into the down-projections.
     4. Load the result in the stock engine, compare the logits; only then publish it.
 
     Raises:
@@ -194,34 +185,30 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
     started = time.monotonic()
     plan = plan_export(config, progress)
     with progress.stage("Running the native checkpoint"):
-        reference = _reference(plan)
-    scaling = _router_scaling(plan, reference)
-    reader = CheckpointReader(plan.checkpoint.path)
-    form = form_for(plan.checkpoint, config, reader, () if scaling is None else scaling.shifts)
+        reference = _reference(plan.job)
+    scaling = _router_scaling(plan.job, reference)
+    if scaling is not None:
+        plan = _with_shifts(plan, scaling)
     with building(
         plan.out,
-        num_shards=len(plan.shards.shards),
-        fingerprint=_fingerprint(plan, scaling),
+        num_shards=plan.writer.num_shards,
+        fingerprint=_fingerprint(plan.job, scaling),
         overwrite=config.overwrite,
         progress=progress,
     ) as builder:
-        write_shards(form.layout, plan.shards, reader, builder, progress)
-        builder.write_file("config.json", dump_json(form.config))
-        for path in plan.source.copied_files():
-            builder.copy_file(path)
-        builder.write_index()
-        verified = _verify_in_transformers(plan, builder, reference, progress)
-        builder.write_file("README.md", export_card(plan.checkpoint.manifest, _card_facts(plan, verified)).encode())
-        rounding = _scale_rounding(plan, reader)
+        plan.writer.write(builder, progress)
+        verified = plan.writer.verify(builder, reference, progress)
+        rounding = _scale_rounding(plan.job)
+        builder.write_file("README.md", export_card(plan.job.checkpoint.manifest, _card_facts(plan, verified)).encode())
         manifest = builder.publish(_manifest(plan, verified, scaling, rounding))
     agreement = verified.agreement
     return ExportResult(
         path=str(plan.out),
-        checkpoint=str(plan.checkpoint.path),
+        checkpoint=str(plan.job.checkpoint.path),
         format=config.target,
-        architecture=form.architecture,
-        dtype=form.dtype,
-        notation=plan.checkpoint.spec.shape.notation,
+        architecture=plan.job.form.architecture,
+        dtype=plan.job.form.dtype,
+        notation=plan.job.checkpoint.spec.shape.notation,
         engine=verified.engine,
         tokens_compared=0 if agreement is None else agreement.tokens,
         max_logit_error=None if agreement is None else agreement.max_logit_error,
@@ -230,7 +217,7 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         scale_rounding=rounding,
         selection_agreement=None if scaling is None else scaling.selection_agreement,
         gate_error=None if scaling is None else scaling.gate_error,
-        identical_to_source=_identical_to_source(plan),
+        identical_to_source=_identical_to_source(plan.job),
         files=len(manifest.files),
         bytes=sum(record.size for record in manifest.files.values()),
         memory_bytes=verified.memory_bytes,
@@ -241,68 +228,67 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
     )
 
 
-def _reference(plan: ExportPlan) -> NativeReference:
+def _reference(job: ExportJob) -> NativeReference:
     return native_reference(
-        plan.checkpoint.path,
-        plan.sequences,
-        top_k=plan.form.top_k,
-        dtype=plan.compute,
-        device=torch_device(plan.config.device),
+        job.checkpoint.path,
+        job.sequences,
+        top_k=job.form.top_k,
+        dtype=job.compute,
+        device=torch_device(job.config.device),
     )
 
 
-def _router_scaling(plan: ExportPlan, reference: NativeReference) -> RouterScaling | None:
+def _router_scaling(job: ExportJob, reference: NativeReference) -> RouterScaling | None:
     """Shifts for gate `hard` at K > 1, chosen on the router logits of the reference run."""
-    if plan.config.target not in ("hf", "gguf") or not needs_router_scaling(plan.checkpoint.spec):
+    if job.config.target not in ("hf", "gguf") or not needs_router_scaling(job.checkpoint.spec):
         return None
-    narrow = plan.form.dtype == "float16"
-    top_k = plan.checkpoint.spec.shape.top_k
-    return choose_shifts(reference.router_logits, top_k, max_shift=FP16_MAX_SHIFT if narrow else MAX_SHIFT)
+    is_narrow = job.form.dtype == "float16"
+    top_k = job.checkpoint.spec.shape.top_k
+    return choose_shifts(reference.router_logits, top_k, max_shift=FP16_MAX_SHIFT if is_narrow else MAX_SHIFT)
 
 
-def _verify_in_transformers(
-    plan: ExportPlan, builder: ArtefactBuilder, reference: NativeReference, progress: Progress
-) -> Verified:
-    job = StockJob(builder.partial, dtype_name(plan.compute), plan.sequences)
-    with progress.stage("Loading it in stock transformers"):
-        (answer,) = ask_stock([job])
-    agreement = compare(reference.logits, answer.logits, plan.form.fidelity)
-    return Verified(f"transformers {library_versions()['transformers']} ({job.dtype})", agreement, answer.memory_bytes)
+def _with_shifts(plan: ExportPlan, scaling: RouterScaling) -> ExportPlan:
+    """The plan with the router of every layer divided by its power of two."""
+    job = plan.job
+    job = replace(job, form=form_for(job.checkpoint, job.config, job.reader, scaling.shifts))
+    return replace(plan, job=job, writer=writer_for(job))
 
 
-def _scale_rounding(plan: ExportPlan, reader: CheckpointReader) -> float | None:
+def _scale_rounding(job: ExportJob) -> float | None:
     """Largest rounding error over the layers; None where no scale is folded."""
-    if plan.config.target not in ("hf", "gguf"):
+    if job.config.target not in ("hf", "gguf"):
         return None
-    spec, dtype, layers = plan.checkpoint.spec, cast_to(plan.config), range(plan.checkpoint.dense.num_layers)
-    downs = ({"down": reader.read(f"model.layers.{layer}.mlp.down")} for layer in layers)
-    return max(scale_rounding(spec, layer, tensors, dtype) for layer, tensors in enumerate(downs))
+    dtype, layers = cast_to(job.config), range(job.checkpoint.dense.num_layers)
+    downs = ({"down": job.reader.read(f"{ffn_prefix(layer)}.down")} for layer in layers)
+    return max(scale_rounding(job.checkpoint.spec, layer, tensors, dtype) for layer, tensors in enumerate(downs))
 
 
-def _identical_to_source(plan: ExportPlan) -> bool | None:
-    if plan.config.target != "dense" or plan.checkpoint.spec.shape.top_k == 0:
+def _identical_to_source(job: ExportJob) -> bool | None:
+    if job.config.target != "dense" or job.checkpoint.spec.shape.top_k == 0:
         return None
-    return is_untouched(plan.checkpoint) and plan.config.dtype == "auto"
+    return is_untouched(job.checkpoint) and job.config.dtype == "auto"
 
 
 def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
+    job = plan.job
     return CardFacts(
-        target=plan.config.target,
-        architecture=plan.form.architecture,
-        dtype=plan.form.dtype,
+        target=job.config.target,
+        architecture=job.form.architecture,
+        dtype=job.form.dtype,
         engine=verified.engine,
         agreement=verified.agreement,
         notes=plan.notes,
-        licence=licence_of(plan.checkpoint.dense.raw, [path.name for path in plan.source.copied_files()]),
+        gguf_file=GGUF_NAME if job.form.container == "gguf" else None,
+        licence=licence_of(job.checkpoint.dense.raw, [path.name for path in job.licences]),
     )
 
 
-def _fingerprint(plan: ExportPlan, scaling: RouterScaling | None) -> str:
+def _fingerprint(job: ExportJob, scaling: RouterScaling | None) -> str:
     """Names the work: whatever could change a byte of the shards."""
     return hash_value(
         {
-            "config": resolved_config(plan.config),
-            "parent": plan.checkpoint.manifest.sha256,
+            "config": resolved_config(job.config),
+            "parent": job.checkpoint.manifest.sha256,
             "shifts": [] if scaling is None else list(scaling.shifts),
             "libraries": library_versions(),
             "tool_version": __version__,
@@ -317,7 +303,7 @@ def resolved_config(config: ExportConfig) -> dict[str, Any]:
 
 
 def _manifest(plan: ExportPlan, verified: Verified, scaling: RouterScaling | None, rounding: float | None) -> Manifest:
-    parent = plan.checkpoint.manifest
+    parent, form = plan.job.checkpoint.manifest, plan.job.form
     return Manifest(
         kind="export",
         stage="export",
@@ -325,11 +311,11 @@ def _manifest(plan: ExportPlan, verified: Verified, scaling: RouterScaling | Non
         source=parent.source,
         factored=parent.factored,
         parent=parent.sha256,
-        config=resolved_config(plan.config),
+        config=resolved_config(plan.job.config),
         details={
-            "architecture": plan.form.architecture,
-            "format": plan.config.target,
-            "dtype": plan.form.dtype,
+            "architecture": form.architecture,
+            "format": plan.job.config.target,
+            "dtype": form.dtype,
             "engine": verified.engine,
             "agreement": None if verified.agreement is None else asdict(verified.agreement),
             "router_scaling": None if scaling is None else asdict(scaling),

@@ -1,0 +1,77 @@
+"""Native checkpoints to export, and a way to ask stock transformers about many exports at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from helpers import SPECIAL, calibrated, factorize_quietly, make_source, weights_only
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from factorctl.config import ExportConfig
+from factorctl.exporting.jobs import Verified
+from factorctl.exporting.native_reference import native_reference
+from factorctl.exporting.safetensors_writer import SafetensorsWriter
+from factorctl.exporting.stock_reload import StockAnswer, StockJob, ask_stock
+from factorctl.pipeline import export as pipeline
+from factorctl.progress import SilentProgress
+
+GGUF_VOCAB = 300
+SEQUENCES = [[5, 9, 17, 4, 22, 8, 11, 30, 6, 7, 19, 25], [28, 12, 6, 6, 15, 24, 10, 21]]
+
+
+def make_native(
+    directory: Path, case: str, text: Path, *, shared: bool = False, source: Path | None = None, **changes: Any
+) -> Path:
+    """A native checkpoint with a random router, of a source made here unless one is given."""
+    dense = source or make_source(directory / f"{case}-dense", case)
+    out = (
+        directory / f"{case}-{'shared' if shared else 'routed'}-{changes.get('top_k', 2)}-{changes.get('gate', 'soft')}"
+    )
+    plain = {"router": "random", "scale": "sum", "refit": False, "shared_fraction": 0.34}
+    config = calibrated(dense, out, text, **{**plain, **changes}) if shared else weights_only(dense, out, **changes)
+    factorize_quietly(config)
+    return out
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over all bytes with a few merges, as llama.cpp reads it (it demands merges)."""
+    ids = {token: index for index, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    merges = [("t", "h"), ("th", "e"), ("i", "n"), ("e", "r"), ("Ġ", "the"), ("Ġ", "a"), ("o", "u")]
+    ids |= {left + right: len(ids) + index for index, (left, right) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(ids, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def make_gguf_source(directory: Path, case: str, **changes: Any) -> Path:
+    """A dense source whose tokenizer llama.cpp can run; its embedding has a few unused rows."""
+    make_source(directory, case, vocab_size=GGUF_VOCAB, **changes)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def export_unchecked(config: ExportConfig) -> pipeline.ExportResult:
+    """Export without starting the stock engine: the test asks it once, for many exports."""
+    with mock.patch.object(SafetensorsWriter, "verify", return_value=Verified("nothing", None)):
+        return pipeline.export(config, SilentProgress())
+
+
+def ask_about(directories: Mapping[str, Path], **changes: Any) -> dict[str, StockAnswer]:
+    """What stock transformers computes for each of them, in one process that cannot import factorctl."""
+    jobs = [dataclasses.replace(StockJob(path, "float32", SEQUENCES), **changes) for path in directories.values()]
+    return dict(zip(directories, ask_stock(jobs), strict=True))
+
+
+def largest_difference(native: Path, answer: StockAnswer, *, top_k: int | None = None) -> float:
+    """Between the native checkpoint's logits and the stock engine's."""
+    ours = native_reference(native, SEQUENCES, top_k=top_k, dtype=torch.float32).logits
+    return max(float((a - b).abs().max()) for a, b in zip(ours, answer.logits, strict=True))
