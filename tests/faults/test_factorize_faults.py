@@ -103,7 +103,11 @@ def finish(config: FactorizeConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[in
 CONFIGS: dict[str, Callable[[Path, Path, Path], FactorizeConfig]] = {
     "weights-only": lambda source, out, text: weights_only(source, out, strategy="permuted"),
     "calibrated": lambda source, out, text: calibrated(source, out, text, strategy="permuted"),
+    "statistics": lambda source, out, text: calibrated(
+        source, out, text, strategy="permuted", router="random", scale="sum", refit=False
+    ),
 }
+EVERY_NTH_WRITE = {"weights-only": 1, "calibrated": 2, "statistics": 3}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -117,7 +121,7 @@ def test_killed_at_any_write_it_goes_on_and_ends_with_the_same_bytes(
     writes = count_writes(configs[1])
     assert 25 < writes < 90
     resumed = set()
-    for write in range(0, writes, 1 if kind == "weights-only" else 2):
+    for write in range(0, writes, EVERY_NTH_WRITE[kind]):
         out = tmp_path / f"killed-{write}"
         config = CONFIGS[kind](source, out, text_file)
         kill_at(write, config)
