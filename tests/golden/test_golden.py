@@ -1,6 +1,6 @@
 """A checkpoint of schema 1, made once and kept: every later version must load it and compute the same.
 
-`schema-1/` is a one-layer Llama with biases: 4 experts of 4 or 5 neurons, shared neurons, fitted scale, refit.
+`schema-1/` is a one-layer Llama with biases: 4 experts of 5 neurons, 4 shared ones, fitted scale, refit.
 """
 
 from __future__ import annotations
