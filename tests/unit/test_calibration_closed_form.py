@@ -1,0 +1,126 @@
+"""Router, scale and refit: never worse than what they start from, and right where the answer is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from factorctl.calibration.closed_form import Tokens, benefits, fit_router, fit_scale, refit_down, relative_error
+from factorctl.config import FactorShape
+from factorctl.models.factored_ffn import FactoredFFN
+
+D, N, H = 16, 4, 6
+
+
+def make_ffn(*, shared: int = 0, top_k: int = 2, bias: bool = False, **options: Any) -> FactoredFFN:
+    torch.manual_seed(0)
+    ffn = FactoredFFN(FactorShape(N, top_k, H, shared), D, "silu", gate_up_bias=bias, down_bias=bias, **options)
+    with torch.no_grad():
+        for parameter in ffn.parameters():
+            parameter.copy_(0.4 * torch.randn_like(parameter))
+    return ffn.requires_grad_(False)
+
+
+def dense_target(ffn: FactoredFFN, x_TD: torch.Tensor) -> torch.Tensor:
+    top_k, ffn.top_k = ffn.top_k, N
+    try:
+        return ffn(x_TD)
+    finally:
+        ffn.top_k = top_k
+
+
+def make_tokens(ffn: FactoredFFN, count: int = 600) -> Tokens:
+    x_TD = torch.randn(count, D, generator=torch.Generator().manual_seed(1))
+    return Tokens(x_TD, dense_target(ffn, x_TD), torch.ones(count))
+
+
+@pytest.mark.parametrize("shared", [0, 5])
+@pytest.mark.parametrize("bias", [False, True])
+def test_benefit_is_the_drop_in_squared_error(shared: int, bias: bool) -> None:
+    ffn = make_ffn(shared=shared, bias=bias).double()
+    x_TD = torch.randn(7, D, dtype=torch.float64)
+    t_TD = dense_target(ffn, x_TD)
+    found_TN = benefits(ffn, x_TD, t_TD)
+    for t, x in enumerate(x_TD):
+        fixed = torch.zeros(D, dtype=torch.float64) if ffn.down_bias is None else ffn.down_bias.clone()
+        if shared:
+            gate, up = (ffn.shared_gate_up @ x + (ffn.shared_gate_up_bias if bias else 0)).split(shared)
+            fixed += ffn.down[:, :shared] @ (torch.nn.functional.silu(gate) * up)
+        for e in range(N):
+            gate, up = (ffn.gate_up[e] @ x + (ffn.gate_up_bias[e] if bias else 0)).split(H)
+            first = shared + e * H
+            output = ffn.down[:, first : first + H] @ (torch.nn.functional.silu(gate) * up)
+            drop = (t_TD[t] - fixed).square().sum() - (t_TD[t] - fixed - output).square().sum()
+            assert float(found_TN[t, e]) == pytest.approx(float(drop), rel=1e-9)
+
+
+def test_relative_error_weighs_tokens() -> None:
+    ffn = make_ffn()
+    tokens = make_tokens(ffn, 50)
+    weight_T = torch.rand(50)
+    wrong = ((ffn(tokens.x_TD) - tokens.t_TD).square().sum(1) * weight_T).sum()
+    right = (tokens.t_TD.square().sum(1) * weight_T).sum()
+    assert relative_error(ffn, Tokens(tokens.x_TD, tokens.t_TD, weight_T)) == pytest.approx(
+        float((wrong / right).sqrt())
+    )
+    ffn.top_k = N
+    assert relative_error(ffn, tokens) < 1e-6
+
+
+@pytest.mark.parametrize("gate", ["softmax", "hard"])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_the_fitted_router_beats_a_random_one(gate: Any, top_k: int) -> None:
+    ffn = make_ffn(shared=5, top_k=top_k, gate=gate)
+    tokens = make_tokens(ffn)
+    fitting, heldout = tokens.split(500)
+    before = relative_error(ffn, heldout)
+    fit_router(ffn, fitting)
+    assert torch.isfinite(ffn.router).all()
+    assert relative_error(ffn, heldout) < before
+
+
+def test_the_scale_is_the_least_squares_one() -> None:
+    ffn = make_ffn(shared=5)
+    tokens = make_tokens(ffn)
+    best = fit_scale(ffn, tokens)
+    assert ffn.scale_a == best
+    at_best = relative_error(ffn, tokens)
+    for other in (0.95 * best, 1.05 * best, 1.0):
+        ffn.scale_a = other
+        assert relative_error(ffn, tokens) >= at_best
+    for top_k in (0, N):
+        assert fit_scale(make_ffn(shared=5, top_k=top_k), tokens) == 1.0
+
+
+@pytest.mark.parametrize(("shared", "top_k", "bias"), [(0, 2, False), (5, 2, True), (5, 0, True), (5, 1, False)])
+def test_the_refit_lowers_the_held_out_error(shared: int, top_k: int, bias: bool) -> None:
+    ffn = make_ffn(shared=shared, top_k=top_k, bias=bias)
+    fitting, heldout = make_tokens(ffn, 1200).split(1000)
+    before = relative_error(ffn, heldout)
+    result = refit_down(ffn, fitting, heldout)
+    assert result.kept
+    assert result.error_before == pytest.approx(before)
+    assert result.error_after < 0.99 * before
+    assert relative_error(ffn, heldout) == pytest.approx(result.error_after, rel=1e-4)
+
+
+def test_a_refit_that_does_not_help_keeps_the_values() -> None:
+    ffn = make_ffn(top_k=N)
+    original_DF = ffn.down.clone()
+    fitting, heldout = make_tokens(ffn).split(500)
+    noise = Tokens(fitting.x_TD, torch.randn(500, D), fitting.weight_T)
+    result = refit_down(ffn, noise, heldout)
+    assert not result.kept
+    assert result.error_after == result.error_before
+    assert torch.equal(ffn.down, original_DF)
+
+
+def test_chunks_and_splits_hold_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factorctl.calibration.closed_form.CHUNK_TOKENS", 7)
+    tokens = make_tokens(make_ffn(), 30)
+    assert [len(chunk[0]) for chunk in tokens.chunks()] == [7, 7, 7, 7, 2]
+    first, rest = tokens.split(11)
+    assert torch.equal(torch.cat([first.x_TD, rest.x_TD]), tokens.x_TD)
+    assert len(rest.weight_T) == 19
