@@ -23,8 +23,8 @@ class CalibrationStream:
     wanted, and the stream stays the dense model's.
 
     The target of a layer is what its dense FFN gives on these very inputs. Aiming at the dense model's own output at
-    the same position instead would ask the layer to mend what earlier layers broke; it answers by shrinking
-    (docs/design.md has the numbers).
+    the same position instead would ask the layer to mend what earlier layers broke, and least squares answers by
+    shrinking.
     """
 
     model: LayerwiseModel
