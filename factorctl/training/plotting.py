@@ -32,7 +32,8 @@ def draw_training(
         lines: of metrics.jsonl.
         load: share of tokens per layer and expert; empty where nothing is routed.
     """
-    figure = Figure(figsize=(11, 4.2), layout="constrained")  # no pyplot: it would pick a display backend
+    figure = Figure(figsize=(11, 4.2))  # no pyplot: it would pick a display backend
+    figure.subplots_adjust(left=0.06, right=0.97, bottom=0.12, top=0.84, wspace=0.2)
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
     _draw_losses(left, lines)

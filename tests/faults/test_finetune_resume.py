@@ -43,6 +43,12 @@ def write_text(path: Path, documents: int = 60, seed: int = 0) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than training does here; test_training_recipe.py draws."""
+    monkeypatch.setattr(pipeline, "draw_training", lambda run, *_: (run / "training.png").write_bytes(b""))
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     config: FinetuneConfig
