@@ -21,8 +21,7 @@ from factorctl.config import ProfileConfig, ScaleRule
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from factorctl.cli.render import Table
     from factorctl.profiling.report import ProfileResult
 
 

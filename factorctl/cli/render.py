@@ -21,7 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Table as Table
 
 from factorctl.cli.options import OutputFormat
 from factorctl.errors import FactorctlError
