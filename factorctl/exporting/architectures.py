@@ -81,9 +81,10 @@ def refuse_blocked(dense: DenseModel, spec: FactoredSpec, target: ExportTarget, 
     if not found:
         return
     able = [name for name in get_args(ExportTarget) if not blockers(dense, spec, name, exact=exact)]
+    few_bits = "; for routed experts in few bits: --to gguf --quant q8_0" if target.startswith("bnb") else ""
     raise UsageError(
         f"--to {target} cannot hold this model: " + "; ".join(str(blocker) for blocker in found),
-        f"targets that can: {', '.join('--to ' + name for name in able)}; the native checkpoint can as well",
+        f"targets that can: {', '.join('--to ' + name for name in able)}; the native checkpoint can as well{few_bits}",
     )
 
 

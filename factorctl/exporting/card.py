@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from factorctl.checkpoint.manifest import Manifest
+from factorctl.config import ExportConfig, FactorizeConfig, FinetuneConfig
 from factorctl.exporting.comparison import Agreement
 
+_FLAGS = {
+    "num_experts": "experts",
+    "strategy_options": "option",
+    "loss_weights": "loss",
+    "target": "to",
+    "max_shard_bytes": "max-shard-size",
+}
+"""Where an option is not called as its field is."""
+_DEFAULTS = {
+    verb: {field.name: field.default for field in fields(config)}
+    for verb, config in (("factorize", FactorizeConfig), ("finetune", FinetuneConfig), ("export", ExportConfig))
+}
 METHOD = "https://arxiv.org/abs/2408.11855"
 
 
@@ -16,7 +29,8 @@ METHOD = "https://arxiv.org/abs/2408.11855"
 class CardFacts:
     """What the card says beyond the parent's manifest."""
 
-    target: str
+    config: Mapping[str, Any]
+    """Of the export, resolved."""
     architecture: str
     dtype: str
     engine: str
@@ -59,7 +73,7 @@ def _front_matter(parent: Manifest, facts: CardFacts) -> str:
 def _what_it_is(parent: Manifest, facts: CardFacts) -> str:
     factored, source = parent.factored, parent.source
     revision = f", revision {source['revision']}" if source.get("revision") else ""
-    if facts.target == "dense" and factored["top_k"]:
+    if facts.config["target"] == "dense" and factored["top_k"]:
         what = "put back together: all experts are always on."
     elif factored["top_k"] == 0:
         what = f"cut down to the {factored['shared_size']} most important neurons of every feed-forward network."
@@ -81,7 +95,8 @@ def _what_it_is(parent: Manifest, facts: CardFacts) -> str:
             f"- Base model: {source['id']}{revision}, {what}",
             f"- Method: [FactorLLM]({METHOD}), by factorctl {parent.tool_version} ({parent.stage}); gate "
             f"`{factored['gate']}`, scale `{factored['scale']}`.",
-            f"- Format: {facts.target}, architecture `{facts.architecture}`, {facts.dtype} weights, no custom code.",
+            f"- Format: {facts.config['target']}, architecture `{facts.architecture}`, {facts.dtype} weights, "
+            "no custom code.",
             f"- Licence: {licence}.",
             *(f"- {note[0].upper()}{note[1:]}." for note in facts.notes),
         ]
@@ -114,12 +129,24 @@ def _usage(facts: CardFacts) -> str:
     )
 
 
+def command(verb: str, config: Mapping[str, Any], *, positional: str) -> str:
+    """The command line of a recorded configuration; what was left at its default stays out."""
+    parts = ["factorctl", verb, positional]
+    for name, value in config.items():
+        if name == "model" or value is None or value == _DEFAULTS.get(verb, {}).get(name):
+            continue
+        flag = "--" + _FLAGS.get(name, name.replace("_", "-"))
+        if isinstance(value, Mapping):
+            parts += [f"{flag} {key}={item}" for key, item in value.items()]
+        elif value is not False:
+            parts.append(flag if value is True else f"{flag} {value}")
+    return " ".join(parts)
+
+
 def _made_with(parent: Manifest, facts: CardFacts) -> str:
-    config = parent.config
-    model = config.get("model") or parent.source["id"]
     commands = [
-        f"factorctl factorize {model} --experts {parent.factored['num_experts']} --top-k {parent.factored['top_k']}",
-        f"factorctl export CHECKPOINT --to {facts.target}",
+        command(parent.stage, parent.config, positional=str(parent.config.get("model") or "CHECKPOINT")),
+        command("export", facts.config, positional="CHECKPOINT"),
     ]
     return (
         "## How it was made\n\n```sh\n" + "\n".join(commands) + "\n```\n\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import ExportConfig
 from factorctl.exporting.architectures import architecture_for, gguf_architecture, needs_router_scaling
+from factorctl.exporting.bnb_layout import Bits, BnbLayout, quantization_config
 from factorctl.exporting.comparison import Fidelity
 from factorctl.exporting.dense_layout import DenseLayout, dense_config
 from factorctl.exporting.features import features_of
@@ -52,7 +53,8 @@ def form_for(
         return _stock_form(checkpoint, config, reader, shifts)
     if config.target == "gguf":
         return _gguf_form(checkpoint, config, reader, shifts)
-    return _dense_form(checkpoint, config, reader)
+    form = _dense_form(checkpoint, config, reader)
+    return form if config.target == "dense" else _quantised(form, 4 if config.target == "bnb-4bit" else 8)
 
 
 def stored_dtype(config: ExportConfig, reader: CheckpointReader) -> torch.dtype:
@@ -131,6 +133,18 @@ def _dense_form(checkpoint: NativeCheckpoint, config: ExportConfig, reader: Chec
         dtype=dtype_name(dtype),
         top_k=0 if spec.shape.top_k == 0 else spec.shape.num_experts,
         fidelity=Fidelity.ROUNDED if _narrows(config, reader) else Fidelity.EXACT,
+    )
+
+
+def _quantised(form: Form, bits: Bits) -> Form:
+    """A dense form with its linear layers as bitsandbytes stores them."""
+    assert isinstance(form.layout, DenseLayout)
+    return replace(
+        form,
+        layout=BnbLayout(form.layout, bits),
+        config={**form.config, "quantization_config": quantization_config(bits, form.dtype)},
+        dtype=f"{'nf4' if bits == 4 else 'int8'} and {form.dtype}",
+        fidelity=Fidelity.INT4 if bits == 4 else Fidelity.INT8,
     )
 
 

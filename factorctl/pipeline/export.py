@@ -29,6 +29,8 @@ from factorctl.exporting.gguf_writing import GGUF_NAME
 from factorctl.exporting.hard_gate import FP16_MAX_SHIFT, MAX_SHIFT, RouterScaling, choose_shifts
 from factorctl.exporting.jobs import ExportJob, Verified, Writer
 from factorctl.exporting.native_reference import NativeReference, native_reference
+from factorctl.exporting.push import prepare_push, push
+from factorctl.exporting.reports import report_tables
 from factorctl.exporting.safetensors_writer import SafetensorsWriter
 from factorctl.exporting.verification_text import random_sequences, text_sequences
 from factorctl.models.families import ffn_prefix
@@ -178,12 +180,14 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
     2. Run the native checkpoint over a little text.
     3. Write layer by layer, the scale folded into the down-projections.
     4. Load the result in the stock engine, compare the logits; only then publish it.
+    5. Upload it, if that was asked for.
 
     Raises:
         FactorctlError: with what is wrong; nothing is published then.
     """
     started = time.monotonic()
     plan = plan_export(config, progress)
+    repo = None if config.push is None else prepare_push(config.push, private=config.private)
     with progress.stage("Running the native checkpoint"):
         reference = _reference(plan.job)
     scaling = _router_scaling(plan.job, reference)
@@ -201,6 +205,7 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         rounding = _scale_rounding(plan.job)
         builder.write_file("README.md", export_card(plan.job.checkpoint.manifest, _card_facts(plan, verified)).encode())
         manifest = builder.publish(_manifest(plan, verified, scaling, rounding))
+    commit = None if repo is None else _push(plan, repo, progress)
     agreement = verified.agreement
     return ExportResult(
         path=str(plan.out),
@@ -221,7 +226,7 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         files=len(manifest.files),
         bytes=sum(record.size for record in manifest.files.values()),
         memory_bytes=verified.memory_bytes,
-        commit=None,
+        commit=commit,
         seconds=round(time.monotonic() - started, 3),
         peak_rss_bytes=peak_rss_bytes(),
         notes=list(plan.notes),
@@ -263,6 +268,12 @@ def _scale_rounding(job: ExportJob) -> float | None:
     return max(scale_rounding(job.checkpoint.spec, layer, tensors, dtype) for layer, tensors in enumerate(downs))
 
 
+def _push(plan: ExportPlan, repo: str, progress: Progress) -> str:
+    shape, target = plan.job.checkpoint.spec.shape, plan.job.config.target
+    with progress.stage(f"Uploading to {repo}"):
+        return push(plan.out, repo, message=f"{shape.notation} as {target}, by factorctl {__version__}")
+
+
 def _identical_to_source(job: ExportJob) -> bool | None:
     if job.config.target != "dense" or job.checkpoint.spec.shape.top_k == 0:
         return None
@@ -272,13 +283,17 @@ def _identical_to_source(job: ExportJob) -> bool | None:
 def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
     job = plan.job
     return CardFacts(
-        target=job.config.target,
+        config=resolved_config(job.config),
         architecture=job.form.architecture,
         dtype=job.form.dtype,
         engine=verified.engine,
         agreement=verified.agreement,
         notes=plan.notes,
         gguf_file=GGUF_NAME if job.form.container == "gguf" else None,
+        reports=report_tables(
+            [job.config.workspace, job.config.workspace / "reports", job.checkpoint.path.parent],
+            job.checkpoint.manifest.sha256,
+        ),
         licence=licence_of(job.checkpoint.dense.raw, [path.name for path in job.licences]),
     )
 

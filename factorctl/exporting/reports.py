@@ -1,0 +1,45 @@
+"""Evaluation and profile reports on the checkpoint that is exported, as tables for its card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from factorctl.checkpoint.strict_json import read_json_object
+from factorctl.errors import IntegrityError
+
+MAX_ROWS = 40
+
+
+def report_tables(directories: Sequence[Path], manifest_sha256: str) -> dict[str, str]:
+    """Title -> Markdown table, from JSON reports whose `manifest_sha256` is the checkpoint's; the newest of a kind."""
+    found = {path.resolve() for directory in directories for path in directory.glob("*.json")}
+    tables = {}
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns):
+        report = _report(path)
+        if report.get("manifest_sha256") == manifest_sha256:
+            tables["Profile" if "latency" in report else "Evaluation"] = numbers_table(report)
+    return tables
+
+
+def numbers_table(report: Mapping[str, Any]) -> str:
+    """The figures of a report, two levels deep."""
+    rows = [f"| {name} | {value:.4g} |" for name, value in _numbers(report)][:MAX_ROWS]
+    return "\n".join(["| | |", "|---|---:|", *rows])
+
+
+def _numbers(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, item in value.items():
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            yield f"{prefix}{key}", item
+        elif isinstance(item, dict) and not prefix:
+            yield from _numbers(item, f"{key}.")
+
+
+def _report(path: Path) -> Mapping[str, Any]:
+    """The report, or nothing where the file is none: other people's JSON may lie here."""
+    try:
+        return read_json_object(path)
+    except IntegrityError:
+        return {}

@@ -1,0 +1,88 @@
+"""What a target cannot hold is refused by field and value, with the targets that can."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from helpers import CASES, COMMON
+
+from factorctl.config import ExportTarget, FactorShape
+from factorctl.errors import UsageError
+from factorctl.exporting.architectures import blockers, refuse_blocked
+from factorctl.models.factored_spec import FactoredSpec
+from factorctl.models.families import DenseModel, dense_model
+
+ROUTED = FactoredSpec(FactorShape(4, 2, 12, 0), "softmax", "sum")
+SHARED = FactoredSpec(FactorShape(4, 2, 8, 16), "softmax", "sum")
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def model(case: str, **changes: Any) -> DenseModel:
+    model_type, differences = CASES[case]
+    return dense_model({**COMMON, **differences, **changes, "model_type": model_type}, origin="test")
+
+
+def with_k(spec: FactoredSpec, top_k: int, gate: str = "softmax") -> FactoredSpec:
+    return dataclasses.replace(spec, shape=dataclasses.replace(spec.shape, top_k=top_k), gate=gate)  # type: ignore[arg-type]
+
+
+REFUSED: list[tuple[str, DenseModel, FactoredSpec, ExportTarget, str, str]] = [
+    ("activation", model("llama", hidden_act="gelu"), ROUTED, "hf", "hidden_act = 'gelu'", "--to dense"),
+    ("activation", model("llama", hidden_act="relu"), ROUTED, "gguf", "hidden_act = 'relu'", "--to dense"),
+    ("mlp_bias", model("llama", mlp_bias=True), ROUTED, "hf", "mlp_bias = True", "--to dense"),
+    ("attention_bias", model("llama", attention_bias=True), ROUTED, "hf", "attention_bias = True", "--to gguf"),
+    ("head_dim", model("mistral", head_dim=16, sliding_window=None), SHARED, "hf", "head_dim = 16", "--to gguf"),
+    ("window", model("mistral"), SHARED, "hf", "sliding_window = 8", "--to gguf"),
+    ("longrope", model("phi3", rope_parameters=LONGROPE), ROUTED, "hf", "rope_type = 'longrope'", "--to dense"),
+    ("llama3 qwen3", model("qwen3", rope_parameters=LLAMA3), ROUTED, "gguf", "rope_type = 'llama3'", "--to hf"),
+    ("gemma", model("gemma"), ROUTED, "hf", "model_type = 'gemma'", "--to dense"),
+    ("gemma3", model("gemma3_text"), ROUTED, "gguf", "model_type = 'gemma3_text'", "--to dense"),
+    ("no expert", model("llama"), with_k(SHARED, 0), "hf", "top_k = 0", "--to dense"),
+    ("bnb", model("llama"), ROUTED, "bnb-4bit", "top_k = 2", "--to gguf --quant q8_0"),
+    ("hard", model("llama"), with_k(ROUTED, 2, "hard"), "hf", "gate = 'hard'", "--to dense"),
+]
+
+
+@pytest.mark.parametrize(
+    ("dense", "spec", "target", "named", "instead"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
+)
+def test_refused_by_name(dense: DenseModel, spec: FactoredSpec, target: ExportTarget, named: str, instead: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        refuse_blocked(dense, spec, target, exact=True)
+    assert f"--to {target} cannot hold this model: {named}" in refusal.value.message
+    assert refusal.value.hint is not None
+    assert instead in refusal.value.hint
+
+
+HELD: list[tuple[str, DenseModel, FactoredSpec, ExportTarget]] = [
+    ("window in Mixtral", model("mistral"), ROUTED, "hf"),
+    ("wide heads in Mixtral", model("mistral", head_dim=16), ROUTED, "hf"),
+    ("llama3 rope", model("llama", rope_parameters=LLAMA3), SHARED, "hf"),
+    ("llama3 rope", model("llama", rope_parameters=LLAMA3), SHARED, "gguf"),
+    ("hard at K = 1", model("llama"), with_k(ROUTED, 1, "hard"), "hf"),
+    ("hard at K = N", model("llama"), with_k(ROUTED, 4, "hard"), "hf"),
+    ("fitted scales per layer", model("llama"), dataclasses.replace(ROUTED, scale="fitted", fitted_a=(0.5, 1.7)), "hf"),
+    ("gemma dense", model("gemma2"), ROUTED, "dense"),
+    ("bnb, all on", model("gemma2"), with_k(ROUTED, 4), "bnb-4bit"),
+    ("bnb, none on", model("llama"), with_k(SHARED, 0), "bnb-8bit"),
+]
+
+
+@pytest.mark.parametrize(("dense", "spec", "target"), [h[1:] for h in HELD], ids=[h[0] for h in HELD])
+def test_held(dense: DenseModel, spec: FactoredSpec, target: ExportTarget) -> None:
+    assert blockers(dense, spec, target, exact=True) == []
+
+
+def test_every_fault_is_named_at_once() -> None:
+    with pytest.raises(UsageError, match=r"hidden_act = 'gelu'.*mlp_bias = True.*attention_bias = True"):
+        refuse_blocked(model("llama-biases", hidden_act="gelu"), ROUTED, "hf", exact=False)
