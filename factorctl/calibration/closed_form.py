@@ -131,11 +131,12 @@ class RefitResult:
     kept: bool
 
 
-def refit_down(ffn: FactoredFFN, tokens: Tokens, heldout: Tokens) -> RefitResult:
+def refit_down(ffn: FactoredFFN, tokens: Tokens, heldout: Tokens, *, dtype: torch.dtype = torch.float32) -> RefitResult:
     """Refit W_down to the target, given the routing:  min ||Z W^T - t||^2 + damping * ||W - W0||^2.
 
     Z [T, F] holds the shared neurons' activations and the routed ones times their gate weight, zero where an expert
-    was not chosen. The damping with the least error on held-out tokens wins; if none lowers it, W0 stays.
+    was not chosen. The damping with the least error on held-out tokens wins; if none lowers it, W0 stays. Candidates
+    are rounded to `dtype`, in which the result will be stored, before they are judged.
     """
     moments = RidgeMoments(ffn.shape.intermediate_size, ffn.hidden_size, tokens.x_TD.device)
     for x_TD, t_TD, weight_T1 in tokens.chunks():
@@ -146,7 +147,7 @@ def refit_down(ffn: FactoredFFN, tokens: Tokens, heldout: Tokens) -> RefitResult
     before = relative_error(ffn, heldout)
     best_error, best_damping, best_DF = before, 0.0, original_DF
     for damping in REFIT_DAMPINGS:
-        ffn.down.copy_(moments.solve(damping, around_IO=original_DF.T).T)
+        ffn.down.copy_(moments.solve(damping, around_IO=original_DF.T).T.to(dtype))
         error = relative_error(ffn, heldout)
         if error < best_error:
             best_error, best_damping, best_DF = error, damping, ffn.down.detach().clone()

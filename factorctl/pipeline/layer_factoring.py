@@ -110,7 +110,7 @@ class LayerFactory:
         if self.config.scale == "fitted":
             record["fitted_a"] = fit_scale(ffn, fitting)
         if self.config.refit:
-            result = refit_down(ffn, fitting, heldout)
+            result = refit_down(ffn, fitting, heldout, dtype=tensors["down"].dtype)
             record["refit"] = {
                 "error_before": result.error_before,
                 "error_after": result.error_after,
