@@ -170,7 +170,9 @@ def finetune(
     )
     progress = progress_listener(quiet=quiet or not pipeline.is_reporting_process())
     if dry_run:
-        _show_rehearsal(pipeline.rehearse(config, progress), output)
+        found = pipeline.rehearse(config, progress)
+        if pipeline.is_reporting_process():
+            _show_rehearsal(found, output)
         return
     result = pipeline.finetune(config, progress)
     if pipeline.is_reporting_process():

@@ -58,7 +58,7 @@ class FinetuneResult:
     dead_experts: list[tuple[int, int]]
     """(layer, expert) of experts that less than a hundredth of an even share of the held-out tokens chose."""
     tokens_per_second: float
-    """Of this process group, while training; null where a resumed run had nothing left to train."""
+    """Of all processes together, while training; 0 where a resumed run had nothing left to train."""
     seconds: float
     peak_memory_bytes: int
     metrics: str

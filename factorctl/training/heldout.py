@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from factorctl.errors import FactorctlError
 from factorctl.progress import Progress
 from factorctl.training.batches import Batches
 from factorctl.training.distiller import StepReport
@@ -31,7 +32,11 @@ class Heldout:
 
 @torch.no_grad()
 def measure(model: nn.Module, batches: Batches, accelerator: Any, progress: Progress, title: str) -> Heldout:
-    """Run the held-out text through teacher and student. `model` is a `Distiller`, wrapped or not."""
+    """Run the held-out text through teacher and student. `model` is a `Distiller`, wrapped or not.
+
+    Raises:
+        FactorctlError: the student's loss is not finite.
+    """
     shares = batches.heldout()
     sums: torch.Tensor | None = None
     load: torch.Tensor | None = None
@@ -49,7 +54,10 @@ def measure(model: nn.Module, batches: Batches, accelerator: Any, progress: Prog
         raise AssertionError("the held-out part is empty")
     total = accelerator.reduce(sums, reduction="sum").tolist()
     means = dict(zip(names, (value / total[-1] for value in total), strict=True))
-    tokens = float(accelerator.reduce(torch.tensor([_tokens(shares)], dtype=torch.float64), reduction="sum"))
+    if not math.isfinite(means["lm"]):
+        raise FactorctlError(f"{title.lower()}: the loss on the held-out text is not finite", "try --precision float32")
+    counted = torch.tensor([_tokens(shares)], dtype=torch.float64, device=sums.device)
+    tokens = float(accelerator.reduce(counted, reduction="sum"))
     shares_LN = [] if load is None else (accelerator.reduce(load, reduction="sum") / tokens).tolist()
     return Heldout(
         perplexity_dense=_perplexity(means["teacher_lm"]),
@@ -72,5 +80,5 @@ def _tokens(shares: list[tuple[tuple[torch.Tensor, torch.Tensor], bool]]) -> int
 
 
 def _perplexity(mean_loss: float) -> float:
-    """exp of the mean loss; a loss that no float holds the exponential of gives infinity."""
-    return math.exp(mean_loss) if mean_loss < 700 else math.inf
+    """exp of the mean loss, at most what a float holds."""
+    return math.exp(min(mean_loss, 700.0))
