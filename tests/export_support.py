@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 from helpers import SPECIAL, calibrated, factorize_quietly, make_source, weights_only
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from factorctl.config import ExportConfig
@@ -18,6 +18,7 @@ from factorctl.exporting.jobs import Verified
 from factorctl.exporting.native_reference import native_reference
 from factorctl.exporting.safetensors_writer import SafetensorsWriter
 from factorctl.exporting.stock_reload import StockAnswer, StockJob, ask_stock
+from factorctl.exporting.verification_text import PASSAGES
 from factorctl.pipeline import export as pipeline
 from factorctl.progress import SilentProgress
 
@@ -57,6 +58,49 @@ def make_gguf_source(directory: Path, case: str, **changes: Any) -> Path:
     make_source(directory, case, vocab_size=GGUF_VOCAB, **changes)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+def sentencepiece_source(directory: Path) -> Path:
+    """A dense source with a SentencePiece tokenizer, as Llama 2 has: tokenizer.model and tokenizer.json."""
+    import sentencepiece
+
+    make_source(directory, "llama", vocab_size=424)
+    corpus, prefix = directory.with_name("corpus.txt"), directory / "tokenizer"
+    corpus.write_text("\n".join(PASSAGES * 4), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(prefix),
+        vocab_size=420,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    prefix.with_suffix(".vocab").unlink()
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(prefix.with_suffix(".model")))
+    _fast_twin(pieces).save_pretrained(directory)
+    return directory
+
+
+def _fast_twin(pieces: Any) -> PreTrainedTokenizerFast:
+    """tokenizer.json of a SentencePiece BPE: each way to put a piece together is a merge, in the order of the pieces."""
+    vocab = {pieces.IdToPiece(index): index for index in range(pieces.vocab_size())}
+    merges = [
+        pair
+        for piece in vocab
+        for pair in sorted(
+            ((piece[:cut], piece[cut:]) for cut in range(1, len(piece))),
+            key=lambda pair: [vocab.get(part, 0) for part in pair],
+        )
+        if not piece.startswith("<") and all(part in vocab for part in pair)
+    ]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def export_unchecked(config: ExportConfig) -> pipeline.ExportResult:

@@ -150,5 +150,5 @@ def _finite(value: torch.Tensor) -> float:
 
 def kl_divergence(native_LV: torch.Tensor, export_LV: torch.Tensor) -> torch.Tensor:
     """KL(native || export) per token [L], in nats."""
-    p_LV, q_LV = native_LV.log_softmax(-1), export_LV.log_softmax(-1)
+    p_LV, q_LV = native_LV.double().log_softmax(-1), export_LV.double().log_softmax(-1)
     return (p_LV.exp() * (p_LV - q_LV)).sum(-1).clamp_min(0)

@@ -19,7 +19,7 @@ from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import Source
 from factorctl.config import ExportConfig
-from factorctl.errors import ResourceError
+from factorctl.errors import ResourceError, UsageError
 from factorctl.exporting.architectures import needs_router_scaling, refuse_blocked
 from factorctl.exporting.card import CardFacts, export_card, licence_of
 from factorctl.exporting.folding import scale_rounding
@@ -102,6 +102,7 @@ def plan_export(config: ExportConfig, progress: Progress) -> ExportPlan:
         UsageError: no checkpoint, or the target cannot hold it.
         ResourceError: disk or memory do not suffice.
     """
+    _refuse_idle_options(config)
     path = config.checkpoint or newest_checkpoint(config.workspace)
     if config.checkpoint is None:
         progress.note(f"no checkpoint was named; taking the newest, {path}")
@@ -137,6 +138,13 @@ def plan_export(config: ExportConfig, progress: Progress) -> ExportPlan:
     for note in notes:
         progress.note(note)
     return ExportPlan(out, job, writer, memory, tuple(notes))
+
+
+def _refuse_idle_options(config: ExportConfig) -> None:
+    """Options that the target would ignore."""
+    if config.target != "gguf" and (config.quant != "auto" or config.verify_gguf):
+        option = "--verify-gguf" if config.quant == "auto" else f"--quant {config.quant}"
+        raise UsageError(f"{option} has no meaning with --to {config.target}", "it belongs to --to gguf")
 
 
 def writer_for(job: ExportJob) -> Writer:

@@ -233,6 +233,13 @@ def test_a_shard_size_that_is_none_is_refused(size: str, native: Path, tmp_path:
     assert f"--max-shard-size {size!r} is no size" in outcome.message
 
 
+@pytest.mark.parametrize("option", [["--quant", "q8_0"], ["--verify-gguf"]])
+def test_an_option_that_would_be_ignored_is_refused(option: list[str], native: Path, tmp_path: Path) -> None:
+    outcome = cli("export", native, "--out", tmp_path / "out", *option)
+    assert outcome.code == 2
+    assert f"{' '.join(option)} has no meaning with --to hf" in outcome.message
+
+
 def test_an_export_is_not_exported_again(native: Path, tmp_path: Path) -> None:
     export_unchecked(ExportConfig(checkpoint=native, out=tmp_path / "out"))
     outcome = cli("export", tmp_path / "out", "--out", tmp_path / "again")

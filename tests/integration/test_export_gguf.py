@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from export_support import make_gguf_source, make_native
+from export_support import make_gguf_source, make_native, sentencepiece_source
 
 from factorctl.checkpoint.manifest import check_files, read_manifest
 from factorctl.config import ExportConfig
@@ -58,6 +58,15 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path, text_file: Path)
     manifest = read_manifest(tmp_path / "gguf")
     assert {"model.gguf", "Modelfile", "README.md"} == set(check_files(tmp_path / "gguf", manifest))
     assert manifest.parent == read_manifest(native).sha256
+
+
+def test_a_sentencepiece_tokenizer_gives_the_same_ids_in_llama_cpp(tmp_path: Path, text_file: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp runs through xllamacpp, which is not installed")
+    pytest.importorskip("sentencepiece", reason="tokenizer.model is read by sentencepiece, which is not installed")
+    native = make_native(tmp_path, "llama", text_file, source=sentencepiece_source(tmp_path / "dense"))
+    result = export(ExportConfig(checkpoint=native, target="gguf", out=tmp_path / "gguf"), SilentProgress())
+    assert result.tokens_compared == 256
+    assert result.top1_agreement == 1
 
 
 @pytest.fixture(scope="module")
