@@ -85,7 +85,7 @@ def sentencepiece_source(directory: Path) -> Path:
 
 
 def _fast_twin(pieces: Any) -> PreTrainedTokenizerFast:
-    """tokenizer.json of a SentencePiece BPE: each way to put a piece together is a merge, in the order of the pieces."""
+    """tokenizer.json of a SentencePiece BPE: each way to put a piece together is a merge."""
     vocab = {pieces.IdToPiece(index): index for index in range(pieces.vocab_size())}
     merges = [
         pair
