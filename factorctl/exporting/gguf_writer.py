@@ -77,7 +77,7 @@ class GgufWriter:
                     "nothing was published; export with --to hf",
                 )
         logits = [logits_LV[:length] for logits_LV in reference.logits[:SEQUENCES_RUN]]
-        agreement = compare_candidates(logits, answer.successors, self.job.form.fidelity)
+        agreement = compare_candidates(logits, answer.successors, self.job.fidelity)
         return Verified(llama_cpp_name(), agreement)
 
     def _remarks(self) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from factorctl.checkpoint.builder import ArtefactBuilder
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import ExportConfig
-from factorctl.exporting.comparison import Agreement
+from factorctl.exporting.comparison import Agreement, Fidelity
 from factorctl.exporting.forms import Form
 from factorctl.exporting.native_reference import NativeReference
 from factorctl.models.loading import NativeCheckpoint
@@ -34,6 +34,13 @@ class ExportJob:
     """The model's own tokenizer, special tokens included; None where it has none."""
     compute: torch.dtype
     """What the native and the exported model are compared in."""
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """How near the comparison has to come: 16-bit arithmetic itself rounds what is stored exactly."""
+        if self.form.fidelity is Fidelity.EXACT and self.compute.itemsize < 4:
+            return Fidelity.ROUNDED
+        return self.form.fidelity
 
     @property
     def licences(self) -> list[Path]:

@@ -35,5 +35,5 @@ class SafetensorsWriter:
         asked = StockJob(builder.partial, dtype_name(self.job.compute), self.job.sequences)
         with progress.stage("Loading it in stock transformers"):
             (answer,) = ask_stock([asked])
-        agreement = compare(reference.logits, answer.logits, self.job.form.fidelity)
+        agreement = compare(reference.logits, answer.logits, self.job.fidelity)
         return Verified(f"transformers {transformers.__version__} in {asked.dtype}", agreement, answer.memory_bytes)
