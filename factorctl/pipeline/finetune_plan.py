@@ -26,6 +26,7 @@ from factorctl.pipeline.devices import torch_device
 from factorctl.pipeline.workspace import cache_directory, newest_checkpoint, output_path
 from factorctl.progress import Progress
 from factorctl.training.batches import BatchPlan, plan_batches
+from factorctl.training.head_losses import CHUNK_TOKENS as HEAD_CHUNK_TOKENS
 from factorctl.training.optimizers import choose_trained, is_router
 from factorctl.training.presets import Recipe, batch_tokens_of, recipe_of
 from factorctl.training.teacher import require_cuda_for
@@ -222,10 +223,7 @@ def _is_source(directory: Path, files: Any) -> bool:
 
 
 def expected_memory(plan: FinetunePlan, model: PreTrainedModel) -> dict[str, int]:
-    """Bytes per process, from shapes; `model` is on the meta device and knows what is trained.
-
-    Activations are a rough count of what a decoder layer keeps for its backward pass.
-    """
+    """Bytes per process, from shapes; `model` is on the meta device and knows what is trained."""
     width = plan.compute_dtype.itemsize
     trained = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
     values = sum(count for _, count in trained)
@@ -235,20 +233,28 @@ def expected_memory(plan: FinetunePlan, model: PreTrainedModel) -> dict[str, int
     teacher_bytes = {"none": width, "bf16": 2, "8bit": 1, "4bit": 0.5}[plan.config.teacher_quant]
     copied = experts if plan.teacher is None and plan.config.teacher_quant == "none" else all_ffn
     per_value = 2 if plan.recipe.optimizer == "adamw-8bit" else 8
-    dense, shape = plan.checkpoint.dense, plan.spec.shape
-    per_token = 16 * dense.hidden_size + 4 * shape.active_neurons
+    vocabulary = int(plan.checkpoint.dense.config.vocab_size)
     tokens = plan.batch.micro_batch * plan.batch.block_length
-    kept_layers = 2 if plan.config.gradient_checkpointing else dense.num_layers
-    vocabulary = int(dense.config.vocab_size)
+    kept_layers = 2 if plan.config.gradient_checkpointing else plan.checkpoint.dense.num_layers
+    casts = experts * width if plan.compute_dtype != torch.float32 else 0
     return {
         "process": PROCESS_BYTES,
         "frozen weights": frozen * width,
-        "trained weights": values * 4,
+        "trained weights": values * 4 + casts,
         "gradients": values * 4,
         "optimizer": values * per_value,
         "teacher": int(copied * teacher_bytes),
-        "activations": tokens * per_token * kept_layers * width + 6 * 512 * vocabulary * 4,
+        "activations": tokens * kept_layers * _kept_per_token(plan),
+        "logits": 6 * min(tokens, HEAD_CHUNK_TOKENS) * vocabulary * 4,
     }
+
+
+def _kept_per_token(plan: FinetunePlan) -> int:
+    """Bytes per token that a decoder layer keeps for its backward pass: norms (float32), attention, then the FFN with
+    K copies of its input and what each active neuron computes."""
+    hidden, shape = plan.checkpoint.dense.hidden_size, plan.spec.shape
+    computed = 12 * hidden + 2 * shape.top_k * hidden + 6 * shape.active_neurons
+    return 4 * 4 * hidden + computed * plan.compute_dtype.itemsize
 
 
 def _require_resources(plan: FinetunePlan) -> None:

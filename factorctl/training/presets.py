@@ -40,6 +40,8 @@ class Recipe:
     """The gradient's norm over all trained values is cut to this, after the backward pass; 0 leaves it."""
     temperature: float = 1.0
     """Of the logit distillation."""
+    relative_router_lr: bool = False
+    """Whether `router_lr` is meant for routers of random initialisation's size and scales with each router's own."""
     gate: Gate | None = None
     """None keeps the checkpoint's."""
     scale: ScaleRule | None = None
@@ -71,12 +73,13 @@ PRESETS: Mapping[PresetName, Recipe] = {
         weights=LossWeights(lm=0.0, par=0.1, kd=1.0, mse=0.0, balance=0.01, z=0.0),
         optimizer="adamw",
         lr=2e-4,
-        router_lr=2e-3,
+        router_lr=4e-4,
         betas=(0.9, 0.95),
         weight_decay=0.01,
         warmup_fraction=0.05,
         final_lr_fraction=0.1,
         clip_norm=1.0,
+        relative_router_lr=True,
         gate="softmax",
         label_share="scale",
     ),

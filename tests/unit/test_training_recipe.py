@@ -112,12 +112,35 @@ class Holder(nn.Module):
         choose_trained([self.mlp], "all", LossWeights(kd=1.0))
 
 
+def rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [group["lr"] for group in optimizer.param_groups]
+
+
 def test_routers_have_a_rate_of_their_own_and_no_decay() -> None:
-    experts, routers = make_optimizers(Holder(), recipe(lr=1e-3, router_lr=1e-2, weight_decay=0.3))
+    paper = recipe(preset="factorllm", lr=1e-3, router_lr=1e-2)
+    experts, routers = make_optimizers(Holder(), paper)
     set_learning_rate([experts, routers], 0.5)
-    assert [group["lr"] for group in (*experts.param_groups, *routers.param_groups)] == [5e-4, 5e-3]
+    assert (rates(experts), rates(routers)) == ([5e-4], [5e-3])
+    experts, routers = make_optimizers(Holder(), recipe(weight_decay=0.3))
     assert (experts.param_groups[0]["weight_decay"], routers.param_groups[0]["weight_decay"]) == (0.3, 0.0)
     assert [p.shape for p in routers.param_groups[0]["params"]] == [(4, 8)]
+
+
+def test_a_small_router_takes_small_steps() -> None:
+    """An analytic router's values may be a thousandth of a random one's; Adam would undo them in one step."""
+    holder = Holder()
+    with torch.no_grad():
+        holder.mlp.router.copy_(0.02 * torch.tensor([1.0, -1.0]).repeat(4, 4))
+    assert rates(make_optimizers(holder, recipe(router_lr=4e-4))[1]) == pytest.approx([4e-4])
+    with torch.no_grad():
+        holder.mlp.router.mul_(1e-3)
+    small = make_optimizers(holder, recipe(router_lr=4e-4))[1]
+    assert rates(small) == pytest.approx([4e-7])
+    before = holder.mlp.router.detach().clone()
+    holder.mlp.router.grad = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    small.step()
+    change = (holder.mlp.router - before).norm() / before.norm()
+    assert float(change) == pytest.approx(0.02, rel=0.01)
 
 
 def test_eight_bit_adamw_keeps_the_routers_state_in_float32() -> None:
