@@ -134,9 +134,15 @@ def _show_plan(plan: FactorizePlan, output: str) -> None:
         "layers": plan.dense.num_layers,
         "disk_bytes": plan.disk_bytes,
         "memory_bytes": plan.memory_bytes,
+        "seconds": round(plan.expected_seconds(), 1),
         "out": str(plan.out),
     }
-    shown = {**facts, "disk_bytes": gigabytes(plan.disk_bytes), "memory_bytes": gigabytes(plan.memory_bytes)}
+    shown = {
+        **facts,
+        "disk_bytes": gigabytes(plan.disk_bytes),
+        "memory_bytes": gigabytes(plan.memory_bytes),
+        "seconds": f"about {facts['seconds']:.0f}",
+    }
     show(facts, output=output, tables=[facts_table("Plan (nothing is written)", shown)])  # type: ignore[arg-type]
 
 

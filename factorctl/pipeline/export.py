@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from factorctl import __version__
@@ -33,6 +32,7 @@ from factorctl.exporting.push import prepare_push, push
 from factorctl.exporting.reports import report_tables
 from factorctl.exporting.safetensors_writer import SafetensorsWriter
 from factorctl.exporting.verification_text import random_sequences, text_sequences
+from factorctl.memory import available_memory
 from factorctl.models.families import ffn_prefix
 from factorctl.models.loading import open_checkpoint
 from factorctl.pipeline.calibration_data import load_tokenizer
@@ -168,7 +168,7 @@ def _compute_dtype(reader: CheckpointReader, max_shard_bytes: int) -> tuple[torc
     """
     count = sum(entry.nbytes // entry.dtype.itemsize for entry in reader.entries.values())
     stored = reader.entry("model.embed_tokens.weight").dtype
-    available = psutil.virtual_memory().available
+    available = available_memory()
     needed = 0
     for dtype in (torch.float32, stored):
         needed = PROCESS_BYTES + max(count * dtype.itemsize, 3 * max_shard_bytes if count > max_shard_bytes else 0)

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from factorctl import __version__
@@ -25,6 +24,7 @@ from factorctl.config import FactorizeConfig, factor_shape
 from factorctl.contracts import PartitionStrategy, Stat, check_option_names
 from factorctl.data.blocks import TokenBlocks
 from factorctl.errors import IntegrityError, ResourceError, UsageError
+from factorctl.memory import available_memory
 from factorctl.models.building import empty_dense_model
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel, ffn_prefix, layer_prefix, read_dense_model
@@ -35,6 +35,7 @@ from factorctl.pipeline.devices import torch_device
 from factorctl.pipeline.layer_factoring import FactoredLayer, LayerFactory
 from factorctl.pipeline.model_card import native_card
 from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
+from factorctl.pipeline.time_estimate import factorize_seconds
 from factorctl.pipeline.workspace import cache_directory, output_path
 from factorctl.progress import Progress
 
@@ -58,6 +59,21 @@ class FactorizePlan:
     compressed: bool
     disk_bytes: int
     memory_bytes: int
+
+    def expected_seconds(self) -> float:
+        """About how long the run will take; measures this machine for half a second."""
+        reader = CheckpointReader(self.source.path)
+        return factorize_seconds(
+            self.config,
+            self.spec.shape,
+            hidden_size=self.dense.hidden_size,
+            num_layers=self.dense.num_layers,
+            parameters=sum(math.prod(entry.shape) for entry in reader.entries.values()),
+            source_bytes=sum(entry.nbytes for entry in reader.entries.values()),
+            calibrates=self.calibrates,
+            compressed=self.compressed,
+            device=torch_device(self.config.device),
+        )
 
 
 @dataclass(frozen=True)
@@ -154,7 +170,7 @@ def estimate_memory(plan: FactorizePlan, reader: CheckpointReader) -> int:
 def require_resources(plan: FactorizePlan) -> None:
     """Refuse before the work starts what disk or memory cannot hold."""
     require_disk_space(plan.out.parent, plan.disk_bytes)
-    available = psutil.virtual_memory().available
+    available = available_memory()
     if plan.memory_bytes > available:
         raise ResourceError(
             f"about {plan.memory_bytes / 1e9:.1f} GB of memory are needed; {available / 1e9:.1f} GB are available",

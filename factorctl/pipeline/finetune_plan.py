@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -19,6 +18,7 @@ from factorctl.checkpoint.sources import Source, resolve
 from factorctl.config import FinetuneConfig
 from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, DataSpec, parse_data_spec
 from factorctl.errors import FactorctlError, ResourceError, UsageError
+from factorctl.memory import available_memory
 from factorctl.models.building import empty_factored_model, factored_ffns
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint
@@ -266,7 +266,7 @@ def _require_resources(plan: FinetunePlan) -> None:
     if plan.device.type == "cuda":
         available = torch.cuda.mem_get_info(plan.device)[0]
     else:
-        available = psutil.virtual_memory().available // plan.batch.world_size
+        available = available_memory() // plan.batch.world_size
     if plan.memory_bytes > available:
         raise ResourceError(
             f"about {plan.memory_bytes / 1e9:.1f} GB of memory are needed; {available / 1e9:.1f} GB are available",

@@ -15,6 +15,7 @@ from factorctl import __version__
 from factorctl.checkpoint.manifest import Manifest, check_files, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.errors import IntegrityError, UsageError
+from factorctl.memory import available_memory
 from factorctl.models.building import empty_factored_model, filled_ffn
 from factorctl.models.dense_ffn import IDENTITY_TOLERANCE, cast_ffn, cpu_has_bfloat16, dense_output
 from factorctl.models.families import ffn_prefix
@@ -204,7 +205,6 @@ class Diagnosis:
 
 def diagnose(workspace: Path) -> Diagnosis:
     """Versions, devices, free disk and memory, and whether the hub answers."""
-    memory = psutil.virtual_memory()
     existing = next(path for path in (workspace.absolute(), *workspace.absolute().parents) if path.exists())
     return Diagnosis(
         factorctl=__version__,
@@ -213,8 +213,8 @@ def diagnose(workspace: Path) -> Diagnosis:
         libraries=library_versions(),
         cpu=_cpu_name(),
         cores=psutil.cpu_count(logical=True) or 1,
-        memory_bytes=memory.total,
-        memory_available_bytes=memory.available,
+        memory_bytes=psutil.virtual_memory().total,
+        memory_available_bytes=available_memory(),
         disk_free_bytes=shutil.disk_usage(existing).free,
         cuda_devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         bf16_on_cpu=cpu_has_bfloat16(),

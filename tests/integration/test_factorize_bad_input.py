@@ -275,10 +275,7 @@ def test_no_disk_space(dense_source: DenseSource, out: Path, monkeypatch: pytest
 
 
 def test_not_enough_memory(dense_source: DenseSource, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import psutil
-
-    memory = psutil.virtual_memory()._replace(available=100_000_000)
-    monkeypatch.setattr("factorctl.pipeline.factorize.psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("factorctl.pipeline.factorize.available_memory", lambda: 100_000_000)
     outcome = factorize(dense_source(), out)
     assert_refused(outcome, ExitCode.RESOURCES, out, "GB of memory are needed; 0.1 GB are available")
 

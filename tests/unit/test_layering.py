@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = {
-    "contracts": 0, "config": 0, "errors": 0, "progress": 0,
+    "contracts": 0, "config": 0, "errors": 0, "memory": 0, "progress": 0,
     "models": 1, "checkpoint": 1, "data": 1,
     "calibration": 2, "training": 2, "evaluation": 2, "profiling": 2, "exporting": 2,
     "pipeline": 3,
@@ -113,7 +113,7 @@ def test_the_command_line_loads_nothing_heavy_at_import(path: Path) -> None:
     assert not roots & HEAVY, name_of(path)
 
 
-@pytest.mark.parametrize("name", ["contracts", "config", "errors", "progress"])
+@pytest.mark.parametrize("name", ["contracts", "config", "errors", "memory", "progress"])
 def test_the_ground_layer_loads_nothing_heavy_at_import(name: str) -> None:
     assert not {m.split(".")[0] for m in imports(ROOT / f"factorctl/{name}.py", only_at_import=True)} & HEAVY
 

@@ -1,0 +1,38 @@
+"""How much memory a process may still take: the machine's, or what its container leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory(cgroup: Path = CGROUP) -> int:
+    """Bytes that can be taken without swapping, within the limit of the control group (v2) if there is one.
+
+    File pages that the group could drop count as available, as they do for the whole machine.
+    """
+    machine = int(psutil.virtual_memory().available)
+    limit, used = _number(cgroup / "memory.max"), _number(cgroup / "memory.current")
+    if limit is None or used is None:
+        return machine
+    return max(0, min(machine, limit - used + _droppable(cgroup / "memory.stat")))
+
+
+def _number(file: Path) -> int | None:
+    """The number in a control file; None where there is no file or no limit ("max")."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _droppable(stat: Path) -> int:
+    try:
+        words = stat.read_text().split()
+    except OSError:
+        return 0
+    values = dict(zip(words[::2], words[1::2], strict=False))
+    return int(values.get("inactive_file", 0))
