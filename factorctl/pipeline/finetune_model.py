@@ -21,6 +21,7 @@ from factorctl.models.building import decoder_layers, empty_factored_model, fact
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.families import read_dense_model
 from factorctl.models.loading import fill, load, load_dense
+from factorctl.models.path_choice import path_at, steps_for
 from factorctl.models.slicing import FactoredTensors
 from factorctl.pipeline.finetune_plan import FinetunePlan
 from factorctl.pipeline.workspace import cache_directory
@@ -137,9 +138,19 @@ def build_distiller(plan: FinetunePlan, progress: Progress) -> Distiller:
         enable({"use_reentrant": False})
         model.train()
     if config.compile:
-        for block in decoder_layers(model):
-            block.compile()
+        _compile(plan, model, students)
     return Distiller(model, options, plan.recipe.temperature)
+
+
+def _compile(plan: FinetunePlan, model: PreTrainedModel, students: list[FactoredFFN]) -> None:
+    """Compile layer by layer: they share one graph. The path is looked up before, which a graph cannot do."""
+    tokens = plan.batch.micro_batch * plan.batch.block_length
+    for student in students:
+        if 0 < student.top_k < student.shape.num_experts:
+            steps = steps_for(plan.device, plan.compute_dtype, student.hidden_size, student.shape)
+            student.path = path_at(steps, tokens)
+    for block in decoder_layers(model):
+        block.compile()
 
 
 def _teacher_tensors(plan: FinetunePlan, layer: int, student: FactoredFFN) -> FactoredTensors:

@@ -369,3 +369,11 @@ def test_compiled_layers_give_the_same_losses(base: Path, text: Path, tmp_path: 
     plain = tune(config(base, text, tmp_path / "plain", tokens=256))
     compiled = tune(config(base, text, tmp_path / "compiled", tokens=256, compile=True))
     assert compiled.losses["kd"] == pytest.approx(plain.losses["kd"], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_everything_that_saves_memory_on_a_gpu(base: Path, text: Path, tmp_path: Path) -> None:
+    exact = tune(config(base, text, tmp_path / "exact"))
+    saving: dict[str, Any] = {"teacher_quant": "4bit", "optimizer": "adamw-8bit", "gradient_checkpointing": True}
+    lean = tune(config(base, text, tmp_path / "lean", device="cuda", **saving))
+    assert lean.perplexity_after == pytest.approx(exact.perplexity_after, rel=0.1)
