@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.checkpoint.publishing import write_file
 from factorctl.config import ProfileConfig
 from factorctl.errors import ResourceError
 from factorctl.models.building import factored_ffns
@@ -268,4 +269,4 @@ def write_outputs(result: ProfileResult) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    write_file(path, content)

@@ -24,14 +24,15 @@ def output_path(out: Path | None, workspace: Path, model: str, suffix: str) -> P
 
 
 def newest_checkpoint(workspace: Path, *, kind: str = "native") -> Path:
-    """The complete artefact of that kind that was finished last.
+    """The complete artefact of that kind that was finished last, in the workspace or in a recipe's directory there.
 
     Raises:
         UsageError: there is none.
     """
-    found = sorted(workspace.glob(f"*/{MANIFEST_NAME}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for manifest in found:
-        if f'"kind": "{kind}"' in manifest.read_text(errors="replace") and not manifest.parent.name.startswith("."):
+    named = [path for depth in ("*", "*/*") for path in workspace.glob(f"{depth}/{MANIFEST_NAME}")]
+    shown = [path for path in named if not any(part.startswith(".") for part in path.relative_to(workspace).parts)]
+    for manifest in sorted(shown, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        if f'"kind": "{kind}"' in manifest.read_text(errors="replace"):
             return manifest.parent
     raise UsageError(
         f"no checkpoint was named and {workspace} holds none",
