@@ -66,15 +66,27 @@ def _text_pieces(path: Path) -> Iterator[tuple[int, str]]:
     yield start, "".join(piece)
 
 
-def _json_line_texts(path: Path, text_field: str | None) -> Iterator[tuple[int, str]]:
-    field: str | None = None
+def read_json_lines(path: Path, example: str) -> Iterator[tuple[int, dict[str, object]]]:
+    """The objects of a plain or compressed .jsonl file with their line numbers; blank lines are passed over.
+
+    Raises:
+        UsageError: the file cannot be opened.
+        IntegrityError: a line is no JSON object (the hint then shows `example`), or the file is damaged.
+    """
     for number, line in _lines(path):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         row = _parse_json(line, where)
         if not isinstance(row, dict):
-            raise IntegrityError(f"{where} is not a JSON object", 'each line must be like {"text": "..."}')
+            raise IntegrityError(f"{where} is not a JSON object", f"each line must be like {example}")
+        yield number, row
+
+
+def _json_line_texts(path: Path, text_field: str | None) -> Iterator[tuple[int, str]]:
+    field: str | None = None
+    for number, row in read_json_lines(path, '{"text": "..."}'):
+        where = f"{path}, line {number}"
         field = field or choose_text_field(row, text_field, where)
         yield number, text_of(row, field, where)
 

@@ -1,0 +1,45 @@
+"""How many prompts fit the memory at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from factorctl.memory import available_memory
+
+MAX_ROWS = 64
+CPU_TOKENS = 2048
+"""Tokens after which a larger batch gains a CPU nothing."""
+SHARE = 0.5
+"""Of the free memory, since the estimate knows nothing of the allocator or the neighbours."""
+
+
+def fitting_batch_size(model: PreTrainedModel, length: int) -> int:
+    """Rows of `length` tokens that may go through `model` at once: at least 1, at most 64."""
+    device = model.device
+    rows = int(SHARE * free_memory(device)) // row_bytes(model.config, length, model.dtype.itemsize)
+    if device.type == "cpu":
+        rows = min(rows, CPU_TOKENS // length)
+    return max(1, min(rows, MAX_ROWS))
+
+
+def row_bytes(config: Any, length: int, itemsize: int) -> int:
+    """Bytes that one row of `length` tokens takes at its peak: logits three times over, one layer, the KV cache."""
+    heads = config.num_attention_heads
+    key_values = 2 * config.num_hidden_layers * (config.num_key_value_heads or heads) * _head_size(config)
+    layer = 8 * config.hidden_size + 4 * config.intermediate_size + heads * length
+    return int(length * itemsize * (3 * config.vocab_size + layer + key_values))
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that `device` can still give, those included that torch holds in reserve."""
+    if device.type != "cuda":
+        return available_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
