@@ -26,10 +26,15 @@ from factorctl.models.paths import PathName, can_group
 CACHE_VERSION = 1
 GROUPED_FROM_TOKENS = 449
 """On a GPU, where the arithmetic that `grouped` saves begins to outweigh its sort and gathers (an estimate: N = 4)."""
-LOOP_COST_FLOPS, LOOP_COST_FLOPS_16BIT = 8e6, 40e6
+SKIP_UP_TO_HIT = 0.9
+"""Expected share of the experts that some token chose, up to which `skip` saves more reading than its calls cost."""
+SKIP_UP_TO_HIT_16BIT, SKIP_UP_TO_RANGES_16BIT = 0.5, 2.5
+"""The same in 16 bits, where a call costs more: oneDNN looks up, or makes, a primitive for each width of a range."""
+LOOP_COST_FLOPS, LOOP_COST_FLOPS_16BIT = 22e6, 100e6
 """What `loop` pays per expert on a CPU (calls, gather, small GEMMs), as arithmetic done in that time."""
 MIN_SAVED_TOKENS_16BIT = 6
 """bf16 GEMMs read weights, rather than compute, up to about as many tokens: nothing to save below."""
+MAX_SKIP_TOKENS = 1024
 
 
 class Step(NamedTuple):
@@ -112,13 +117,27 @@ def _gpu_steps(site: Site) -> Steps:
 
 
 def _cpu_steps(site: Site) -> Steps:
-    """`skip` until the arithmetic that `loop` saves, T (1 - K/N) tokens' worth, outweighs its cost per expert."""
-    shape = site.shape
-    few_bytes = site.dtype.itemsize < 4
+    """`skip` while whole experts go unread, `masked`, which never costs much more than dense, then `loop`.
+
+    `loop` begins where the arithmetic that it saves, T (1 - K/N) tokens' worth, outweighs its cost per expert.
+    """
+    shape, few_bytes = site.shape, site.dtype.itemsize < 4
     flops_per_token = 6 * site.hidden_size * shape.num_experts * shape.expert_size
     overhead = shape.num_experts * (LOOP_COST_FLOPS_16BIT if few_bytes else LOOP_COST_FLOPS)
-    saved_tokens = max(overhead / flops_per_token, MIN_SAVED_TOKENS_16BIT if few_bytes else 0)
-    return Step(max(1, int(saved_tokens / (1 - shape.top_k / shape.num_experts))), "skip"), Step(None, "loop")
+    saved_tokens = overhead / flops_per_token + (MIN_SAVED_TOKENS_16BIT if few_bytes else 0)
+    before_loop = max(1, int(saved_tokens / (1 - shape.top_k / shape.num_experts)))
+    skipping = next(t for t in range(1, MAX_SKIP_TOKENS) if not _skips(t + 1, shape, few_bytes=few_bytes))
+    steps = (Step(min(skipping, before_loop), "skip"), Step(before_loop, "masked"), Step(None, "loop"))
+    return steps if skipping < before_loop else (steps[0], steps[2])
+
+
+def _skips(tokens: int, shape: FactorShape, *, few_bytes: bool) -> bool:
+    """Whether `tokens` tokens, choosing at random, leave enough experts unread."""
+    hit = 1 - (1 - shape.top_k / shape.num_experts) ** tokens
+    if not few_bytes:
+        return hit <= SKIP_UP_TO_HIT
+    ranges = shape.num_experts * hit * (1 - hit)
+    return hit <= SKIP_UP_TO_HIT_16BIT and ranges <= SKIP_UP_TO_RANGES_16BIT
 
 
 @functools.lru_cache(maxsize=512)

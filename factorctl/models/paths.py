@@ -3,7 +3,7 @@
 | path      | runs                                             | meant for                                |
 |-----------|--------------------------------------------------|------------------------------------------|
 | `dense`   | every expert with unit weight, two GEMMs         | K = N                                    |
-| `masked`  | the dense GEMMs, unchosen neurons set to zero    | GPU, middling batches; the oracle        |
+| `masked`  | the dense GEMMs, unchosen neurons set to zero    | middling batches; the oracle             |
 | `skip`    | `masked`, without the experts that no token chose | CPU, few tokens                         |
 | `loop`    | one small FFN per expert over its own tokens     | CPU, many tokens; training on a CPU      |
 | `grouped` | the same in two grouped GEMMs                    | GPU, many tokens; training on a GPU      |

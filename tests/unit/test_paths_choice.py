@@ -26,10 +26,24 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path_choice.forget()
 
 
-def test_a_cpu_skips_for_few_tokens_and_loops_for_many() -> None:
-    steps = shipped_steps(CPU)
-    assert path_at(steps, 1) == "skip"
-    assert path_at(steps, 256) == "loop"
+def test_a_cpu_skips_for_few_tokens_masks_and_loops_for_many() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        steps = shipped_steps(replace(CPU, dtype=dtype))
+        assert [path_at(steps, tokens) for tokens in (1, 12, 1024)] == ["skip", "masked", "loop"]
+
+
+def test_skipping_ends_where_hardly_an_expert_goes_unread() -> None:
+    def last_skip(num_experts: int, top_k: int, dtype: torch.dtype) -> int:
+        steps = shipped_steps(replace(CPU, dtype=dtype, shape=FactorShape(num_experts, top_k, 24, 0)))
+        return max(t for t in range(1, 100) if path_at(steps, t) == "skip")
+
+    assert [last_skip(n, k, torch.float32) for n, k in ((4, 2), (8, 2), (64, 8))] == [3, 8, 17]
+    assert [last_skip(n, k, torch.bfloat16) for n, k in ((4, 2), (8, 2), (64, 8))] == [1, 2, 1]
+
+
+def test_large_layers_never_mask_on_a_cpu() -> None:
+    large = replace(CPU, hidden_size=4096, shape=FactorShape(8, 1, 1792, 0))
+    assert {step.path for step in shipped_steps(large)} == {"skip", "loop"}
 
 
 def test_small_experts_and_fewer_bits_need_more_tokens_to_loop() -> None:
