@@ -11,6 +11,7 @@ T tokens, D hidden_size, F intermediate_size, N num_experts, H expert_size, S sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -24,7 +25,10 @@ from factorctl.errors import UsageError
 from factorctl.models import path_choice
 from factorctl.models.path_choice import Steps, path_at, steps_for
 from factorctl.models.paths import ROUTED_PATHS, ExpertWeights, PathName, SharedHidden, can_group, gated, hidden_of_all
-from factorctl.models.routing import Routing, route, unit_routing
+from factorctl.models.routing import Routing, gate_weights, route, unit_routing
+
+Chooser = Callable[[torch.Tensor], torch.Tensor]
+"""FFN input [T, D] -> ids of the experts of each token, [T, K]."""
 
 
 class FactoredFFN(nn.Module):
@@ -60,6 +64,8 @@ class FactoredFFN(nn.Module):
         self.gate, self.scale_a, self.top_k = gate, scale_a, shape.top_k
         self.activation = ACT2FN[activation]
         self.path: PathName | Literal["auto"] = "auto"
+        self.chooser: Chooser | None = None
+        """Chooses the experts instead of the router's largest logits: for controls. The gate stays the router's."""
         self._known_ladder: tuple[tuple[object, ...], Steps] = ((), ())
 
         def parameter(*size: int) -> nn.Parameter:
@@ -90,7 +96,11 @@ class FactoredFFN(nn.Module):
         return F.linear(x_TD.to(self.router.dtype), self.router)
 
     def route(self, x_TD: torch.Tensor) -> Routing:
-        return route(self.router_logits(x_TD), top_k=self.top_k, gate=self.gate, scale_a=self.scale_a)
+        logits_TN = self.router_logits(x_TD)
+        if self.chooser is None:
+            return route(logits_TN, top_k=self.top_k, gate=self.gate, scale_a=self.scale_a)
+        ids_TK = self.chooser(x_TD)
+        return Routing(ids_TK, gate_weights(logits_TN.gather(1, ids_TK), gate=self.gate, scale_a=self.scale_a))
 
     def shared_hidden(self, x_TD: torch.Tensor) -> torch.Tensor:
         """act(gate x) * (up x) of the shared neurons, [T, S]."""

@@ -134,6 +134,11 @@ def fill(
     for name in stored_tensors(model, reader):
         tensor = reader.read(name)
         state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    adopt(model, state, device)
+
+
+def adopt(model: PreTrainedModel, state: Mapping[str, torch.Tensor], device: torch.device | str) -> None:
+    """Make tensors that were checked by `check_names`, and lie on `device`, the weights of an empty model."""
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model.to(torch.device(device))  # type: ignore[arg-type]  # buffers that no checkpoint holds, e.g. rotary frequencies

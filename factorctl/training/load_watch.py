@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from factorctl.models.teacher_labels import dead_experts as dead_experts
 from factorctl.progress import Progress
 
 WINDOW_TOKENS = 32_768
-DEAD_SHARE = 0.01
-"""An expert is dead when it gets less than this part of an even share of the tokens."""
 
 
 @dataclass
@@ -44,13 +43,3 @@ class LoadWatch:
                     "raise the balance loss: --loss balance=0.1"
                 )
         self.load_LN, self.tokens = None, 0
-
-
-def dead_experts(share_LN: list[list[float]], top_k: int) -> list[tuple[int, int]]:
-    """(layer, expert) of every expert with less than a hundredth of an even share."""
-    return [
-        (layer, expert)
-        for layer, row in enumerate(share_LN)
-        for expert, share in enumerate(row)
-        if share < DEAD_SHARE * top_k / len(row)
-    ]

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from factorctl.config import FactorShape
+from factorctl.models import teacher_labels
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.training import losses
 from factorctl.training.head_losses import CHUNK_TOKENS, HeadTask, head_losses
@@ -93,7 +94,7 @@ def test_labels_against_a_plain_loop(expert_size: int, shared_size: int, biases:
 def test_labels_do_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     ffn, x, t = make_ffn(3), draw(T, D, seed=20), draw(T, D, seed=21)
     whole = losses.par_labels(ffn, x, t, 0.5)
-    monkeypatch.setattr(losses, "LABEL_CHUNK_TOKENS", 4)
+    monkeypatch.setattr(teacher_labels, "LABEL_CHUNK_TOKENS", 4)
     assert torch.equal(losses.par_labels(ffn, x, t, 0.5), whole)
 
 

@@ -1,0 +1,162 @@
+"""FFN-SkipLLM (arXiv 2404.03865): whole FFN blocks in the middle of the model are left out, token by token.
+
+The first and the last layers (the paper's cold regions) always run. In between, once the residual stream of a token
+hardly turns any more when a block's output is added,
+
+    cos(h, h + FFN(h)) >= threshold,
+
+the rest of the middle blocks are skipped for that token: their FFN adds nothing, attention goes on as ever.
+The threshold is calibrated so that the blocks that run hold a given share of all; what really ran is counted.
+The paper's warm-up, in which the first tokens that are generated skip nothing, has no counterpart where a text is
+scored in one pass; the first position, which carries massive activations, skips nothing here.
+
+T tokens, D hidden_size, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from factorctl.models.building import decoder_layers
+
+COLD_SHARE = 0.1
+"""Share of the layers at either end that always run, at least one."""
+ALWAYS = math.inf
+"""A threshold that no block reaches: nothing is skipped."""
+NEVER = -2.0
+"""In place of a cosine, what reaches no threshold."""
+
+
+@dataclass
+class SkipState:
+    """What the layers of one model share: the threshold, who skips in this pass, and what has run so far."""
+
+    threshold: float = ALWAYS
+    cold: int = 1
+    num_layers: int = 1
+    saturated_BL: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    similarities: list[torch.Tensor] | None = None
+    """Per middle layer the cosines [T], where they are being recorded."""
+    blocks_run: int = 0
+    blocks_seen: int = 0
+
+    def is_cold(self, layer: int) -> bool:
+        return layer < self.cold or layer >= self.num_layers - self.cold
+
+    @property
+    def share_run(self) -> float:
+        """Part of the FFN blocks that ran, over all tokens since the start."""
+        return self.blocks_run / self.blocks_seen if self.blocks_seen else 1.0
+
+    def restart(self) -> None:
+        """Count from zero."""
+        self.blocks_run = self.blocks_seen = 0
+
+
+class SkippingFFN(nn.Module):
+    """A dense FFN that runs for the tokens that are not saturated yet.
+
+    Args:
+        behind: what the FFN's output passes before it joins the residual stream (Gemma 2, 3), or None.
+    """
+
+    def __init__(self, ffn: nn.Module, behind: nn.Module | None, state: SkipState, layer: int) -> None:
+        super().__init__()
+        self.ffn = ffn
+        self.behind: tuple[nn.Module, ...] = () if behind is None else (behind,)  # a tuple: it is not our submodule
+        self.state, self.layer = state, layer
+        self.residual_BLD: torch.Tensor | None = None
+        """The stream in front of the FFN's norm, noted by a hook on that norm."""
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        state = self.state
+        if self.layer == 0:
+            state.saturated_BL = torch.zeros(x_BLD.shape[:2], dtype=torch.bool, device=x_BLD.device)
+        cold = state.is_cold(self.layer)
+        runs_BL = torch.ones_like(state.saturated_BL) if cold else ~state.saturated_BL
+        state.blocks_seen += runs_BL.numel()
+        state.blocks_run += int(runs_BL.sum())
+        y_BLD = torch.zeros_like(x_BLD)
+        y_BLD[runs_BL] = self.ffn(x_BLD[runs_BL])
+        if not cold:
+            self._saturate(y_BLD, runs_BL)
+        return y_BLD
+
+    def _saturate(self, y_BLD: torch.Tensor, runs_BL: torch.Tensor) -> None:
+        assert self.residual_BLD is not None, "the norm in front of the FFN did not run"
+        state, h_BLD = self.state, self.residual_BLD
+        added_BLD: torch.Tensor = self.behind[0](y_BLD) if self.behind else y_BLD
+        cosine_BL = F.cosine_similarity(h_BLD.float(), (h_BLD + added_BLD).float(), dim=-1)
+        if cosine_BL.shape[1] > 1:  # a single token is one that is being generated
+            cosine_BL[:, 0] = NEVER
+        if state.similarities is not None:
+            state.similarities.append(cosine_BL.flatten().cpu())
+        state.saturated_BL |= runs_BL & (cosine_BL >= state.threshold)
+
+
+@contextmanager
+def skipping_ffns(model: PreTrainedModel, *, post_ffn_norm: bool) -> Iterator[SkipState]:
+    """Let the FFNs of a dense model be skipped while the block runs; nothing is until a threshold is set."""
+    layers = decoder_layers(model)
+    state = SkipState(cold=max(1, round(COLD_SHARE * len(layers))), num_layers=len(layers))
+    handles = []
+    for layer, block in enumerate(layers):
+        behind = block.get_submodule("post_feedforward_layernorm") if post_ffn_norm else None
+        skipping = SkippingFFN(block.get_submodule("mlp"), behind, state, layer)
+        norm = block.get_submodule("pre_feedforward_layernorm" if post_ffn_norm else "post_attention_layernorm")
+
+        def note(_: nn.Module, inputs: tuple[torch.Tensor, ...], noting: SkippingFFN = skipping) -> None:
+            noting.residual_BLD = inputs[0]
+
+        handles.append(norm.register_forward_pre_hook(note))
+        block.mlp = skipping
+    try:
+        yield state
+    finally:
+        for block in layers:
+            block.mlp = block.get_submodule("mlp").ffn
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def calibrate_threshold(model: PreTrainedModel, state: SkipState, ids_BL: torch.Tensor, share: float) -> float:
+    """Set the threshold at which `share` of the FFN blocks run on these tokens; returns the share that it gives.
+
+    The cosines are those of a pass in which nothing is skipped. Where even the least that can run is more than
+    `share`, that least is taken.
+    """
+    state.threshold, state.similarities = ALWAYS, []
+    for batch in ids_BL.split(8):
+        model(batch.to(model.device), use_cache=False, logits_to_keep=1)
+    middle = state.num_layers - 2 * state.cold
+    recorded, state.similarities = state.similarities, None
+    cosine_MT = torch.stack([torch.cat(recorded[layer::middle]) for layer in range(middle)]) if middle else None
+    state.restart()
+    if cosine_MT is None:
+        return 1.0
+    candidates = cosine_MT[cosine_MT > NEVER].sort().values
+    low, high = 0, len(candidates) - 1
+    while low < high:  # the share that runs grows with the threshold
+        at = (low + high) // 2
+        if _share_at(cosine_MT, float(candidates[at]), state) < share:
+            low = at + 1
+        else:
+            high = at
+    state.threshold = float(candidates[low])
+    return _share_at(cosine_MT, state.threshold, state)
+
+
+def _share_at(cosine_MT: torch.Tensor, threshold: float, state: SkipState) -> float:
+    """Part of all blocks that run: the cold ones, and of the middle those up to the first saturated one."""
+    reached_MT = (cosine_MT >= threshold).cumsum(0) > 0
+    run_in_the_middle = cosine_MT.shape[0] - float(reached_MT[:-1].sum(0).float().mean())
+    return (2 * state.cold + run_in_the_middle) / state.num_layers
