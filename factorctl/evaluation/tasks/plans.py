@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,7 +43,7 @@ class TaskPlan:
     data: str
     """Where the documents come from."""
     data_hash: str
-    """sha256 of what identifies the documents: of a local file its bytes."""
+    """sha256 of the local files' bytes, or of the documents as they came from the Hub."""
     versions: Mapping[str, str]
     notes: tuple[str, ...]
     tasks: Mapping[str, Any]
@@ -95,9 +97,14 @@ def resolve_tasks(
     plans: list[TaskPlan] = []
     for name in wanted:
         plans += [_local_plan(local[name])] if name in local else _hub_plans(name, progress)
-    for plan in plans:
-        plan.few_shot(few_shot)
-    return list({plan.name: plan for plan in plans}.values())
+    return list({plan.name: _noting_few_shot(plan, few_shot) for plan in plans}.values())
+
+
+def _noting_few_shot(plan: TaskPlan, asked: int | None) -> TaskPlan:
+    if plan.few_shot(asked) == asked or asked is None:
+        return plan
+    note = f"{plan.name} is zero-shot by definition; --few-shot {asked} does not apply to it"
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _local_plan(data: LocalTaskData) -> TaskPlan:
@@ -123,7 +130,7 @@ def _hub_plans(name: str, progress: Progress) -> Iterable[TaskPlan]:
             plan_name,
             tasks,
             data=f"Hub data set {' and '.join(sources)}",
-            data_hash=hash_value([sources, [getattr(task.eval_docs, "_fingerprint", "") for task in tasks.values()]]),
+            data_hash=hash_value([_hash_documents(task) for task in tasks.values()]),
             has_examples=True,
             notes=[],
         )
@@ -139,13 +146,25 @@ def _plan(name: str, tasks: Tasks, *, data: str, data_hash: str, has_examples: b
         default_few_shot=default or 0,
         always_zero_shot=default == 0,
         most_few_shot=min(_examples(task) for task in tasks.values()) if has_examples else 0,
-        documents=sum(len(task.eval_docs) for task in tasks.values()),
+        documents=sum(len(_documents(task)) for task in tasks.values()),
         data=data,
         data_hash=data_hash,
         versions=MappingProxyType({"lm_eval": lm_eval.__version__, "task": str(first.VERSION)}),
         notes=tuple(notes),
         tasks=MappingProxyType(tasks),
     )
+
+
+def _documents(task: Any) -> Any:
+    """The documents to score; `eval_docs` would process them anew at each look."""
+    return getattr(task, "task_docs", None) or task.eval_docs
+
+
+def _hash_documents(task: Any) -> str:
+    digest = hashlib.sha256()
+    for document in _documents(task):
+        digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _examples(task: Any) -> int:
@@ -165,7 +184,7 @@ def primary_metric(name: str, task: Any) -> str:
         for metric, aggregate in task.aggregation().items()
         if aggregate is mean and task.higher_is_better().get(metric)
     ]
-    metric = next((metric for metric in (*PREFERRED_METRICS, *means) if metric in means), None)
+    metric: str | None = next((metric for metric in (*PREFERRED_METRICS, *means) if metric in means), None)
     if metric is None:
         raise UsageError(
             f"task '{name}' reports {', '.join(task.aggregation())}: none is a score per document that can be compared",

@@ -64,6 +64,11 @@ def filled(value: Any) -> str:
     return value
 
 
+def key(value: Any) -> str:
+    """A label's name; OpenBookQA's keys on the Hub have spaces around them here and there."""
+    return filled(value).strip()
+
+
 def number_below(limit: int) -> Parser:
     def parse(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
@@ -109,7 +114,7 @@ def labelled_choices(value: Any) -> dict[str, list[str]]:
 
 
 def _answer_is_a_label(row: Row) -> None:
-    if row["answerKey"].lstrip() not in row["choices"]["label"]:
+    if row["answerKey"] not in row["choices"]["label"]:
         raise ValueError(f"answerKey {row['answerKey']!r} is none of the labels {', '.join(row['choices']['label'])}")
 
 
@@ -126,7 +131,7 @@ def _sentence_has_a_blank(row: Row) -> None:
         raise ValueError(f"field 'answer' is '{row['answer']}'; it must be \"1\" or \"2\"")
 
 
-_ARC = Schema({"question": text, "choices": labelled_choices, "answerKey": filled}, _answer_is_a_label)
+_ARC = Schema({"question": text, "choices": labelled_choices, "answerKey": key}, _answer_is_a_label)
 
 SCHEMAS: Mapping[str, Schema] = MappingProxyType(
     {
@@ -135,7 +140,7 @@ SCHEMAS: Mapping[str, Schema] = MappingProxyType(
             _label_is_an_ending,
         ),
         "openbookqa": Schema(
-            {"question_stem": filled, "choices": labelled_choices, "answerKey": filled}, _answer_is_a_label
+            {"question_stem": filled, "choices": labelled_choices, "answerKey": key}, _answer_is_a_label
         ),
         "winogrande": Schema(
             {"sentence": filled, "option1": filled, "option2": filled, "answer": digit}, _sentence_has_a_blank
