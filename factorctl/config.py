@@ -284,3 +284,67 @@ class ProfileConfig:
                 raise UsageError(f"{option} {listed} holds no positive numbers only", f"for example {option} 1,8")
         if self.decode_tokens < 1:
             raise UsageError(f"--decode-tokens {self.decode_tokens} is no positive number", "try 8")
+
+
+Controls = Literal["none", "fast", "all"]
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """`factorctl eval`."""
+
+    checkpoint: str | None = None
+    """A native checkpoint, an export, any Hugging Face directory or Hub id; None means the newest in the workspace."""
+    against: str | None = None
+    """What it is compared with, in the same forms; None means the dense source that the manifest records."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval tasks; `paper` stands for FactorLLM's eight."""
+    task_data: Path | None = None
+    """Directory with one JSONL per task, for where no Hub can be reached."""
+    data: tuple[str, ...] = ()
+    """Texts for perplexity, each a DATA of its own."""
+    text_field: str | None = None
+    data_tokens: int = 100_000
+    """Tokens taken from each text."""
+    window: int = 1024
+    """Tokens that a prediction may look at, its own window's; less where the model's context is shorter."""
+    stride: int | None = None
+    """Tokens between the starts of two windows; None means half a window."""
+    fidelity: bool = True
+    """Hold every factored FFN against its dense one."""
+    controls: Controls = "none"
+    calibration: str | None = None
+    """Text that controls are calibrated on; None means what the checkpoint was calibrated on, else `self`."""
+    calibration_tokens: int = 16_384
+    limit: int | None = None
+    """Documents per task; None means all."""
+    few_shot: int | None = None
+    """Examples before each question; None means the task's own number."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Sequences at once in tasks; auto finds what memory holds."""
+    samples: Path | None = None
+    """Directory for the answers to every document; None means `out`."""
+    report: Path | None = None
+    """File for the Markdown report."""
+    resume: bool = False
+    out: Path | None = None
+    workspace: Path = DEFAULT_WORKSPACE
+    seed: int = 0
+    device: Device = "auto"
+    dtype: DTypeName = "auto"
+    """Compute dtype of every model; auto takes the checkpoint's, but float32 where a CPU only emulates bfloat16."""
+
+    def __post_init__(self) -> None:
+        numbers = {
+            "--limit": self.limit,
+            "--data-tokens": self.data_tokens,
+            "--calibration-tokens": self.calibration_tokens,
+            "--batch-size": None if self.batch_size == "auto" else self.batch_size,
+        }
+        for option, number in numbers.items():
+            if number is not None and number < 1:
+                raise UsageError(f"{option} {number} is no positive number")
+        if self.few_shot is not None and self.few_shot < 0:
+            raise UsageError(f"--few-shot {self.few_shot} is out of range", "choose 0 or more examples")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed {self.seed} is out of range", "choose a number from 0 to 4294967295")

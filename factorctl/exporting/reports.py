@@ -10,17 +10,43 @@ from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.errors import IntegrityError
 
 MAX_ROWS = 40
+PATTERNS = ("*.json", "*/results.json")
+"""Where reports lie in a workspace: files that were named, and the directories that `eval` makes."""
 
 
 def report_tables(directories: Sequence[Path], manifest_sha256: str) -> dict[str, str]:
     """Title -> Markdown table, from JSON reports whose `manifest_sha256` is the checkpoint's; the newest of a kind."""
-    found = {path.resolve() for directory in directories for path in directory.glob("*.json")}
+    found = {path.resolve() for directory in directories for pattern in PATTERNS for path in directory.glob(pattern)}
     tables = {}
     for path in sorted(found, key=lambda path: path.stat().st_mtime_ns):
         report = _report(path)
-        if report.get("manifest_sha256") == manifest_sha256:
-            tables["Profile" if "latency" in report else "Evaluation"] = numbers_table(report)
+        if report.get("manifest_sha256") != manifest_sha256:
+            continue
+        if "latency" in report:
+            tables["Profile"] = numbers_table(report)
+        elif "perplexity" in report:
+            tables["Evaluation"] = evaluation_table(report)
     return tables
+
+
+def evaluation_table(report: Mapping[str, Any]) -> str:
+    """The model and the dense one, text by text and task by task, then what was kept."""
+    rows = [f"| perplexity, {name} | {_pair(found)} | |" for name, found in report["perplexity"].items()]
+    for name, found in report["tasks"].items():
+        rows.append(f"| {name} ({found['metric']}) | {_pair(found)} | {_share(found['kept'])} |")
+    average = report["average"]
+    if average["kept"] is not None:
+        rows.append(f"| average kept | | | {_share(average['kept'])} |")
+        rows.append(f"| average kept above chance | | | {_share(average['kept_above_chance'])} |")
+    return "\n".join(["| | dense | this model | kept |", "|---|---:|---:|---:|", *rows])
+
+
+def _pair(found: Mapping[str, Any]) -> str:
+    return f"{found['dense']:.4g} | {found['model']:.4g}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def numbers_table(report: Mapping[str, Any]) -> str:

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from factorctl.checkpoint.hashing import hash_file
 from factorctl.checkpoint.manifest import Manifest, is_artefact
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import Source, resolve
 from factorctl.config import FinetuneConfig
 from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, DataSpec, parse_data_spec
-from factorctl.errors import FactorctlError, ResourceError, UsageError
+from factorctl.errors import ResourceError, UsageError
 from factorctl.memory import available_memory
 from factorctl.models.building import empty_factored_model, factored_ffns
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint
 from factorctl.pipeline.devices import torch_device
+from factorctl.pipeline.recorded_source import find_recorded_source, has_recorded_weights
 from factorctl.pipeline.workspace import cache_directory, newest_checkpoint, output_path
 from factorctl.progress import Progress
 from factorctl.training.batches import BatchPlan, plan_batches
@@ -186,40 +186,16 @@ def find_teacher(config: FinetuneConfig, checkpoint: NativeCheckpoint, progress:
     if config.teacher is not None:
         source = resolve(config.teacher, revision=None, cache=cache_directory(), progress=progress)
     else:
-        source = _recorded_source(known, progress)
-    if not _is_source(source.path, known["files"]):
+        why = "since this checkpoint's values are no longer the dense ones"
+        wanted_for = f"the teacher is the dense source {known['id']}, {why}"
+        source = find_recorded_source(known, progress, wanted_for=wanted_for, hint="name it with --teacher MODEL")
+    if not has_recorded_weights(source.path, known["files"]):
         raise UsageError(
             f"{source.path} is not the dense model that {checkpoint.path} was made from ({known['id']}): its weights "
             "have other hashes than the manifest records",
             "name that model with --teacher; student and teacher share its attention and embeddings",
         )
     return source
-
-
-def _recorded_source(known: Any, progress: Progress) -> Source:
-    """Where the manifest says the source is, else where it once came from."""
-    recorded = known.get("path")
-    fetched_by_name = known["id"] if known["kind"] in ("hub", "wheel") else None
-    model = recorded if recorded and (Path(recorded) / "config.json").is_file() else fetched_by_name
-    try:
-        if model is not None:
-            revision = known.get("revision") if model == known["id"] else None
-            return resolve(model, revision=revision, cache=cache_directory(), progress=progress)
-        reason = f"{recorded} is not there any more"
-    except FactorctlError as error:
-        reason = error.message
-    raise UsageError(
-        f"the teacher is the dense source {known['id']}, since this checkpoint's values are no longer the dense ones; "
-        f"it was not found: {reason}",
-        "name it with --teacher MODEL",
-    )
-
-
-def _is_source(directory: Path, files: Any) -> bool:
-    names = [name for name in files if name.endswith(".safetensors")]
-    return bool(names) and all(
-        (directory / name).is_file() and asdict(hash_file(directory / name)) == dict(files[name]) for name in names
-    )
 
 
 def expected_memory(plan: FinetunePlan, model: PreTrainedModel) -> dict[str, int]:

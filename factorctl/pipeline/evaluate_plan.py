@@ -1,0 +1,338 @@
+"""What `eval` decides before it loads a weight: models, texts, tasks, controls, memory, and the parts of the work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from factorctl import __version__
+from factorctl.checkpoint.manifest import is_artefact
+from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.config import EvalConfig
+from factorctl.data.hub import pin_revisions
+from factorctl.data.identity import identify_sources, tokenizer_fingerprint
+from factorctl.data.spec import parse_data_spec
+from factorctl.data.tokenizing import tokenize_documents
+from factorctl.errors import ResourceError, UsageError
+from factorctl.evaluation.chunked_head import CHUNK_POSITIONS
+from factorctl.evaluation.perplexity import BATCH_TOKENS, TextDocument, check_windowing
+from factorctl.memory import available_memory
+from factorctl.models.families import read_dense_model
+from factorctl.pipeline.controls import CONTROLS, calibration_text, chosen_controls
+from factorctl.pipeline.devices import torch_device
+from factorctl.pipeline.evaluate_models import (
+    EvalModel,
+    compute_dtype,
+    find_checkpoint,
+    find_reference,
+    is_source_of,
+    shared_tokenizer,
+)
+from factorctl.pipeline.evaluate_store import Part
+from factorctl.pipeline.finetune_plan import holds_dense_values
+from factorctl.pipeline.provenance import library_versions
+from factorctl.pipeline.time_estimate import gemm_rate
+from factorctl.pipeline.workspace import output_path
+from factorctl.progress import Progress
+
+if TYPE_CHECKING:
+    from factorctl.evaluation.tasks import TaskPlan
+
+PROCESS_BYTES = 900_000_000
+"""Resident size of the interpreter with torch, transformers and lm-eval loaded, before any weight."""
+DOCUMENT_TOKENS = 250
+FIDELITY_TOKENS = 4096
+FIDELITY_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """One text for perplexity, as token ids."""
+
+    name: str
+    documents: list[TextDocument]
+    identity: Mapping[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(document.ids) for document in self.documents)
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """Everything that is decided before the first weight is read."""
+
+    config: EvalConfig
+    model: EvalModel
+    reference: EvalModel
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    device: torch.device
+    texts: list[EvalText]
+    tasks: list[TaskPlan]
+    controls: list[str]
+    fidelity: bool
+    window: int
+    stride: int
+    out: Path
+    memory_bytes: int
+    calibration: list[dict[str, Any]] | None
+    """What the controls' calibration text is made of; None where none is read."""
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def subjects(self) -> list[str]:
+        """The models in the order in which they are measured, one in memory at a time."""
+        return ["dense", "model", *self.controls]
+
+    def parts(self, subject: str) -> list[Part]:
+        """The measurements of one of them."""
+        common = self._identity_of(subject)
+        parts = [
+            Part(subject, "perplexity", text.name, {**common, "text": dict(text.identity), **self._windowing()})
+            for text in self.texts
+        ]
+        for task in self.tasks:
+            parts.append(Part(subject, "task", task.name, {**common, "task": self._task_identity(task)}))
+        if subject == "model" and self.fidelity:
+            text = self.texts[0]
+            identity = {**common, "reference": self.reference.sha256, "text": dict(text.identity), **self._windowing()}
+            parts.append(Part(subject, "fidelity", text.name, identity))
+        return parts
+
+    def _identity_of(self, subject: str) -> dict[str, Any]:
+        """All that decides what the model computes."""
+        common: dict[str, Any] = {
+            "subject": subject,
+            "weights": self.reference.sha256 if subject == "dense" else self.model.sha256,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "libraries": library_versions(),
+            "tool_version": __version__,
+        }
+        if subject in CONTROLS:
+            common |= {"reference": self.reference.sha256, "seed": self.config.seed}
+            if CONTROLS[subject].calibrates:
+                common |= {"calibration": self.calibration, "calibration_tokens": self.config.calibration_tokens}
+        return common
+
+    def _windowing(self) -> dict[str, int]:
+        return {"window": self.window, "stride": self.stride}
+
+    def _task_identity(self, task: TaskPlan) -> dict[str, Any]:
+        config = self.config
+        return {
+            "fingerprint": task.fingerprint,
+            "limit": config.limit,
+            "few_shot": task.few_shot(config.few_shot),
+            "seed": config.seed,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+        }
+
+
+def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:
+    """Resolve and check all that can be checked without reading weights.
+
+    Raises:
+        UsageError: an option does not fit, or there is nothing to evaluate.
+        IntegrityError: the checkpoint is damaged.
+        ResourceError: memory or device do not suffice.
+    """
+    if not config.data and not config.tasks:
+        raise UsageError(
+            "there is nothing to evaluate on", "give text for perplexity (--data DATA), tasks (--tasks paper), or both"
+        )
+    remarks: list[str] = []
+    device = torch_device(config.device)
+    model = find_checkpoint(config, progress)
+    reference = find_reference(config, model, progress)
+    tokenizer = shared_tokenizer(model, reference)
+    out = evaluation_directory(config, model)
+    window, stride = windowing(config, model, reference)
+    controls = _controls(config, model, reference, remarks)
+    plan = EvalPlan(
+        config=config,
+        model=model,
+        reference=reference,
+        tokenizer=tokenizer,
+        dtype=compute_dtype(config.dtype, model, device, remarks),
+        device=device,
+        texts=[_text(name, given, config, tokenizer, progress) for name, given in text_names(config.data).items()],
+        tasks=_tasks(config, remarks, progress),
+        controls=controls,
+        fidelity=_can_measure_fidelity(config, model, reference, remarks),
+        window=window,
+        stride=stride,
+        out=out,
+        memory_bytes=0,
+        calibration=_calibration(config, model, controls, progress),
+        remarks=remarks,
+    )
+    plan = replace(plan, memory_bytes=expected_memory(plan))
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if plan.memory_bytes > available:
+        raise ResourceError(
+            f"about {plan.memory_bytes / 1e9:.1f} GB of memory are needed; {available / 1e9:.1f} GB are available",
+            "choose --dtype bfloat16, leave out --controls, or use a machine with more memory",
+        )
+    return plan
+
+
+def evaluation_directory(config: EvalConfig, model: EvalModel) -> Path:
+    """Where the report, the answers and the finished parts go.
+
+    Raises:
+        UsageError: a file or a checkpoint is there.
+    """
+    out = output_path(config.out, config.workspace, str(model.path.resolve()), "eval")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, not a directory", "choose another --out")
+    if is_artefact(out):
+        raise UsageError(f"{out} is a checkpoint: reports do not go into one", "choose another --out")
+    return out
+
+
+def windowing(config: EvalConfig, model: EvalModel, reference: EvalModel) -> tuple[int, int]:
+    """(window, stride): the window no longer than the default or the models' context allows."""
+    contexts = [one.context for one in (model, reference) if one.context is not None]
+    context = min(contexts, default=None)
+    window = config.window
+    if context is not None and window == EvalConfig.window:
+        window = min(window, context)
+    stride = max(1, window // 2) if config.stride is None else config.stride
+    check_windowing(window, stride, context)
+    return window, stride
+
+
+def text_names(data: Sequence[str]) -> dict[str, str]:
+    """A short name -> DATA as it was given: a file's name without its ending, where that is no other's too."""
+    given = list(dict.fromkeys(data))
+    short = [Path(text).name.partition(".")[0] if Path(text).is_file() else text for text in given]
+    return {name if name and short.count(name) == 1 else text: text for name, text in zip(short, given, strict=True)}
+
+
+def _text(
+    name: str, given: str, config: EvalConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> EvalText:
+    spec = parse_data_spec(given, text_field=config.text_field)
+    if spec.uses_self:
+        raise UsageError(
+            "--data self is no text to evaluate on: it would measure the model on what it writes itself",
+            "give text that the model did not write",
+        )
+    spec = pin_revisions(spec)
+    found = tokenize_documents(spec, tokenizer, max_tokens=config.data_tokens, seed=config.seed, progress=progress)
+    identity = {
+        "sources": identify_sources(spec, None, progress),
+        "text_field": config.text_field,
+        "tokens": config.data_tokens,
+        "seed": config.seed,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    return EvalText(name, [TextDocument(document.id, document.ids) for document in found], identity)
+
+
+def _tasks(config: EvalConfig, remarks: list[str], progress: Progress) -> list[TaskPlan]:
+    if not config.tasks:
+        return []
+    from factorctl.evaluation.tasks import resolve_tasks  # lm-eval takes seconds to import
+
+    plans = resolve_tasks(config.tasks, task_data=config.task_data, few_shot=config.few_shot, progress=progress)
+    remarks += [note for plan in plans for note in plan.notes]
+    return plans
+
+
+def _controls(config: EvalConfig, model: EvalModel, reference: EvalModel, remarks: list[str]) -> list[str]:
+    if config.controls == "none":
+        return []
+    if model.native is None:
+        raise UsageError(
+            f"{model.path} is no native checkpoint: controls need its experts and its number of active neurons",
+            "evaluate the native checkpoint it was made from, or leave out --controls",
+        )
+    if not is_source_of(model, reference):
+        raise UsageError(
+            f"controls are made from the dense source of {model.path}, and {reference.path} is another model",
+            "leave out --against, or --controls",
+        )
+    chosen = chosen_controls(config.controls, model.native.spec.shape)
+    if not chosen:
+        remarks.append("all experts are on: nothing is left out, so every control would be the dense model")
+    return chosen
+
+
+def _calibration(
+    config: EvalConfig, model: EvalModel, controls: Sequence[str], progress: Progress
+) -> list[dict[str, Any]] | None:
+    """What identifies the calibration text, read before the work starts so that a missing file is found now."""
+    if not any(CONTROLS[name].calibrates for name in controls):
+        return None
+    spec = pin_revisions(parse_data_spec(calibration_text(config, model), option="--calibration"))
+    return identify_sources(spec, None, progress)
+
+
+def _can_measure_fidelity(config: EvalConfig, model: EvalModel, reference: EvalModel, remarks: list[str]) -> bool:
+    if not config.fidelity or model.native is None:
+        return False
+    if not config.data:
+        remarks.append("layer fidelity was not measured: it needs text (--data)")
+        return False
+    if not is_source_of(model, reference):
+        remarks.append("layer fidelity was not measured: --against is not the dense source of the checkpoint")
+        return False
+    return True
+
+
+def fidelity_ids(text: EvalText, window: int) -> torch.Tensor:
+    """About `FIDELITY_TOKENS` tokens of a text as windows of one length, none across documents, [B, L]."""
+    length = min(FIDELITY_LENGTH, window, max(len(document.ids) for document in text.documents))
+    rows: list[Sequence[int]] = []
+    for document in text.documents:
+        whole = len(document.ids) // length
+        rows += [document.ids[length * index : length * (index + 1)] for index in range(whole)]
+        if len(rows) * length >= FIDELITY_TOKENS:
+            break
+    return torch.tensor([list(row) for row in rows[: max(1, FIDELITY_TOKENS // length)]])
+
+
+def expected_memory(plan: EvalPlan) -> int:
+    """Bytes of the largest model in the compute dtype, with what a batch needs beside it."""
+    values = max(_values(plan.model), _values(plan.reference))
+    if "oracle_routing" in plan.controls and not holds_dense_values(plan.model.native.manifest):  # type: ignore[union-attr]
+        dense = read_dense_model(plan.reference.path)
+        values += 3 * dense.num_layers * dense.hidden_size * dense.intermediate_size
+    head = 3 * CHUNK_POSITIONS * plan.reference.vocabulary * 4
+    tokens = max(BATCH_TOKENS, plan.window)
+    hidden = 64 * tokens * 1024 * 4
+    return PROCESS_BYTES + values * plan.dtype.itemsize + head + hidden
+
+
+def _values(model: EvalModel) -> int:
+    return sum(math.prod(entry.shape) for entry in CheckpointReader(model.path).entries.values())
+
+
+def expected_seconds(plan: EvalPlan) -> float:
+    """About how long everything takes if nothing was done before: arithmetic over a rate measured on the spot.
+
+    A document of a task is taken to be `DOCUMENT_TOKENS` long with all its choices, so this tells minutes from hours.
+    """
+    overlap = plan.window / plan.stride
+    scored = overlap * sum(text.tokens for text in plan.texts)
+    scored += DOCUMENT_TOKENS * sum(min(task.documents, plan.config.limit or task.documents) for task in plan.tasks)
+    calibrated = plan.config.calibration_tokens * sum(2 for name in plan.controls if CONTROLS[name].calibrates)
+    tokens = len(plan.subjects) * scored + calibrated
+    return 2 * _values(plan.reference) * tokens / gemm_rate(plan.device)
+
+
+def resolved_config(plan: EvalPlan) -> dict[str, Any]:
+    """The configuration as JSON, defaults resolved."""
+    raw = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(plan.config).items()}
+    resolved = {"checkpoint": str(plan.model.path), "against": plan.reference.id, "out": str(plan.out)}
+    return {**raw, **resolved, "window": plan.window, "stride": plan.stride, "tasks": [t.name for t in plan.tasks],
+            "data": list(plan.config.data)}  # fmt: skip
