@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from factorctl import __version__
-from factorctl.cli import export, factorize, finetune, inspect, profile
+from factorctl.cli import evaluate, export, factorize, finetune, inspect, profile
 from factorctl.errors import ExitCode, FactorctlError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command("factorize")(factorize.factorize)
 app.command("finetune")(finetune.finetune)
+app.command("eval")(evaluate.evaluate)
 app.command("profile")(profile.profile)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
