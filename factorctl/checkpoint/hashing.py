@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from factorctl.checkpoint.strict_json import dump_json
+from factorctl.checkpoint.strict_json import seal_of
 
 
 @dataclass(frozen=True)
@@ -29,4 +29,4 @@ def hash_bytes(data: bytes) -> FileRecord:
 
 def hash_value(value: object) -> str:
     """sha256 of a JSON value in this project's canonical form."""
-    return hashlib.sha256(dump_json(value)).hexdigest()
+    return seal_of(value)

@@ -6,6 +6,7 @@ It holds no clock times and no timings: the same work gives the same bytes.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,9 +15,10 @@ from typing import Any
 
 from factorctl.checkpoint.file_names import MANIFEST_NAME as MANIFEST_NAME
 from factorctl.checkpoint.file_names import plain_name, regular_file
-from factorctl.checkpoint.hashing import FileRecord, hash_bytes, hash_file
+from factorctl.checkpoint.hashing import FileRecord, hash_file
+from factorctl.checkpoint.manifest_fields import check_fields
 from factorctl.checkpoint.publishing import write_file
-from factorctl.checkpoint.strict_json import dump_json, read_json_object
+from factorctl.checkpoint.strict_json import SEAL, dump_sealed, read_json_object, seal_of
 from factorctl.errors import IntegrityError, UsageError
 
 SCHEMA_VERSION = 1
@@ -47,12 +49,16 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        return dump_json({"schema_version": SCHEMA_VERSION, **asdict(self)})
+        """The file, sealed by its own sha256."""
+        return dump_sealed(self._content())
 
     @property
     def sha256(self) -> str:
-        """What a child names as its parent."""
-        return hash_bytes(self.to_bytes()).sha256
+        """The seal: sha256 of everything else in the file. What a child names as its parent."""
+        return seal_of(self._content())
+
+    def _content(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -61,7 +67,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def is_artefact(directory: Path) -> bool:
-    return (directory / MANIFEST_NAME).is_file()
+    return os.path.isfile(directory / MANIFEST_NAME)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -71,8 +77,8 @@ def read_manifest(directory: Path) -> Manifest:
         UsageError: this directory is no factorctl artefact, or a newer version wrote it.
         IntegrityError: the manifest is damaged.
     """
-    if not directory.is_dir():
-        fault = "is a file, not a checkpoint directory" if directory.exists() else "does not exist"
+    if not os.path.isdir(directory):  # Path.is_dir raises for names that no file system takes
+        fault = "is a file, not a checkpoint directory" if os.path.exists(directory) else "does not exist"
         raise UsageError(f"{directory} {fault}", "make a checkpoint with `factorctl factorize`")
     if not is_artefact(directory):
         raise UsageError(
@@ -89,7 +95,13 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path} has schema {version}, written by factorctl {str(raw.get('tool_version'))[:40]}",
             f"this version reads schema {SCHEMA_VERSION}: upgrade factorctl",
         )
-    return _checked(raw, path)
+    seal = raw.pop(SEAL, None)
+    manifest = _checked(raw, path)
+    if seal is not None and seal != manifest.sha256:  # the first manifests had none
+        raise IntegrityError(
+            f"{path} is damaged: its content has sha256 {manifest.sha256}, it says {str(seal)[:80]}", _RESTORE
+        )
+    return manifest
 
 
 def _checked(raw: dict[str, Any], path: Path) -> Manifest:
@@ -104,7 +116,7 @@ def _checked(raw: dict[str, Any], path: Path) -> Manifest:
     parent = raw.get("parent")
     if parent is not None and not (isinstance(parent, str) and _SHA256.fullmatch(parent)):
         raise IntegrityError(f"{path}: field 'parent' is no sha256")
-    return Manifest(
+    manifest = Manifest(
         kind=expect("kind", str),
         stage=expect("stage", str),
         tool_version=expect("tool_version", str),
@@ -119,6 +131,8 @@ def _checked(raw: dict[str, Any], path: Path) -> Manifest:
             for name, value in expect("files", dict).items()
         },
     )
+    check_fields(raw, str(path))
+    return manifest
 
 
 def _record(name: str, value: Any, path: Path) -> FileRecord:

@@ -179,6 +179,7 @@ def moved(checkpoint: Path, to: Path) -> Path:
     shutil.copytree(checkpoint, to)
     manifest = json.loads((to / "factorctl.json").read_text())
     manifest["source"]["path"] = "gone"
+    del manifest["sha256"]  # the seal, which older manifests do not have
     (to / "factorctl.json").write_text(json.dumps(manifest))
     return to
 

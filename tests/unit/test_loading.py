@@ -54,6 +54,7 @@ def changed(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
         for name in manifest["files"]:
             record = hash_file(copy / name)
             manifest["files"][name] = {"sha256": record.sha256, "size": record.size}
+        del manifest["sha256"]
         (copy / "factorctl.json").write_text(json.dumps(manifest))
         return copy
 
@@ -97,7 +98,7 @@ def test_configs_that_are_not_ours(config: dict[str, object], words: str, change
 def test_a_file_that_the_manifest_does_not_vouch_for(checkpoint: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     manifest = json.loads((copy / "factorctl.json").read_text())
-    del manifest["files"]["config.json"]
+    del manifest["files"]["config.json"], manifest["sha256"]
     (copy / "factorctl.json").write_text(json.dumps(manifest))
     with pytest.raises(IntegrityError, match=r"config\.json is not in the manifest"):
         factorctl.load(copy)
@@ -106,7 +107,7 @@ def test_a_file_that_the_manifest_does_not_vouch_for(checkpoint: Path, tmp_path:
 def test_an_export_is_not_loaded_as_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     manifest = json.loads((copy / "factorctl.json").read_text())
-    (copy / "factorctl.json").write_text(json.dumps({**manifest, "kind": "export"}))
+    (copy / "factorctl.json").write_text(json.dumps({**manifest, "kind": "export", "sha256": None}))
     with pytest.raises(UsageError, match="is an export") as caught:
         factorctl.load(copy)
     assert "from_pretrained" in str(caught.value)

@@ -17,14 +17,17 @@ HASH = "ab" * 32
 
 def manifest(**changes: Any) -> Manifest:
     plain: dict[str, Any] = {
-        "kind": "native", "stage": "factorize", "tool_version": "0.1.0", "source": {"id": "x"},
-        "factored": {"num_experts": 4}, "files": {"config.json": FileRecord(HASH, 3)},
+        "kind": "native", "stage": "factorize", "tool_version": "0.1.0",
+        "source": {"id": "x", "kind": "local", "files": {}},
+        "factored": {"num_experts": 4, "top_k": 2, "expert_size": 5, "shared_size": 4, "gate": "softmax",
+                     "scale": "sum", "notation": "1R4E2K+S4", "active_ffn_fraction": 0.5},
+        "files": {"config.json": FileRecord(HASH, 3)},
     }  # fmt: skip
     return Manifest(**{**plain, **changes})
 
 
 def damaged(tmp_path: Path, **changes: Any) -> Path:
-    raw = {**json.loads(manifest().to_bytes()), **changes}
+    raw = {**json.loads(manifest().to_bytes()), "sha256": ..., **changes}
     (tmp_path / "factorctl.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
     return tmp_path
 
@@ -34,7 +37,7 @@ def test_a_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
     write_manifest(tmp_path, written)
     read = read_manifest(tmp_path)
     assert read == written
-    assert read.sha256 == hash_bytes((tmp_path / "factorctl.json").read_bytes()).sha256
+    assert read.sha256 == json.loads((tmp_path / "factorctl.json").read_bytes())["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,15 @@ def test_a_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
         ({"files": {"x": {"sha256": HASH, "size": -1}}}, "needs a sha256 and a size"),
         ({"files": {"x": {"sha256": HASH, "size": True}}}, "needs a sha256 and a size"),
         ({"files": {"x": HASH}}, "needs a sha256 and a size"),
+        ({"sha256": HASH}, f"is damaged: its content has sha256 .*, it says {HASH}"),
+        ({"source": {"id": "x"}}, "field 'source.kind' is missing or of the wrong type"),
+        ({"source": {"id": "x", "kind": "hub", "files": {"../x": {}}}}, "names '../x', which is no plain file name"),
+        ({"source": {"id": "x", "kind": "hub", "files": {}, "path": 3}}, "field 'source.path'"),
+        ({"factored": {"num_experts": True}}, "field 'factored.num_experts'"),
+        ({"factored": {"num_experts": 10**400}}, "field 'factored.num_experts' is out of range"),
+        ({"details": {"layers": [{}, 3]}}, "field 'details.layers' has a damaged record 1"),
+        ({"details": {"calibration": {"tokens": 3}}}, "field 'details.calibration.fingerprint'"),
+        ({"libraries": {"torch": 2}}, "field 'libraries.torch'"),
     ],
     ids=str,
 )
