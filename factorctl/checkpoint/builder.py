@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from factorctl.checkpoint.publishing import (
     write_file,
 )
 from factorctl.checkpoint.reader import INDEX_NAME
-from factorctl.checkpoint.strict_json import dump_json, read_json_object
+from factorctl.checkpoint.strict_json import dump_sealed, read_sealed
 from factorctl.checkpoint.writer import shard_name, write_index, write_shard
 from factorctl.errors import FactorctlError, IntegrityError, ResourceError
 from factorctl.progress import Progress
@@ -65,7 +65,7 @@ class ArtefactBuilder:
         record = write_shard(self.shard_path(index), tensors)
         names = {name: tensor.nbytes for name, tensor in tensors.items()}
         self._journal[str(index)] = {"file": asdict(record), "tensors": names, "note": dict(note)}
-        write_file(journal_path(self.final), dump_json({"fingerprint": self._fingerprint, "shards": self._journal}))
+        write_file(journal_path(self.final), dump_sealed({"fingerprint": self._fingerprint, "shards": self._journal}))
 
     def write_file(self, name: str, data: bytes) -> None:
         write_file(self.partial / name, data)
@@ -101,13 +101,15 @@ class ArtefactBuilder:
         with writable(self.partial):
             self._remove_strangers()
         publish_directory(self.partial, self.final)
-        journal_path(self.final).unlink(missing_ok=True)
+        with writable(journal_path(self.final)):
+            journal_path(self.final).unlink(missing_ok=True)
         return complete
 
     def discard(self) -> None:
         """Remove what was built so far."""
         shutil.rmtree(self.partial, ignore_errors=True)
-        journal_path(self.final).unlink(missing_ok=True)
+        with suppress(OSError):
+            journal_path(self.final).unlink()
 
     def _remove_strangers(self) -> None:
         """Drop what a killed run left behind: only files of the manifest are published."""
@@ -122,7 +124,7 @@ class ArtefactBuilder:
         if not path.exists() or not self.partial.is_dir():
             return None
         try:
-            journal = read_json_object(path)
+            journal = read_sealed(path)
             entries = {str(int(index)): _checked_entry(entry) for index, entry in journal["shards"].items()}
         except (IntegrityError, KeyError, TypeError, ValueError, AttributeError):
             progress.note(f"the journal of the unfinished work in {self.partial} is unreadable; starting over")

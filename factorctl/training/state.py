@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from factorctl.checkpoint.hashing import FileRecord, hash_file
 from factorctl.checkpoint.publishing import partial_path, publish_directory, writable, write_file
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.checkpoint.strict_json import dump_json, read_json_object
+from factorctl.checkpoint.strict_json import dump_sealed, read_sealed
 from factorctl.checkpoint.writer import write_shard
 from factorctl.errors import IntegrityError
 
@@ -91,7 +91,7 @@ def save_state(
             "scalars": scalars,
             "files": {name: asdict(file) for name, file in files.items()},
         }
-        write_file(partial / STATE_FILE, dump_json(record))
+        write_file(partial / STATE_FILE, dump_sealed(record))
         publish_directory(partial, final)
         remove_states(run, keep=final)
     return final
@@ -110,7 +110,7 @@ def restore_state(path: Path, model: nn.Module, optimizers: Iterable[torch.optim
     Raises:
         IntegrityError: a file is not what was written, or does not fit this model.
     """
-    record = read_json_object(path / STATE_FILE)
+    record = read_record(path)
     states = _optimizer_states(optimizers)
     parameters = {name: p for names in _by_layer(model).values() for name, p in names.items()}
     for name, file in record["files"].items():
@@ -122,6 +122,18 @@ def restore_state(path: Path, model: nn.Module, optimizers: Iterable[torch.optim
     for name, numbers in record["scalars"].items():
         states[parameters[name]].update({key: int(value) for key, value in numbers.items()})
     return Progressed(record["step"], record["tokens"], record["notes"])
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The content of a state's state.json.
+
+    Raises:
+        IntegrityError: it is not what was written.
+    """
+    try:
+        return read_sealed(path / STATE_FILE)
+    except IntegrityError as error:
+        raise IntegrityError(error.message, _DAMAGED) from None
 
 
 def _restore_tensor(
