@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from factorctl.checkpoint.file_names import MANIFEST_NAME
@@ -21,6 +21,8 @@ from factorctl.errors import FactorctlError, ResourceError, UsageError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+NAME_BYTES, PATH_BYTES = 255, 4095
+"""What Linux and the usual file systems take."""
 
 
 def partial_path(final: Path) -> Path:
@@ -37,6 +39,7 @@ def refuse_existing(final: Path, *, overwrite: bool) -> None:
     """
     if final.name in ("", ".."):
         raise UsageError(f"{final} is no name for a new directory", "choose an --out that ends in a name")
+    _refuse_impossible_name(final)
     if final.is_symlink():
         raise UsageError(f"{final} is a symbolic link", "choose another --out, or give the directory it leads to")
     if blocking := next((p for p in final.parents if p.exists() and not p.is_dir()), None):
@@ -56,6 +59,19 @@ def refuse_existing(final: Path, *, overwrite: bool) -> None:
         )
 
 
+def _refuse_impossible_name(final: Path) -> None:
+    """What no file system takes, with room for the names of what lies beside the artefact and in it."""
+    try:
+        parts = [len(part.encode()) for part in final.absolute().parts]
+    except UnicodeEncodeError:
+        raise UsageError(f"the name {str(final)!a} is no UTF-8", "choose another --out") from None
+    if max(parts) > NAME_BYTES or parts[-1] > NAME_BYTES - 16 or sum(parts) + len(parts) > PATH_BYTES - 64:
+        raise UsageError(
+            f"{str(final)[:80]}... is too long: a name has {NAME_BYTES - 16} bytes, a path {PATH_BYTES - 64}",
+            "choose a shorter --out",
+        )
+
+
 @contextmanager
 def sole_writer(final: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of `final` while the block runs; the kernel releases it when the process dies.
@@ -71,11 +87,13 @@ def sole_writer(final: Path, *, wait: bool = False) -> Iterator[None]:
         final.parent.mkdir(parents=True, exist_ok=True)
         handle = _open_locked(lock, final, wait=wait)
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        with writable(lock):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
-        lock.unlink(missing_ok=True)  # while the lock is held, so that nobody else's is removed
+        with suppress(OSError):  # one that stays behind is free: the kernel holds the lock, not the file
+            lock.unlink()  # while the lock is held, so that nobody else's is removed
         fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it with a forked child
         os.close(handle)
 

@@ -68,6 +68,12 @@ def resolve(model: str, *, revision: str | None, cache: Path, progress: Progress
 def _local(path: Path, revision: str | None, cache: Path, progress: Progress) -> Source:
     if revision is not None:
         raise UsageError(f"--revision {revision} was given with the local path {path}", "leave it out")
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"the path {str(path)!a} is no UTF-8, and the manifest, which records it, is text", "rename the directory"
+        ) from None
     if path.suffix == ".gguf" and path.is_file():
         directory, sha256, note = dequantised(path, cache=cache, progress=progress)
         return Source(directory, path.name, "gguf", sha256, note)
