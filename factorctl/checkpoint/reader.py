@@ -5,7 +5,6 @@ Tensors are read into fresh memory, not mapped: the resident size of a run is wh
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from factorctl.checkpoint.file_names import plain_name
-from factorctl.checkpoint.strict_json import read_json_object
+from factorctl.checkpoint.strict_json import parse_json_object, read_json_object
 from factorctl.errors import IntegrityError, UsageError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -166,12 +165,14 @@ def _indexed(path: Path) -> dict[str, set[str]]:
 
 def _read_header(path: Path) -> list[TensorEntry]:
     """The entries of one shard, after the library has checked header, bounds and holes."""
+    if not path.is_file():  # a pipe would be waited for
+        raise IntegrityError(f"{path} is no regular file", "fetch the checkpoint again")
     try:
         with safe_open(path, "pt"):
             pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            header = parse_json_object(file.read(length).decode(), origin=f"the header of {path}")
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise IntegrityError(f"{path} is truncated or corrupt: {error}", "fetch the file again") from None
     header.pop("__metadata__", None)
