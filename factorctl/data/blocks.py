@@ -97,7 +97,7 @@ def open_token_blocks(path: Path) -> TokenBlocks:
         arrays = {part: _map(path / f"{part}.npy") for part in ("train", "heldout")}
         starts = {part: np.load(path / f"{part}_starts.npy", allow_pickle=False) for part in ("train", "heldout")}
         shapes = {part: (int(meta[part]["blocks"]), int(meta["block_length"])) for part in ("train", "heldout")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise IntegrityError(f"token cache {path} cannot be read: {error}", "delete it and run again") from error
     for part, array in arrays.items():
         if array.shape != shapes[part]:

@@ -6,6 +6,7 @@ import errno
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,7 +90,7 @@ def build_token_blocks(
         "sources": identify_sources(spec, sampler.fingerprint if sampler else None, shown),
     }
     final = cache_dir / hash_json(identity)
-    with sole_builder(final):
+    with _writable(cache_dir), sole_builder(final):
         blocks = _open_cached(final, shown)
         if blocks is None:
             blocks = _build(spec, tokenizer, plan, sampler, identity, final, purpose, shown)
@@ -120,21 +121,34 @@ def _build(
     progress: Progress,
 ) -> TokenBlocks:
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
-    try:
-        with (
-            published_directory(final) as directory,
-            BlockWriter(directory, "train", plan.block_length, dtype) as train,
-            BlockWriter(directory, "heldout", plan.block_length, dtype) as heldout,
-        ):
-            filling = _fill(spec, tokenizer, plan, sampler, train, heldout, progress)
-            _check_blocks(spec, plan, filling, train, heldout, purpose)
-            parts = {"train": train.finish(), "heldout": heldout.finish()}
-            write_meta(directory, _meta(spec, plan, identity, filling, final.name) | parts)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"the disk of the token cache {final.parent} is full", "free some space") from error
-        raise
+    with (
+        published_directory(final) as directory,
+        BlockWriter(directory, "train", plan.block_length, dtype) as train,
+        BlockWriter(directory, "heldout", plan.block_length, dtype) as heldout,
+    ):
+        filling = _fill(spec, tokenizer, plan, sampler, train, heldout, progress)
+        _check_blocks(spec, plan, filling, train, heldout, purpose)
+        parts = {"train": train.finish(), "heldout": heldout.finish()}
+        write_meta(directory, _meta(spec, plan, identity, filling, final.name) | parts)
     return open_token_blocks(final)
+
+
+@contextmanager
+def _writable(cache: Path) -> Iterator[None]:
+    """Turn the system's refusals to write into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(
+                f"no space left while writing the token cache {cache}", "free some disk space and run it again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ResourceError(
+                f"the token cache {cache} cannot be written: {error.strerror}",
+                "set FACTORCTL_CACHE to a directory that can be, or fix its permissions",
+            ) from error
+        raise
 
 
 def _fill(
