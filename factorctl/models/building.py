@@ -9,15 +9,26 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from factorctl.errors import IntegrityError, in_one_line
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel
 
 
 def empty_dense_model(dense: DenseModel) -> PreTrainedModel:
-    """The dense model with parameters on the meta device and real buffers: structure without memory."""
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(dense.config, dtype=torch.float32)
+    """The dense model with parameters on the meta device and real buffers: structure without memory.
+
+    Raises:
+        IntegrityError: the fields of the config contradict one another.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(dense.config, dtype=torch.float32)
+    except Exception as error:  # transformers and torch find contradictions anywhere on the way
+        raise IntegrityError(
+            f"config.json describes no {dense.family.model_type} model that can be built: {in_one_line(error)}",
+            "fetch or make the checkpoint again",
+        ) from error
     model.eval()
     return model
 

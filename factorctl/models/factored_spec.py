@@ -82,7 +82,7 @@ class FactoredSpec:
             raise IntegrityError(f"{origin}: the factored part is damaged: {error}") from None
         sizes_fit = shape.intermediate_size == intermediate_size and shape.top_k <= shape.num_experts <= MAX_EXPERTS
         choices_fit = gate in get_args(Gate) and scale in get_args(ScaleRule)
-        scales_fit = all(isinstance(a, (int, float)) and math.isfinite(a) for a in fitted)
+        scales_fit = all(isinstance(a, float) and math.isfinite(a) for a in fitted)
         if not (
             sizes_fit
             and choices_fit

@@ -164,6 +164,7 @@ def dense_model(raw: Mapping[str, object], *, origin: str) -> DenseModel:
     model_type = str(raw["model_type"])
     if model_type not in FAMILIES:
         raise UsageError(f"{origin} is a {model_type!r} model, {_why_not(model_type)}", _known_families())
+    _check_sizes(raw, origin)
     settings = {key: value for key, value in raw.items() if key != "model_type"}
     try:
         config = AutoConfig.for_model(model_type, **settings)
@@ -176,6 +177,30 @@ def dense_model(raw: Mapping[str, object], *, origin: str) -> DenseModel:
     if min(model.num_layers, model.hidden_size, model.intermediate_size) < 1:
         raise IntegrityError(f"{origin}: config.json gives the model no layer or no neuron")
     return model
+
+
+LARGEST: Mapping[str, int] = {
+    "num_hidden_layers": 1024,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "vocab_size": 2**28,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**40,
+}
+"""Far beyond any model there is: a larger number is damage, and would only cost memory and time to find out."""
+_MAY_BE_NULL = frozenset({"num_key_value_heads", "head_dim"})
+
+
+def _check_sizes(raw: Mapping[str, object], origin: str) -> None:
+    for field, largest in LARGEST.items():
+        value = raw.get(field, 1)
+        if value is None and field in _MAY_BE_NULL:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            shown = str(value) if not isinstance(value, int) or value.bit_length() < 100 else "a huge number"
+            raise IntegrityError(f"{origin}: config.json gives {field} = {shown[:80]!r}; it must be 1 to {largest}")
 
 
 def _why_not(model_type: str) -> str:
