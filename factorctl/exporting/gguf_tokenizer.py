@@ -18,7 +18,7 @@ from gguf import GGUFWriter, SpecialVocab, TokenType
 from tokenizers import Tokenizer
 
 from factorctl.checkpoint.strict_json import read_json_object
-from factorctl.errors import UsageError
+from factorctl.errors import FactorctlError, UsageError, in_one_line
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,6 +68,18 @@ def read_tokenizer(directory: Path, *, vocab_size: int) -> GgufTokenizer:
     Raises:
         UsageError: there is none that llama.cpp could run, with the reason.
     """
+    try:
+        return _read(directory, vocab_size)
+    except FactorctlError:
+        raise
+    except Exception as error:  # a damaged tokenizer.json fails wherever its parts are looked at
+        raise UsageError(
+            f"the tokenizer files in {directory} are damaged: {in_one_line(error)}",
+            "fetch the model's tokenizer files again, or export with --to hf",
+        ) from error
+
+
+def _read(directory: Path, vocab_size: int) -> GgufTokenizer:
     path = directory / "tokenizer.json"
     raw = read_json_object(path) if path.is_file() else None
     if raw is not None and raw.get("model", {}).get("type") == "BPE" and not raw["model"].get("byte_fallback"):
@@ -179,6 +191,8 @@ def _place_added(tokens: list[str], types: list[int], raw: Mapping[str, Any], af
 
 
 def _place(tokens: list[str], types: list[int], index: int, token: str, kind: TokenType) -> None:
+    if not isinstance(token, str) or index < 0:
+        raise UsageError(f"the tokenizer has the id {index} for {str(token)[:80]!r}", "its files are damaged")
     if index >= len(tokens):
         raise UsageError(
             f"the tokenizer has an id {index} ({token!r}), but the model embeds only {len(tokens)} tokens",

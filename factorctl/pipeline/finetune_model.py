@@ -16,7 +16,7 @@ from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.data.blocks import TokenBlocks
 from factorctl.data.building import build_token_blocks
 from factorctl.data.sampling import ModelSampler
-from factorctl.errors import UsageError
+from factorctl.errors import UsageError, in_one_line
 from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.families import read_dense_model
@@ -43,12 +43,12 @@ def load_tokenizer(plan: FinetunePlan) -> PreTrainedTokenizerBase:
     path = plan.checkpoint.path
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, config=plan.checkpoint.dense.config)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
         raise UsageError(
-            f"{path} has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
+            f"{path} has no tokenizer that transformers can read: {in_one_line(error)}",
             "factorize again from a source directory with its tokenizer files",
-        ) from None
-    largest = max(tokenizer.get_vocab().values())
+        ) from error
+    largest = max(tokenizer.get_vocab().values(), default=0)
     vocabulary = int(plan.checkpoint.dense.config.vocab_size)
     if largest >= vocabulary:
         raise UsageError(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 
 from factorctl.checkpoint.manifest import MANIFEST_NAME
 from factorctl.errors import UsageError
+
+CLOCK_TOLERANCE = 60
+"""Seconds by which the clocks of machines that share a directory may differ."""
 
 
 def cache_directory() -> Path:
@@ -27,13 +31,20 @@ def newest_checkpoint(workspace: Path, *, kind: str = "native") -> Path:
     """The complete artefact of that kind that was finished last, in the workspace or in a recipe's directory there.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or a clock that was wrong hides which one it is.
     """
     named = [path for depth in ("*", "*/*") for path in workspace.glob(f"{depth}/{MANIFEST_NAME}")]
     shown = [path for path in named if not any(part.startswith(".") for part in path.relative_to(workspace).parts)]
-    for manifest in sorted(shown, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        if f'"kind": "{kind}"' in manifest.read_text(errors="replace"):
-            return manifest.parent
+    wanted = [path for path in shown if path.is_file() and f'"kind": "{kind}"' in path.read_text(errors="replace")]
+    found = sorted(wanted, key=lambda path: path.stat().st_mtime_ns)
+    if len(found) > 1 and (finished := found[-1].stat().st_mtime) > time.time() + CLOCK_TOLERANCE:
+        raise UsageError(
+            f"{found[-1].parent} is dated {time.ctime(finished)}, in the future: which checkpoint is the newest cannot "
+            "be told",
+            "name the checkpoint, and look at the clock of this machine",
+        )
+    if found:
+        return found[-1].parent
     raise UsageError(
         f"no checkpoint was named and {workspace} holds none",
         "make one with `factorctl factorize demo --experts 4`, or name a checkpoint directory",
