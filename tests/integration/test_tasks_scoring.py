@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import lm_eval.api.task
+import lm_eval.tasks
 import pytest
 import torch
 from tasks_support import make_reader, make_task_data
@@ -65,7 +66,7 @@ def tokenizer(reader: Path) -> Any:
 
 @pytest.fixture
 def small_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend that lm-eval knows the paper's tasks only: reading all of its definitions takes most of a minute."""
+    """Pretend that lm-eval knows the paper's tasks only: reading all of its definitions takes 12 s and more."""
     monkeypatch.setattr(definitions, "full_index", definitions.paper_index)
 
 
@@ -295,6 +296,44 @@ def test_tags_are_their_tasks_and_mmlu_is_one(data: Path, monkeypatch: pytest.Mo
     assert [(plan.name, len(plan.tasks)) for plan in plans] == [("arc_challenge", 1), ("arc_easy", 1), ("mmlu", 57)]
 
 
+def index_of(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that lm-eval knows only the tasks of one of its folders."""
+    root = Path(lm_eval.tasks.__file__).parent
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[root / folder])
+    monkeypatch.setattr(definitions, "full_index", lambda: manager)
+
+
+def test_a_task_that_generates_text(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    index_of("gsm8k", monkeypatch)
+    rows = datasets.Dataset.from_list([{"question": f"{n} + 1", "answer": f"so #### {n + 1}"} for n in range(6)])
+    monkeypatch.setattr(
+        lm_eval.api.task.datasets, "load_dataset", lambda *names, **others: {"train": rows, "test": rows}
+    )
+    (plan,) = resolve_tasks(["gsm8k"], task_data=None)
+    assert (plan.default_few_shot, plan.metric_name) == (5, "exact_match,strict-match")
+    with pytest.raises(UsageError, match="gsm8k has 6 few-shot examples at hand; --few-shot asks for 7"):
+        plan.few_shot(7)
+    monkeypatch.setattr(HarnessModel, "max_gen_toks", 8)
+    progress = Recorder()
+    found = score(model, tokenizer, plan, limit=3, progress=progress)
+    assert progress.stages["scoring gsm8k"] == [3, 3]
+    assert (found.n, found.few_shot, found.chance, found.metric) == (3, 5, None, "exact_match,strict-match")
+    assert [(answer.target, len(answer.outputs), answer.loglikelihoods) for answer in found.documents] == [
+        (f"so #### {n + 1}", 1, []) for n in range(3)
+    ]
+
+
+def test_tasks_that_run_the_models_code_are_refused_before_anything_is_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    index_of("humaneval", monkeypatch)
+    with pytest.raises(UsageError) as caught:
+        resolve_tasks(["humaneval"], task_data=None)
+    assert str(caught.value) == (
+        "task 'humaneval' runs code that the model writes\nHint: run it with lm-eval itself, in a sandbox"
+    )
+
+
 @pytest.mark.parametrize(
     ("failure", "kind", "message"),
     [
@@ -316,6 +355,7 @@ def test_data_that_cannot_be_had(
         raise failure
 
     monkeypatch.setattr(lm_eval.api.task.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("factorctl.evaluation.tasks.hub_tasks.HF_HUB_OFFLINE", False)
     with pytest.raises(kind) as caught:
         resolve_tasks(["piqa"], task_data=None)
     assert message in caught.value.message

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # of httpx or httpx2
 
@@ -25,6 +27,7 @@ def hub_tasks(name: str, progress: Progress) -> dict[str, Tasks]:
         ResourceError: the Hub cannot be reached.
     """
     index = index_for(name, progress)
+    _refuse_unsafe(entry.name for entry in _entries(index, name) if (entry.cfg or {}).get("unsafe_code"))
     try:
         with quiet_libraries(), progress.stage(f"fetching the data of {name}"):
             loaded = index.load(name)
@@ -33,10 +36,24 @@ def hub_tasks(name: str, progress: Progress) -> dict[str, Tasks]:
     except Exception as error:  # lm-eval, datasets and the task's own code raise what they like
         _explain(name, error)
     tasks: Tasks = loaded["tasks"]
-    if unsafe := next((task for task, made in tasks.items() if getattr(made, "UNSAFE_CODE", False)), None):
-        raise UsageError(f"task '{unsafe}' runs code that the model writes", "run it with lm-eval itself, in a sandbox")
+    _refuse_unsafe(task for task, made in tasks.items() if getattr(made, "UNSAFE_CODE", False))
     pooled = _is_pooled(loaded.get("groups", {}).get(name))
     return {name: tasks} if pooled else {task: {task: made} for task, made in tasks.items()}
+
+
+def _entries(index: Any, name: str) -> Iterator[Any]:
+    """What can be known of `name` before loading it: loading HumanEval alone fetches code that runs code."""
+    entry = index.task_index[name]
+    yield entry
+    listed = (entry.cfg or {}).get("task")
+    for member in (*entry.tags, *(listed if isinstance(listed, list) else ())):
+        if isinstance(member, str) and member in index.task_index:
+            yield index.task_index[member]
+
+
+def _refuse_unsafe(tasks: Iterable[str]) -> None:
+    if unsafe := next(iter(tasks), None):
+        raise UsageError(f"task '{unsafe}' runs code that the model writes", "run it with lm-eval itself, in a sandbox")
 
 
 def _is_pooled(group: Any) -> bool:
@@ -60,9 +77,10 @@ def _explain(name: str, error: Exception) -> NoReturn:
 
 
 def _use_local(name: str) -> str:
+    online = "unset HF_HUB_OFFLINE, or " if HF_HUB_OFFLINE else ""
     if name not in SCHEMAS:
-        return f"'{name}' has no local form; --task-data serves {', '.join(SCHEMAS)}"
+        return f"{online}choose a task that --task-data serves: {', '.join(SCHEMAS)}"
     return (
-        f"give --task-data DIR with DIR/{name}.jsonl, of which each line needs {', '.join(SCHEMAS[name].fields)} "
-        "(docs/eval-tasks.md)"
+        f"{online}give --task-data DIR with DIR/{name}.jsonl, of which each line needs "
+        f"{', '.join(SCHEMAS[name].fields)} (docs/eval-tasks.md)"
     )

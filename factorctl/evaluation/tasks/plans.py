@@ -49,6 +49,11 @@ class TaskPlan:
     tasks: Mapping[str, Any]
 
     @property
+    def metric_name(self) -> str:
+        """The metric as lm-eval writes it: with its filter, where that is one of several."""
+        return self.metric if self.filter == "none" else f"{self.metric},{self.filter}"
+
+    @property
     def fingerprint(self) -> str:
         """Equal fingerprints mean the same documents under the same definition of the same lm-eval."""
         return hash_value([self.name, self.metric, self.filter, self.data_hash, dict(self.versions)])

@@ -55,7 +55,7 @@ def score_tasks(
         )
     return TaskScores(
         name=plan.name,
-        metric=plan.metric,
+        metric=plan.metric_name,
         few_shot=shots,
         limit=limit,
         seed=seed,
