@@ -15,7 +15,7 @@ import lm_eval.tasks
 import pytest
 import torch
 from tasks_support import make_reader, make_task_data
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GPT2Config, PreTrainedModel
 
 from factorctl.errors import FactorctlError, ResourceError, UsageError
 from factorctl.evaluation.tasks import PAPER_TASKS, TaskPlan, TaskScores, definitions, resolve_tasks, score_tasks
@@ -192,6 +192,7 @@ def test_the_batch_size_follows_free_memory(model: Any, monkeypatch: pytest.Monk
         monkeypatch.setattr("factorctl.evaluation.tasks.batch_size.available_memory", lambda free=free: free)
         assert fitting_batch_size(model, 100) == rows  # 20: 2048 tokens on a CPU
     assert fitting_batch_size(model, 4) == 64
+    assert row_bytes(GPT2Config(), 100, 2) > 100 * 2 * 3 * GPT2Config().vocab_size  # names its sizes differently
 
 
 def test_outputs_that_are_no_numbers_are_refused(reader: Path, tokenizer: Any, data: Path) -> None:
@@ -229,6 +230,15 @@ def test_limits_and_few_shot_counts_that_do_not_fit(model: Any, tokenizer: Any, 
         resolve_tasks(["piqa"], task_data=tmp_path, few_shot=1)
     assert caught.value.message == "piqa has 0 few-shot examples at hand; --few-shot asks for 1"
     assert caught.value.hint == "add examples as piqa_train.jsonl to --task-data, or ask for fewer"
+
+
+def test_subjects_without_examples_are_scored_without_them(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "mmlu.jsonl").write_bytes((data / "mmlu.jsonl").read_bytes())
+    examples = (data / "mmlu_dev.jsonl").read_text().splitlines()
+    (tmp_path / "mmlu_dev.jsonl").write_text("\n".join(row for row in examples if "anatomy" in row))
+    assert plan_of(tmp_path, "mmlu").few_shot(None) == 0
+    with pytest.raises(UsageError, match="mmlu has 0 few-shot examples at hand; --few-shot asks for 1"):
+        resolve_tasks(["mmlu"], task_data=tmp_path, few_shot=1)
 
 
 def test_a_task_that_is_zero_shot_by_definition_stays_so(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,14 +27,12 @@ def fitting_batch_size(model: PreTrainedModel, length: int) -> int:
 
 def row_bytes(config: Any, length: int, itemsize: int) -> int:
     """Bytes that one row of `length` tokens takes at its peak: logits three times over, one layer, the KV cache."""
-    heads = config.num_attention_heads
-    key_values = 2 * config.num_hidden_layers * (config.num_key_value_heads or heads) * _head_size(config)
-    layer = 8 * config.hidden_size + 4 * config.intermediate_size + heads * length
+    config = config.get_text_config()
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    head = getattr(config, "head_dim", None) or hidden // heads
+    key_values = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head
+    layer = 8 * hidden + 4 * (getattr(config, "intermediate_size", None) or 4 * hidden) + heads * length
     return int(length * itemsize * (3 * config.vocab_size + layer + key_values))
-
-
-def _head_size(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def free_memory(device: torch.device) -> int:

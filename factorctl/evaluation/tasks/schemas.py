@@ -55,13 +55,15 @@ def shortened(value: object) -> str:
 def text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("a string")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("a string without lone surrogates, which no file or tokenizer can hold")
     return value
 
 
 def filled(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("a string that is not blank")
-    return value
+    return text(value)
 
 
 def key(value: Any) -> str:
@@ -82,7 +84,7 @@ def digit(value: Any) -> str:
     """The Hub stores HellaSwag's and WinoGrande's answers as strings; a number is taken too."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    if not isinstance(value, str) or not value.isdecimal():
+    if not isinstance(value, str) or not value.isdecimal() or len(value) > 3:
         raise ValueError("a number, or a number as a string")
     return str(int(value))
 
@@ -115,7 +117,7 @@ def labelled_choices(value: Any) -> dict[str, list[str]]:
 
 def _answer_is_a_label(row: Row) -> None:
     if row["answerKey"] not in row["choices"]["label"]:
-        raise ValueError(f"answerKey {row['answerKey']!r} is none of the labels {', '.join(row['choices']['label'])}")
+        raise ValueError(f"answerKey {shortened(row['answerKey'])} is none of the labels {row['choices']['label']}")
 
 
 def _label_is_an_ending(row: Row) -> None:
@@ -128,7 +130,7 @@ def _sentence_has_a_blank(row: Row) -> None:
     if not blank or not after.strip():
         raise ValueError("field 'sentence' must hold the blank, '_', and text behind it")
     if row["answer"] not in ("1", "2"):
-        raise ValueError(f"field 'answer' is '{row['answer']}'; it must be \"1\" or \"2\"")
+        raise ValueError(f'field \'answer\' is {shortened(row["answer"])}; it must be "1" or "2"')
 
 
 _ARC = Schema({"question": text, "choices": labelled_choices, "answerKey": key}, _answer_is_a_label)
@@ -164,6 +166,8 @@ def mmlu_schema(subjects: Collection[str]) -> Schema:
 
     def known(row: Row) -> None:
         if row["subject"] not in subjects:
-            raise ValueError(f"field 'subject' is '{row['subject']}', which is none of MMLU's {len(subjects)} subjects")
+            raise ValueError(
+                f"field 'subject' is {shortened(row['subject'])}, which is none of MMLU's {len(subjects)} subjects"
+            )
 
     return Schema(SCHEMAS["mmlu"].fields, known)
