@@ -188,7 +188,8 @@ def writable(path: Path) -> Iterator[None]:
 
 
 def _explained(error: OSError, path: Path) -> FactorctlError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    is_short_write = error.errno is None and "requested and" in str(error)  # numpy's tofile drops the system's reason
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or is_short_write:
         return ResourceError(
             f"no space left while writing {path}",
             "free some disk space and run the same command again: finished parts are kept",
