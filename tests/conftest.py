@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Before torch starts threads: several workers share the cores, and a forked child must not wait for lost threads."""
 
+pytest_plugins = ("faults.tally",)
 DenseSource = Callable[..., Path]
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from factorctl.checkpoint.file_names import plain_name, regular_file
-from factorctl.checkpoint.strict_json import MAX_DEPTH, dump_json, parse_json_object, read_json_object
+from factorctl.checkpoint.strict_json import (
+    MAX_DEPTH,
+    dump_json,
+    dump_sealed,
+    parse_json_object,
+    read_json_object,
+    read_sealed,
+    seal_of,
+)
 from factorctl.errors import IntegrityError
 
 
@@ -23,6 +31,8 @@ from factorctl.errors import IntegrityError
         ('{"b": {"a": 1, "a": 1}}', "stands twice"),
         ('{"a": NaN}', "NaN is not a JSON number"),
         ('{"a": -Infinity}', "-Infinity is not a JSON number"),
+        ('{"a": 1e999}', "1e999 is beyond the range of a number"),
+        ('{"a": "\\ud800"}', "half a surrogate pair"),
         ('{"a": ' + "[" * 100 + "]" * 100 + "}", f"nested more than {MAX_DEPTH} levels"),
         ('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested"),
     ],
@@ -43,6 +53,18 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("factorctl.checkpoint.strict_json.MAX_BYTES", 4)
     with pytest.raises(IntegrityError, match="larger than"):
         read_json_object(tmp_path / "latin.json")
+
+
+def test_a_seal_shows_every_change_of_meaning(tmp_path: Path) -> None:
+    path = tmp_path / "sealed.json"
+    content = {"a": [0.1, {"b": "é\U0001f999"}], "c": None}
+    path.write_bytes(dump_sealed(content))
+    assert read_sealed(path) == content
+    assert json.loads(path.read_bytes()) == {**content, "sha256": seal_of(content)}
+    for change in ({"a": 1}, {"c": 0}, {"sha256": "0" * 64}, {"sha256": None}, {"d": 1}):
+        path.write_text(json.dumps({**content, "sha256": seal_of(content), **change}))
+        with pytest.raises(IntegrityError, match=r"sealed\.json is damaged: its content has sha256"):
+            read_sealed(path)
 
 
 def test_the_same_value_gives_the_same_bytes() -> None:

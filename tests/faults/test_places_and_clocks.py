@@ -1,0 +1,180 @@
+"""Two writers, places that cannot be written, names that no one expects, clocks that jump."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from faults.tally import Tally
+from helpers import directory_bytes, leftovers
+from helpers_cli import cli
+from injection import Tear
+from verbs import ROWS, Bench, Place
+
+from factorctl.errors import ExitCode, UsageError
+from factorctl.pipeline.workspace import newest_checkpoint
+
+YEAR = 365 * 24 * 3600
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_two_writers_of_one_output(name: str, bench: Bench, tmp_path: Path, tally: Tally) -> None:
+    """While one is in the middle of its work the other is refused, and the first ends as if it had been alone."""
+    place = bench.place(name, tmp_path / "place")
+    kept = directory_bytes(bench.reads(name))
+    points = bench.points(name)
+    inside = [n for n, point in enumerate(points) if point.startswith(("open runs/.out.partial", "open runs/out.tr"))]
+
+    def meanwhile(number: int, tear: Tear) -> None:
+        if number in (inside[0], inside[-1]):
+            second = place.run()
+            assert second.code == ExitCode.USAGE, second.message
+            assert "is being written by process " in second.message
+            assert "wait for it, or choose another --out" in second.message
+
+    with tally.case("two writers of one output", name):
+        first = place.run(meanwhile)
+        assert first.code == ExitCode.DONE, first.message
+        place.assert_nothing_lost(kept)
+        assert directory_bytes(place.out) == place.wanted
+        assert leftovers(place.out) == []
+
+
+CAPABILITIES_VERSION = 0x20080522
+MAY_OVERRIDE = 1 << 1 | 1 << 2
+"""CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: root's licence to ignore permissions."""
+
+
+def obey_permissions() -> None:
+    """Give up root's licence, for this process; who is not root has none."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, data = (ctypes.c_uint32 * 2)(CAPABILITIES_VERSION, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, data)
+    data[0] &= ~MAY_OVERRIDE
+    libc.capset(header, data)
+
+
+@pytest.mark.parametrize("what", ["the directory of the output", "the workspace's parent", "the cache"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_directory_that_cannot_be_written(name: str, what: str, bench: Bench, tmp_path: Path, tally: Tally) -> None:
+    place = bench.place(name, tmp_path / "place")
+    kept = directory_bytes(bench.reads(name))
+    closed = {"the directory of the output": place.out.parent, "the cache": place.root / "cache"}.get(what, place.root)
+    if closed == place.root:
+        place.out.parent.rmdir()
+    closed.mkdir(exist_ok=True)
+    closed.chmod(0o555)
+    uses_it = what != "the cache" or any("cache/" in point for point in bench.points(name))
+    with tally.case("read-only directory", name):
+        fate = place.run(prepare=obey_permissions)
+        closed.chmod(0o755)
+        assert fate.code == (ExitCode.RESOURCES if uses_it else ExitCode.DONE), fate.message
+        if uses_it:
+            assert "cannot be written: Permission denied" in fate.message
+            assert "hint: " in fate.message
+            place.out.parent.mkdir(exist_ok=True)
+        place.assert_nothing_lost(kept)
+        place.assert_finished()
+
+
+NAMES = {
+    "spaces": "my first model  ",
+    "unicode": "Größe 模型 🦙",
+    "not normalised": "e\u0301\u00e9",
+    "a quote and a dollar": "it's $HOME `id` %s {x} [bold]",
+    "dashes": "--out",
+    "dots": "..x..",
+    "a pattern": "run[0-9]*?",
+    "a newline": "one\ntwo",
+    "200 bytes": "n" * 200,
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_unusual_names(kind: str, bench: Bench, tmp_path: Path, tally: Tally) -> None:
+    """Of the output, of its workspace and of what is read: the same bytes as under a plain name."""
+    for name in ("factorize", "export hf", "export gguf"):
+        place = bench.place(name, tmp_path / ROWS[name].options[-1] / NAMES[kind])
+        out = place.root / "runs" / NAMES[kind] / NAMES[kind]
+        with tally.case("unusual path", name):
+            arguments = [out if value == place.out else value for value in place.arguments]
+            fate = Place(place.root, place.reads, tuple(arguments)).run()
+            assert fate.code == ExitCode.DONE, fate.message
+            assert directory_bytes(out) == place.wanted
+            verified = cli("verify", out)
+            assert verified.code == ExitCode.DONE, verified.message
+            assert newest_checkpoint(out.parent, kind="native" if name == "factorize" else "export") == out
+
+
+TOO_LONG = ("x" * 256, "é" * 128, "x" * 245, "/".join(["deep"] * 1200))
+
+
+@pytest.mark.parametrize("long", TOO_LONG, ids=["a name", "in bytes", "for what lies beside it", "a path"])
+@pytest.mark.parametrize("name", ROWS)
+def test_names_that_no_file_system_takes(name: str, long: str, bench: Bench, tmp_path: Path, tally: Tally) -> None:
+    place = bench.place(name, tmp_path / "place")
+    with tally.case("path too long", name):
+        arguments = [place.out.parent / long if value == place.out else value for value in place.arguments]
+        fate = Place(place.root, place.reads, tuple(arguments)).run()
+        assert fate.code == ExitCode.USAGE, fate.message
+        assert "is too long" in fate.message
+        assert "choose a shorter --out" in fate.message
+        assert not list(place.out.parent.iterdir())
+
+
+@pytest.mark.parametrize("long", TOO_LONG, ids=["a name", "in bytes", "for what lies beside it", "a path"])
+@pytest.mark.parametrize("verb", ["verify", "inspect", "finetune", "export", "profile"])
+def test_checkpoints_under_names_that_no_file_system_takes(verb: str, long: str, tmp_path: Path, tally: Tally) -> None:
+    with tally.case("path too long", verb):
+        outcome = cli(verb, tmp_path / long)
+        assert outcome.code == ExitCode.USAGE, outcome
+        assert "does not exist" in outcome.message or "too long" in outcome.message
+
+
+def test_bytes_that_are_no_text_in_a_path(bench: Bench, tmp_path: Path, tally: Tally) -> None:
+    """A manifest records where a local source lies, in JSON, which such a name cannot enter."""
+    strange = Path(os.fsdecode(bytes(tmp_path / "dir-") + b"\xff\xfe"))
+    shutil.copytree(bench.source, strange)
+    with tally.case("unusual path", "not UTF-8"):
+        outcome = cli("factorize", strange, "--experts", 4, "--router", "random", "--out", tmp_path / "out")
+        assert outcome.code == ExitCode.USAGE, outcome
+        assert "is no UTF-8" in outcome.message
+        assert "rename" in outcome.message
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("jump", [-YEAR, YEAR], ids=["back", "ahead"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_clock_that_jumps_in_the_middle(name: str, jump: int, bench: Bench, tmp_path: Path, tally: Tally) -> None:
+    place = bench.place(name, tmp_path / "place")
+    kept = directory_bytes(bench.reads(name))
+    genuine = time.time
+
+    def meanwhile(number: int, tear: Tear) -> None:
+        time.time = lambda: genuine() + (jump if number % 7 > 3 else 0)
+
+    with tally.case("clock jumps", name):
+        fate = place.run(meanwhile)
+        assert fate.code == ExitCode.DONE, fate.message
+        assert directory_bytes(place.out) == place.wanted
+        place.assert_nothing_lost(kept)
+
+
+def test_the_newest_checkpoint_is_not_guessed_from_a_clock_that_was_wrong(
+    bench: Bench, tmp_path: Path, tally: Tally
+) -> None:
+    """Of two checkpoints one is dated in the future: which is newer cannot be told, and is not."""
+    first, second = (Path(shutil.copytree(bench.base, tmp_path / name)) for name in ("first", "second"))
+    with tally.case("clock jumps", "newest checkpoint"):
+        os.utime(first / "factorctl.json", (1e9, 1e9))
+        assert newest_checkpoint(tmp_path) == second
+        os.utime(first / "factorctl.json", (time.time() + YEAR,) * 2)
+        with pytest.raises(UsageError, match=r"first is dated .* in the future") as refused:
+            newest_checkpoint(tmp_path)
+        assert "name the checkpoint" in str(refused.value)
+        shutil.rmtree(second)
+        assert newest_checkpoint(tmp_path) == first, "the only one is the newest"
