@@ -306,6 +306,8 @@ class EvalConfig:
     text_field: str | None = None
     data_tokens: int = 100_000
     """Tokens taken from each text."""
+    document_tokens: int | None = None
+    """Tokens taken from the beginning of each document; None means all of it."""
     window: int = 1024
     """Tokens that a prediction may look at, its own window's; less where the model's context is shorter."""
     stride: int | None = None
@@ -338,6 +340,7 @@ class EvalConfig:
         numbers = {
             "--limit": self.limit,
             "--data-tokens": self.data_tokens,
+            "--document-tokens": self.document_tokens,
             "--calibration-tokens": self.calibration_tokens,
             "--batch-size": None if self.batch_size == "auto" else self.batch_size,
         }

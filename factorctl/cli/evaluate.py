@@ -52,6 +52,9 @@ def evaluate(
         str | None, typer.Option("--text-field", help="Field of JSON and parquet rows that holds the text.")
     ] = None,
     data_tokens: Annotated[str, typer.Option("--data-tokens", help="Tokens taken from each text: 100K.")] = "100K",
+    document_tokens: Annotated[
+        int | None, typer.Option("--document-tokens", help="Tokens from the beginning of each document. [default: all]")
+    ] = None,
     window: Annotated[
         int, typer.Option("--window", help="Tokens that a prediction may look at; at most the model's context.")
     ] = EvalConfig.window,
@@ -138,6 +141,7 @@ def evaluate(
         data=tuple(data or ()),
         text_field=text_field,
         data_tokens=parse_token_count(data_tokens, "--data-tokens"),
+        document_tokens=document_tokens,
         window=window,
         stride=stride,
         fidelity=fidelity,
@@ -199,7 +203,10 @@ def _show_result(result: EvalResult, output: Any) -> None:
     notes = [table.note for table in tables if table.note]
     reused = f"{result.parts['reused']} of {sum(result.parts.values())} measurements were taken from an earlier run"
     closing = [*notes, *result.remarks, *([reused] if result.parts["reused"] else [])]
-    written = [f"written: {path}" for path in result.written]
+    answers = [path for path in result.written if path.endswith(".jsonl")]
+    written = [f"written: {path}" for path in result.written if path not in answers]
+    if answers:
+        written.append(f"written: {len(answers)} files samples_*.jsonl in {Path(answers[0]).parent}")
     show(result, output=output, tables=[_table(table) for table in tables], closing=[*closing, *written])
 
 

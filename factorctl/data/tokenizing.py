@@ -54,13 +54,15 @@ def tokenize_documents(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int | None = None,
+    max_document_tokens: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[TokenizedDocument]:
     """The documents of `spec` one by one for perplexity, in deterministic order, up to `max_tokens` in all.
 
     Ids hold what the tokenizer adds by itself (a BOS for Llama) and no EOS behind; the last document may be cut.
-    A document of fewer than two tokens predicts nothing and is left out.
+    A document of fewer than two tokens predicts nothing and is left out. With `max_document_tokens` each is cut to its
+    beginning, so that the same number of tokens comes from more documents.
 
     Raises:
         UsageError: there is no text; else as `iter_documents` does.
@@ -71,7 +73,8 @@ def tokenize_documents(
     documents = iter_documents(pin_revisions(spec), seed=seed, progress=progress)
     with progress.stage("Tokenising", total=max_tokens, unit="tokens") as task:
         for document, ids in encode_documents(documents, tokenizer, append_eos=False):
-            kept = ids if left is None else ids[:left]
+            kept = ids[:max_document_tokens]
+            kept = kept if left is None else kept[:left]
             if len(kept) < 2:
                 continue
             taken.append(TokenizedDocument(document.id, document.source, kept))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from factorctl.evaluation.fidelity import LayerFidelity
 
@@ -38,6 +39,7 @@ def _draw_errors(axes: Axes, layers: Sequence[LayerFidelity], chance: float | No
         axes.plot(places, agreements, label="router agrees with teacher", color="#1f77b4")
         axes.axhline(chance, color="#1f77b4", linewidth=0.8, ls="--", label="agreement by chance")
     axes.set(xlabel="layer", title="Factored FFN against dense FFN", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 
@@ -52,4 +54,6 @@ def _draw_load(figure: Figure, axes: Axes, layers: Sequence[LayerFidelity]) -> N
     shares = [[share / even for share in layer.load] for layer in layers]
     image = axes.imshow(shares, aspect="auto", vmin=0, vmax=2, cmap="magma", interpolation="nearest")
     axes.set(xlabel="expert", ylabel="layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes, label="share of tokens / even share")

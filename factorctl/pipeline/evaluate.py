@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ import torch
 
 from factorctl.checkpoint.hashing import hash_file
 from factorctl.checkpoint.publishing import writable, write_file
-from factorctl.checkpoint.strict_json import dump_json
 from factorctl.config import EvalConfig
 from factorctl.evaluation.fidelity import LayerFidelity, measure_fidelity
 from factorctl.evaluation.fidelity_plot import draw_fidelity
@@ -302,7 +302,8 @@ def write_outputs(plan: EvalPlan, measured: Mapping[str, Measured], result: Eval
         with writable(report.parent):
             report.parent.mkdir(parents=True, exist_ok=True)
         write_file(report, markdown(result).encode())
-    write_file(plan.out / RESULTS_NAME, dump_json(asdict(result)))
+    content = json.dumps(asdict(result), indent=2, ensure_ascii=False, allow_nan=False)  # in the order of the tables
+    write_file(plan.out / RESULTS_NAME, f"{content}\n".encode())
 
 
 def _write_answers(plan: EvalPlan, measured: Mapping[str, Measured], store: PartStore) -> Iterable[Path]:

@@ -91,7 +91,7 @@ def _figures(report: Report) -> Iterator[tuple[str, float | str | None]]:
 
 def _differences(reports: Sequence[Report]) -> Iterator[str]:
     """Options that make the same figure mean different things."""
-    for option in ("window", "stride", "data_tokens", "limit", "few_shot", "seed"):
+    for option in ("window", "stride", "data_tokens", "document_tokens", "limit", "few_shot", "seed"):
         values = [report["config"].get(option) for report in reports]
         if any(value != values[0] for value in values):
             yield f"--{option.replace('_', '-')} differs: {', '.join(str(value) for value in values)}"

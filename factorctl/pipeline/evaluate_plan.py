@@ -227,11 +227,19 @@ def _text(
             "give text that the model did not write",
         )
     spec = pin_revisions(spec)
-    found = tokenize_documents(spec, tokenizer, max_tokens=config.data_tokens, seed=config.seed, progress=progress)
+    found = tokenize_documents(
+        spec,
+        tokenizer,
+        max_tokens=config.data_tokens,
+        max_document_tokens=config.document_tokens,
+        seed=config.seed,
+        progress=progress,
+    )
     identity = {
         "sources": identify_sources(spec, None, progress),
         "text_field": config.text_field,
         "tokens": config.data_tokens,
+        "document_tokens": config.document_tokens,
         "seed": config.seed,
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }

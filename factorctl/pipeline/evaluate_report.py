@@ -22,7 +22,13 @@ class ReportTable:
 
 def report_tables(result: EvalResult) -> list[ReportTable]:
     """Methods first, then the figures behind them; tables without rows are left out."""
-    tables = [methods_table(result), perplexity_table(result), tasks_table(result), fidelity_table(result.fidelity)]
+    tables = [
+        methods_table(result),
+        perplexity_table(result),
+        tasks_table(result),
+        differences_table(result),
+        fidelity_table(result.fidelity),
+    ]
     return [table for table in tables if table.rows]
 
 
@@ -55,17 +61,17 @@ def perplexity_table(result: EvalResult) -> ReportTable:
             name,
             f"{found.dense:.2f}{interval(found.dense_ci)}",
             f"{found.model:.2f}{interval(found.ci)}",
-            f"{found.log_difference:+.4f}{interval(found.log_difference_ci, digits=4)}",
-            f"{found.tokens:,} in {found.documents:,}",
+            f"{found.log_difference:+.3f}{interval(found.log_difference_ci, digits=3)}",
         ]
         for name, found in result.perplexity.items()
     ]
-    sizes = next(iter(result.perplexity.values()), None)
-    note = "" if sizes is None else (
-        f"Windows of {sizes.window} tokens, stride {sizes.stride}, within documents; 95% intervals from a bootstrap "
-        "over documents; the difference is paired, in nats per token."
-    )  # fmt: skip
-    return ReportTable("Perplexity", ["text", "dense", "model", "ln difference", "tokens in documents"], rows, note)
+    notes = [
+        f"{name}: {found.tokens:,} tokens in {found.documents:,} documents, windows of {found.window}, stride "
+        f"{found.stride}."
+        for name, found in result.perplexity.items()
+    ]
+    notes.append("95% intervals from a bootstrap over documents; the difference is paired, in nats per token.")
+    return ReportTable("Perplexity", ["text", "dense", "model", "ln difference"], rows, " ".join(notes))
 
 
 def tasks_table(result: EvalResult) -> ReportTable:
@@ -75,19 +81,33 @@ def tasks_table(result: EvalResult) -> ReportTable:
             found["metric"],
             f"{found['n']:,}",
             percent(found["chance"]),
+            percent(found["majority"]),
             percent(found["dense"]),
             percent(found["model"]),
+        ]
+        for name, found in result.tasks.items()
+    ]
+    columns = ["task", "metric", "n", "chance", "majority", "dense", "model"]
+    note = "Chance is blind guessing, majority always the most frequent answer."
+    return ReportTable("Tasks", columns, rows, note)
+
+
+def differences_table(result: EvalResult) -> ReportTable:
+    rows = [
+        [
+            name,
             f"{100 * (found['model'] - found['dense']):+.1f} ± {100 * found['stderr_diff']:.1f}",
+            f"{found['wins']} / {found['losses']}",
             f"{found['p_value']:.2g}",
             percent(found["kept"]),
             percent(found["kept_above_chance"]),
         ]
         for name, found in result.tasks.items()
     ]
-    columns = ["task", "metric", "n", "chance", "dense", "model", "difference", "p", "kept", "above chance"]
-    note = "Difference with its standard error, paired by document; p is McNemar's exact test."
+    columns = ["task", "difference", "won / lost", "p", "kept", "kept above chance"]
     reasons = [f"{name}: {why}." for name, found in result.tasks.items() if (why := found.get("why_not_kept"))]
-    return ReportTable("Tasks", columns, rows, " ".join([note, *reasons]))
+    note = "Percentage points with their standard error, paired by document; p is McNemar's exact test."
+    return ReportTable("Tasks, model against dense", columns, rows, " ".join([note, *reasons]))
 
 
 def fidelity_table(layers: Sequence[LayerFidelity]) -> ReportTable:

@@ -57,7 +57,8 @@ def section(name: str, options: list[str], args: argparse.Namespace) -> str:
     share_dense_parts(args.work / f"{next(iter(CASES))}-eval", args.work / f"{name}-eval")
     run(
         "eval", str(checkpoint), "--tasks", TASKS, "--task-data", args.task_data, "--limit", str(args.limit),
-        "--data", args.data, "--data-tokens", args.data_tokens, "--controls-all", *calibration, "--resume",
+        "--data", args.data, "--data-tokens", args.data_tokens, "--document-tokens", "512",
+        "--controls-all", *calibration, "--resume",
         "--out", str(args.work / f"{name}-eval"), "--report", str(report),
     )  # fmt: skip
     lines = report.read_text(encoding="utf-8").splitlines()
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--task-data", required=True, help="directory with the five tasks")
     parser.add_argument("--calibration", default="self")
     parser.add_argument("--calibration-tokens", default="16K")
-    parser.add_argument("--data-tokens", default="16K")
+    parser.add_argument("--data-tokens", default="20K")
     parser.add_argument("--limit", type=int, default=40)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
