@@ -17,7 +17,7 @@ from factorctl.checkpoint.strict_json import dump_json, read_json_object
 from factorctl.config import FinetuneConfig
 from factorctl.data.blocks import TokenBlocks
 from factorctl.errors import UsageError
-from factorctl.pipeline.finetune_model import build_distiller, make_accelerator, training_blocks
+from factorctl.pipeline.finetune_model import build_distiller, make_accelerator, start_trackers, training_blocks
 from factorctl.pipeline.finetune_output import finetuned_manifest, publish_checkpoint, trained_tensors
 from factorctl.pipeline.finetune_plan import FinetunePlan, plan_finetune, resolved_config
 from factorctl.progress import Progress, SilentProgress
@@ -105,6 +105,7 @@ def finetune(config: FinetuneConfig, progress: Progress) -> FinetuneResult:
     blocks = training_blocks(plan, shown)
     with _sole_run(plan):
         accelerator = make_accelerator(plan)
+        start_trackers(plan, accelerator)
         if accelerator.is_main_process:
             open_run(plan, identity(plan, blocks), shown)
         accelerator.wait_for_everyone()
@@ -117,7 +118,7 @@ def finetune(config: FinetuneConfig, progress: Progress) -> FinetuneResult:
         loop.train(start)
         training_seconds = time.monotonic() - training_started
         after = measure(model, batches, accelerator, shown, "Measuring after")
-        tensors = trained_tensors(accelerator.unwrap_model(model))
+        tensors = trained_tensors(accelerator.unwrap_model(model), keeps=accelerator.is_main_process)
         manifest = finetuned_manifest(plan, blocks, before, after)
         title = f"{plan.checkpoint.manifest.source['id']} as {plan.spec.shape.notation}, preset {config.preset}"
         if accelerator.is_main_process:
@@ -153,6 +154,8 @@ def finetune(config: FinetuneConfig, progress: Progress) -> FinetuneResult:
 def rehearse(config: FinetuneConfig, progress: Progress) -> Rehearsal:
     """Check everything and time a few steps on random tokens; the text is not read and nothing is written."""
     plan = plan_finetune(config, progress)
+    if plan.sharded:
+        make_accelerator(plan)  # joins the processes
     distiller = build_distiller(plan, progress)
     optimizers = make_optimizers(distiller, plan.recipe)
     rows, length = plan.batch.micro_batch, plan.batch.block_length
@@ -204,7 +207,8 @@ def memory_statement(plan: FinetunePlan) -> str:
     """The expected memory per process in one line, largest part first."""
     parts = sorted(plan.memory.items(), key=lambda item: -item[1])
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts if size >= 5e6)
-    return f"expected memory {plan.memory_bytes / 1e9:.2f} GB on {plan.device.type}: {listed}"
+    spread = f" in each of {plan.batch.world_size} processes that share the model" if plan.sharded else ""
+    return f"expected memory {plan.memory_bytes / 1e9:.2f} GB on {plan.device.type}{spread}: {listed}"
 
 
 def identity(plan: FinetunePlan, blocks: TokenBlocks) -> dict[str, Any]:
@@ -276,7 +280,10 @@ def _start(
 
 def _prepared(plan: FinetunePlan, accelerator: Any, progress: Progress) -> tuple[nn.Module, list[Any]]:
     distiller = build_distiller(plan, progress)
-    model, *optimizers = accelerator.prepare(distiller, *make_optimizers(distiller, plan.recipe))
+    optimizers = make_optimizers(distiller, plan.recipe)
+    if plan.sharded:
+        return distiller, optimizers
+    model, *optimizers = accelerator.prepare(distiller, *optimizers)
     return model, optimizers
 
 

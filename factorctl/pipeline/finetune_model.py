@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import patch_environment
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,8 +20,8 @@ from factorctl.data.sampling import ModelSampler
 from factorctl.errors import UsageError, in_one_line
 from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.families import read_dense_model
-from factorctl.models.loading import fill, load, load_dense
+from factorctl.models.families import layer_prefix, read_dense_model
+from factorctl.models.loading import load, load_dense, stored_tensors
 from factorctl.models.path_choice import path_at, steps_for
 from factorctl.models.slicing import FactoredTensors
 from factorctl.pipeline.finetune_plan import FinetunePlan
@@ -28,6 +29,7 @@ from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
 from factorctl.training.distiller import Distiller
 from factorctl.training.optimizers import choose_trained
+from factorctl.training.sharding import process_mesh, shard
 from factorctl.training.teacher import dense_tensors, own_tensors, teacher_ffn
 from factorctl.training.twin_ffn import TwinFFN, TwinOptions
 
@@ -114,38 +116,69 @@ def _sampler(plan: FinetunePlan, tokenizer: PreTrainedTokenizerBase) -> ModelSam
 def build_distiller(plan: FinetunePlan, progress: Progress) -> Distiller:
     """Student and teacher in one model: trained values in float32, frozen ones in the compute dtype, routers float32.
 
+    Layer by layer; where processes share the model, each keeps its part of a layer before the next one is read.
     No step draws a random number: dropout is off, also while layers are in training mode for checkpointing.
     """
-    config = plan.config
-    model = empty_factored_model(plan.checkpoint.dense, plan.spec)
-    with progress.stage("Loading the model"):
-        fill(model, CheckpointReader(plan.checkpoint.path), dtype=None, device=plan.device)
-    model.config.use_cache = False
-    choose_trained(factored_ffns(model), config.train, plan.recipe.weights)
-    for name, parameter in model.named_parameters():
-        keeps_precision = parameter.requires_grad or name.endswith(".router")
-        parameter.data = parameter.data.to(torch.float32 if keeps_precision else plan.compute_dtype)
+    model = empty_factored_model(plan.checkpoint.dense, plan.spec).requires_grad_(False).eval()
+    choose_trained(factored_ffns(model), plan.config.train, plan.recipe.weights)
     share = plan.spec.shape.top_k / plan.spec.shape.num_experts if plan.recipe.label_share == "paper" else None
     options = TwinOptions(plan.recipe.weights, share, plan.compute_dtype)
-    students = list(factored_ffns(model))
-    for layer, (block, student) in enumerate(zip(decoder_layers(model), students, strict=True)):
-        tensors = _teacher_tensors(plan, layer, student)
-        teacher = teacher_ffn(student, tensors, config.teacher_quant, plan.compute_dtype)
-        block.mlp = TwinFFN(student, teacher, options)
+    mesh = process_mesh(plan.device, plan.batch.world_size) if plan.sharded else None
+    reader = CheckpointReader(plan.checkpoint.path)
+    names = stored_tensors(model, reader)
+    _read_into(model, reader, [name for name in names if not name.startswith("model.layers.")], "", plan)
+    model.tie_weights()
+    _prepare_layers(plan, model)
+    blocks, students = decoder_layers(model), list(factored_ffns(model))
+    with progress.stage("Loading the model", total=len(blocks), unit="layer") as task:
+        for layer, (block, student) in enumerate(zip(blocks, students, strict=True)):
+            prefix = layer_prefix(layer)
+            _read_into(block, reader, [name for name in names if name.startswith(prefix)], prefix, plan)
+            tensors = _teacher_tensors(plan, layer, student)
+            teacher = teacher_ffn(student, tensors, plan.config.teacher_quant, plan.compute_dtype)
+            block.mlp = TwinFFN(student, teacher, options)
+            if mesh is not None:
+                shard(block, mesh)
+            task.advance()
+    distiller = Distiller(model, options, plan.recipe.temperature)
+    if mesh is not None:
+        shard(distiller, mesh)
+    return distiller
+
+
+def _read_into(module: nn.Module, reader: CheckpointReader, names: list[str], prefix: str, plan: FinetunePlan) -> None:
+    """Fill a part of an empty model that a checkpoint knows as `prefix`, each tensor in the dtype of its role."""
+    trained = {prefix + name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    state = {}
+    for name in names:
+        tensor = reader.read(name)
+        if tensor.is_floating_point():
+            keeps_precision = name in trained or name.endswith(".router")
+            tensor = tensor.to(torch.float32 if keeps_precision else plan.compute_dtype)
+        state[name.removeprefix(prefix)] = tensor.to(plan.device)
+    module.load_state_dict(state, strict=False, assign=True)  # `stored_tensors` has checked the names
+
+
+def _prepare_layers(plan: FinetunePlan, model: PreTrainedModel) -> None:
+    """What is decided before there are weights: buffers, dropout, what is computed twice, what is compiled."""
+    model.config.dtype, model.config.use_cache = plan.compute_dtype, False
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:  # rotary frequencies: no checkpoint holds them
+                setattr(module, name, buffer.to(plan.device))
     _switch_off_dropout(model)
-    if config.gradient_checkpointing:
+    if plan.config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         model.train()
-    if config.compile:
-        _compile(plan, model, students)
-    return Distiller(model, options, plan.recipe.temperature)
+    if plan.config.compile:
+        _compile(plan, model)
 
 
-def _compile(plan: FinetunePlan, model: PreTrainedModel, students: list[FactoredFFN]) -> None:
+def _compile(plan: FinetunePlan, model: PreTrainedModel) -> None:
     """Compile layer by layer: they share one graph. The path is looked up before, which a graph cannot do."""
     tokens = plan.batch.micro_batch * plan.batch.block_length
-    for student in students:
+    for student in factored_ffns(model):
         if 0 < student.top_k < student.shape.num_experts:
             steps = steps_for(plan.device, plan.compute_dtype, student.hidden_size, student.shape)
             student.path = path_at(steps, tokens)
@@ -171,7 +204,8 @@ def _switch_off_dropout(model: nn.Module) -> None:
 def make_accelerator(plan: FinetunePlan) -> Accelerator:
     """accelerate's view of this process: alone, or one of several that a launcher started.
 
-    Precision is not accelerate's business here: `TwinFFN` and `Distiller` choose dtypes part by part.
+    Precision and sharding are not accelerate's business here: `TwinFFN` and `Distiller` choose dtypes part by part, and
+    `build_distiller` shards.
 
     Raises:
         UsageError: a tracker is not installed.
@@ -180,14 +214,17 @@ def make_accelerator(plan: FinetunePlan) -> Accelerator:
         if importlib.util.find_spec(tracker) is None:
             raise UsageError(f"--track {tracker}: {tracker} is not installed", f"pip install {tracker}")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    accelerator = Accelerator(
-        cpu=plan.device.type == "cpu",
-        mixed_precision="no",
-        log_with=list(plan.config.track) or None,
-        project_dir=str(plan.run),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    with patch_environment(ACCELERATE_USE_FSDP="false"):
+        return Accelerator(
+            cpu=plan.device.type == "cpu",
+            mixed_precision="no",
+            log_with=list(plan.config.track) or None,
+            project_dir=str(plan.run),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+
+
+def start_trackers(plan: FinetunePlan, accelerator: Accelerator) -> None:
     if plan.config.track:
         facts: dict[str, Any] = {"preset": plan.config.preset, "notation": plan.spec.shape.notation}
         accelerator.init_trackers("factorctl", config={**facts, "tokens": plan.batch.tokens})
-    return accelerator

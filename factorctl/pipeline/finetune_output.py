@@ -23,7 +23,7 @@ from factorctl.pipeline.model_card import native_card
 from factorctl.pipeline.provenance import library_versions
 from factorctl.progress import Progress
 from factorctl.training.heldout import Heldout
-from factorctl.training.state import whole
+from factorctl.training.sharding import whole
 
 _COPIED = (*TOKENIZER_PATTERNS, "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
@@ -64,13 +64,18 @@ def _stored(
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def trained_tensors(distiller: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained values on the CPU, by the names they have in a checkpoint. All processes must call this."""
-    return {
-        name.removeprefix("model.").replace(".mlp.student.", ".mlp."): whole(parameter.detach()).cpu()
-        for name, parameter in distiller.named_parameters()
-        if parameter.requires_grad
-    }
+def trained_tensors(distiller: nn.Module, *, keeps: bool) -> dict[str, torch.Tensor]:
+    """The trained values on the CPU, by the names they have in a checkpoint.
+
+    All processes must call this; the one that will write `keeps` them.
+    """
+    tensors = {}
+    for name, parameter in distiller.named_parameters():
+        if parameter.requires_grad:
+            value = whole(parameter.detach())
+            if keeps:
+                tensors[name.removeprefix("model.").replace(".mlp.student.", ".mlp.")] = value.cpu()
+    return tensors
 
 
 def finetuned_manifest(plan: FinetunePlan, blocks: TokenBlocks, before: Heldout, after: Heldout) -> Manifest:

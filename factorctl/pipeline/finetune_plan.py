@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from factorctl.config import FinetuneConfig
 from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, DataSpec, parse_data_spec
 from factorctl.errors import ResourceError, UsageError
 from factorctl.memory import available_memory
-from factorctl.models.building import empty_factored_model, factored_ffns
+from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint
 from factorctl.pipeline.devices import torch_device
@@ -29,6 +30,7 @@ from factorctl.training.batches import BatchPlan, plan_batches
 from factorctl.training.head_losses import CHUNK_TOKENS as HEAD_CHUNK_TOKENS
 from factorctl.training.optimizers import choose_trained, is_router
 from factorctl.training.presets import Recipe, batch_tokens_of, recipe_of
+from factorctl.training.sharding import sharding_asked_for
 from factorctl.training.teacher import require_cuda_for
 
 PROCESS_BYTES = 700_000_000
@@ -50,6 +52,8 @@ class FinetunePlan:
     recipe: Recipe
     data: DataSpec
     batch: BatchPlan
+    sharded: bool
+    """Whether the processes share one model (FSDP2) instead of holding one each."""
     device: torch.device
     compute_dtype: torch.dtype
     teacher: Source | None
@@ -80,6 +84,8 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
     device = _local_device(config)
     require_cuda_for(config.teacher_quant, device)
     recipe = recipe_of(config)
+    sharded = sharding_asked_for() and world_size() > 1
+    _check_sharding(sharded, recipe)
     checkpoint = open_checkpoint(config.checkpoint or newest_checkpoint(config.workspace))
     spec = target_spec(checkpoint.spec, config, recipe)
     _check_lengths(config, checkpoint)
@@ -103,6 +109,7 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
         recipe=recipe,
         data=data,
         batch=batch,
+        sharded=sharded,
         device=device,
         compute_dtype=compute_dtype(config, device),
         teacher=find_teacher(config, checkpoint, progress),
@@ -141,6 +148,14 @@ def _check_lengths(config: FinetuneConfig, checkpoint: NativeCheckpoint) -> None
         raise UsageError(
             f"--router-warmup {config.router_warmup} is not within the {config.tokens} tokens of the run",
             "choose fewer; --train router trains routers alone for all of it",
+        )
+
+
+def _check_sharding(sharded: bool, recipe: Recipe) -> None:
+    if sharded and recipe.optimizer == "adamw-8bit":
+        raise UsageError(
+            "--optimizer adamw-8bit does not work on a sharded model: bitsandbytes steps whole tensors only",
+            "use --optimizer adamw, whose state is spread over the processes, or leave --use_fsdp out",
         )
 
 
@@ -205,24 +220,52 @@ def expected_memory(plan: FinetunePlan, model: PreTrainedModel) -> dict[str, int
     values = sum(count for _, count in trained)
     experts = sum(count for name, count in trained if not is_router(name))
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    all_ffn = sum(p.numel() for ffn in factored_ffns(model) for p in ffn.parameters())
-    teacher_bytes = {"none": width, "bf16": 2, "8bit": 1, "4bit": 0.5}[plan.config.teacher_quant]
-    copied = experts if plan.teacher is None and plan.config.teacher_quant == "none" else all_ffn
     per_value = 2 if plan.recipe.optimizer == "adamw-8bit" else 8
     vocabulary = int(plan.checkpoint.dense.config.vocab_size)
     tokens = plan.batch.micro_batch * plan.batch.block_length
     kept_layers = 2 if plan.config.gradient_checkpointing else plan.checkpoint.dense.num_layers
-    casts = experts * width if plan.compute_dtype != torch.float32 else 0
-    return {
-        "process": PROCESS_BYTES,
+    kept_casts = experts * kept_layers // plan.checkpoint.dense.num_layers
+    held = {
         "frozen weights": frozen * width,
-        "trained weights": values * 4 + casts,
+        "trained weights": values * 4,
         "gradients": values * 4,
         "optimizer": values * per_value,
-        "teacher": int(copied * teacher_bytes),
+        "teacher": _teacher_bytes(plan, model, experts),
+    }
+    if plan.sharded:
+        held = _per_process(plan, model, held)
+    return {
+        "process": PROCESS_BYTES,
+        **held,
+        "half-precision copies": kept_casts * width if plan.compute_dtype != torch.float32 else 0,
         "activations": tokens * kept_layers * _kept_per_token(plan),
         "logits": 6 * min(tokens, HEAD_CHUNK_TOKENS) * vocabulary * 4,
     }
+
+
+def _teacher_bytes(plan: FinetunePlan, model: PreTrainedModel, experts: int) -> int:
+    """What the teacher holds beside the student: copies of trained values, or all of its FFNs."""
+    quant = plan.config.teacher_quant
+    width = {"none": plan.compute_dtype.itemsize, "bf16": 2, "8bit": 1, "4bit": 0.5}[quant]
+    own = plan.teacher is None and quant == "none"
+    copied = experts if own else sum(p.numel() for ffn in factored_ffns(model) for p in ffn.parameters())
+    return int(copied * width)
+
+
+def _per_process(plan: FinetunePlan, model: PreTrainedModel, held: dict[str, int]) -> dict[str, int]:
+    """`held` spread over the processes, and what one of them has whole at a time: the layer that runs, the next one on
+    its way, the gradients of one, and embeddings and head. Quantised teachers are not spread."""
+    layers = decoder_layers(model)
+    everything = held["frozen weights"] + held["trained weights"] + held["teacher"]
+    outside = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in layers.parameters())
+    outside *= plan.compute_dtype.itemsize
+    per_layer = (2 * (everything - outside) + held["gradients"]) // len(layers)
+    quantised = plan.config.teacher_quant in ("8bit", "4bit")
+    spread = {
+        name: size if name == "teacher" and quantised else math.ceil(size / plan.batch.world_size)
+        for name, size in held.items()
+    }
+    return spread | {"put together": outside + per_layer}
 
 
 def _kept_per_token(plan: FinetunePlan) -> int:

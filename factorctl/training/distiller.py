@@ -48,7 +48,6 @@ class Distiller(nn.Module):
     def __init__(self, model: PreTrainedModel, options: TwinOptions, temperature: float) -> None:
         super().__init__()
         self.model, self.options, self.temperature = model, options, temperature
-        self._no_split_modules = model._no_split_modules  # what FSDP shards one by one: the decoder layers
         for twin in twins(model):
             assert twin.options is options, "all layers change roles together"
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from factorctl.training.losses import IGNORED, kd_loss, lm_loss
+from factorctl.training.losses import IGNORED, kd_loss, lm_loss, wide
 from factorctl.training.presets import LossWeights
 
 CHUNK_TOKENS = 512
@@ -101,6 +101,10 @@ def head_losses(task: HeadTask, student_TD: torch.Tensor, *, measuring: bool = F
             found = [task.chunk(chunk, i * CHUNK_TOKENS, measuring=measuring) for i, chunk in chunks]
             parts = torch.stack(found).sum(0)
             total = _weighted(parts, task.weights)
+        if student_TD.requires_grad and task.weights.mse and not measuring:
+            # FSDP puts a layer's weights together when its output's gradient arrives. With the layer loss alone the
+            # last layer's output would never have one.
+            total = total + 0 * wide(student_TD).sum()
     has_teacher = task.teacher_TD is not None
     return HeadLosses(
         total=total,

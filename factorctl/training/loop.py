@@ -26,6 +26,7 @@ from factorctl.training.heldout import PARTS
 from factorctl.training.load_watch import LoadWatch
 from factorctl.training.metrics import MetricsFile
 from factorctl.training.optimizers import Schedule, is_router, set_learning_rate
+from factorctl.training.sharding import whole
 from factorctl.training.signals import StopRequest, stop_request
 from factorctl.training.state import Progressed, newest_state, save_state
 
@@ -144,8 +145,8 @@ class TrainingLoop:
                 self.accelerator.backward(report.total / len(rounds))
             reports.append(report._replace(total=report.total.detach()))
         limit = self.options.clip_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_([p for _, p in self.trained], limit)
-        return self._summarised(reports, float(norm), request)
+        norm = nn.utils.clip_grad_norm_([p for _, p in self.trained], limit)
+        return self._summarised(reports, float(whole(norm)), request)
 
     def _summarised(self, reports: list[StepReport], norm: float, request: StopRequest) -> StepSummary:
         names = [name for name in _MEANS if getattr(reports[0], name) is not None]

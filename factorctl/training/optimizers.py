@@ -15,6 +15,7 @@ from factorctl.errors import UsageError
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.router_init import ROUTER_STD
 from factorctl.training.presets import LossWeights, Recipe
+from factorctl.training.sharding import whole
 
 MIN_8BIT_SIZE = 4096
 """Smaller tensors keep a float32 state in `adamw-8bit`; routers always do."""
@@ -102,7 +103,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
 
 def _relative_size(router: nn.Parameter) -> float:
     """Root mean square of a router over that of random initialisation; 1 for one that is all zero."""
-    size = float(router.detach().square().mean().sqrt())
+    size = float(whole(router.detach()).square().mean().sqrt())
     return size / ROUTER_STD if size else 1.0
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from factorctl.checkpoint.hashing import FileRecord, hash_file
 from factorctl.checkpoint.publishing import partial_path, publish_directory, writable, write_file
@@ -28,6 +27,7 @@ from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.strict_json import dump_sealed, read_sealed
 from factorctl.checkpoint.writer import write_shard
 from factorctl.errors import IntegrityError
+from factorctl.training.sharding import placed_like, whole
 
 STATE_FILE = "state.json"
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -149,10 +149,10 @@ def _restore_tensor(
         raise IntegrityError(f"{origin} holds {key}, which this model has no place for", _DAMAGED)
     if kind == "value":
         with torch.no_grad():
-            parameter.copy_(_placed_like(tensor, parameter))
+            parameter.copy_(placed_like(tensor, parameter))
     else:
         # Adam's step count lives on the CPU whatever the device; what belongs to each value lies beside the value.
-        states[parameter][slot[0]] = tensor if tensor.dim() == 0 else _placed_like(tensor, parameter)
+        states[parameter][slot[0]] = tensor if tensor.dim() == 0 else placed_like(tensor, parameter)
 
 
 def _optimizer_states(optimizers: Iterable[torch.optim.Optimizer]) -> dict[nn.Parameter, dict[str, Any]]:
@@ -190,17 +190,3 @@ def _layer_content(
                 scalars.setdefault(name, {})[slot] = value
     # Two names of one tensor (8-bit AdamW's shared quantisation map) are two tensors on disk.
     return {name: tensor.cpu().clone() for name, tensor in tensors.items()}, scalars
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP spread over processes, put together (all of them must call this); others as they are."""
-    if isinstance(tensor, DTensor):
-        full: torch.Tensor = tensor.full_tensor()
-        return full
-    return tensor
-
-
-def _placed_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
-        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return tensor.to(parameter.device)
