@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def regular_file(directory: Path, name: str, *, origin: str) -> Path:
         IntegrityError: the file is missing, no regular file, or leads outside.
     """
     path = directory / plain_name(name, origin=origin)
-    if path.is_symlink() and path.resolve().parent != directory.resolve():
+    if path.is_symlink() and os.path.dirname(os.path.realpath(path)) != os.path.realpath(directory):
         raise IntegrityError(f"{path} is a symbolic link that leads out of its directory")
     if not path.is_file():
         raise IntegrityError(f"{path}, named by {origin}, is missing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,28 @@ PATTERNS = ("*.json", "*/results.json")
 
 def report_tables(directories: Sequence[Path], manifest_sha256: str) -> dict[str, str]:
     """Title -> Markdown table, from JSON reports whose `manifest_sha256` is the checkpoint's; the newest of a kind."""
-    found = {path.resolve() for directory in directories for pattern in PATTERNS for path in directory.glob(pattern)}
-    tables = {}
-    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns):
+    found = {
+        Path(os.path.realpath(path))
+        for directory in directories
+        for pattern in PATTERNS
+        for path in directory.glob(pattern)
+    }
+    tables: dict[str, str] = {}
+    for path in sorted(filter(os.path.isfile, found), key=lambda path: path.stat().st_mtime_ns):
         report = _report(path)
-        if report.get("manifest_sha256") != manifest_sha256:
-            continue
-        if "latency" in report:
-            tables["Profile"] = numbers_table(report)
-        elif "perplexity" in report:
-            tables["Evaluation"] = evaluation_table(report)
+        if report.get("manifest_sha256") == manifest_sha256:
+            tables |= _table(report)
     return tables
+
+
+def _table(report: Mapping[str, Any]) -> dict[str, str]:
+    """Title -> table of one report; nothing for what only looks like one of ours."""
+    try:
+        if "latency" in report:
+            return {"Profile": numbers_table(report)}
+        return {"Evaluation": evaluation_table(report)} if "perplexity" in report else {}
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        return {}
 
 
 def evaluation_table(report: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from factorctl.checkpoint.manifest import Manifest, check_files, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.config import ScaleRule
-from factorctl.errors import IntegrityError, UsageError
+from factorctl.errors import IntegrityError, UsageError, in_one_line
 from factorctl.models.building import empty_dense_model, empty_factored_model
 from factorctl.models.factored_spec import MODEL_TYPE, FactoredSpec
 from factorctl.models.families import DenseModel, dense_model, read_dense_model
@@ -102,8 +102,7 @@ def load(
         spec = spec.with_top_k(spec.shape.top_k if top_k is None else top_k, scale)
     model = empty_factored_model(checkpoint.dense, spec)
     fill(model, CheckpointReader(checkpoint.path), dtype=dtype, device=device)
-    if (checkpoint.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    _adopt_generation_config(model, checkpoint.path)
     return model
 
 
@@ -117,9 +116,19 @@ def load_dense(
     """
     model = empty_dense_model(read_dense_model(directory))
     fill(model, CheckpointReader(directory), dtype=dtype, device=device)
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    _adopt_generation_config(model, directory)
     return model
+
+
+def _adopt_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    if not (directory / "generation_config.json").is_file():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # transformers checks it with exceptions of many types
+        raise IntegrityError(
+            f"{directory / 'generation_config.json'} cannot be read: {in_one_line(error)}", "fetch or make it again"
+        ) from error
 
 
 def fill(

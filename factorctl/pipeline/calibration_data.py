@@ -30,6 +30,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path)
+        tokenizer("a")  # some faults show only in use
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
         raise UsageError(
             f"{source.path} has no tokenizer that transformers can read: {in_one_line(error)}",

@@ -45,6 +45,7 @@ def load_tokenizer(plan: FinetunePlan) -> PreTrainedTokenizerBase:
     path = plan.checkpoint.path
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, config=plan.checkpoint.dense.config)
+        tokenizer("a")  # some faults show only in use
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
         raise UsageError(
             f"{path} has no tokenizer that transformers can read: {in_one_line(error)}",
