@@ -258,7 +258,7 @@ def _show_result(result: FinetuneResult, output: Any) -> None:
         "written to": result.checkpoint,
     }
     tables = [perplexities, facts_table("Finetuned", facts)]
-    show(result, output=output, tables=tables, closing=[f"Next: factorctl eval {result.checkpoint}"])
+    show(result, output=output, tables=tables, closing=[f"Next: factorctl eval {result.checkpoint} --data TEXT"])
 
 
 def _duration(seconds: float) -> str:

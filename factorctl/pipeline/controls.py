@@ -177,7 +177,7 @@ def ffn_skip(kit: ControlKit) -> Iterator[Runner]:
         with kit.progress.stage("Calibrating FFN-SkipLLM"):
             share = calibrate_threshold(model, state, kit.ids_BL, kit.shape.active_ffn_fraction)
         if share > kit.shape.active_ffn_fraction + 0.02:
-            kit.progress.note(f"ffn_skip: at least {share:.0%} of the FFN blocks run, its first and last layers always")
+            kit.progress.note(f"FFN-SkipLLM: at least {share:.0%} of the FFN blocks run, the first and last ones always")
         yield Runner(model, lambda: state.share_run, state.restart)
 
 

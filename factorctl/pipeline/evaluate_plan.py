@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,9 @@ from factorctl.config import EvalConfig
 from factorctl.data.hub import pin_revisions
 from factorctl.data.identity import identify_sources, tokenizer_fingerprint
 from factorctl.data.spec import parse_data_spec
-from factorctl.data.tokenizing import tokenize_documents
 from factorctl.errors import ResourceError, UsageError
 from factorctl.evaluation.chunked_head import CHUNK_POSITIONS
-from factorctl.evaluation.perplexity import BATCH_TOKENS, TextDocument, check_windowing
+from factorctl.evaluation.perplexity import BATCH_TOKENS, check_windowing
 from factorctl.memory import available_memory
 from factorctl.models.families import read_dense_model
 from factorctl.pipeline.controls import CONTROLS, calibration_text, chosen_controls
@@ -35,6 +34,7 @@ from factorctl.pipeline.evaluate_models import (
     shared_tokenizer,
 )
 from factorctl.pipeline.evaluate_store import Part
+from factorctl.pipeline.evaluate_texts import EvalText, read_text, text_names
 from factorctl.pipeline.finetune_plan import holds_dense_values
 from factorctl.pipeline.provenance import library_versions
 from factorctl.pipeline.time_estimate import gemm_rate
@@ -47,21 +47,6 @@ if TYPE_CHECKING:
 PROCESS_BYTES = 900_000_000
 """Resident size of the interpreter with torch, transformers and lm-eval loaded, before any weight."""
 DOCUMENT_TOKENS = 250
-FIDELITY_TOKENS = 4096
-FIDELITY_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class EvalText:
-    """One text for perplexity, as token ids."""
-
-    name: str
-    documents: list[TextDocument]
-    identity: Mapping[str, Any]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(document.ids) for document in self.documents)
 
 
 @dataclass(frozen=True)
@@ -163,7 +148,7 @@ def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:
         tokenizer=tokenizer,
         dtype=compute_dtype(config.dtype, model, device, remarks),
         device=device,
-        texts=[_text(name, given, config, tokenizer, progress) for name, given in text_names(config.data).items()],
+        texts=[read_text(name, given, config, tokenizer, progress) for name, given in text_names(config.data).items()],
         tasks=_tasks(config, remarks, progress),
         controls=controls,
         fidelity=_can_measure_fidelity(config, model, reference, remarks),
@@ -208,42 +193,6 @@ def windowing(config: EvalConfig, model: EvalModel, reference: EvalModel) -> tup
     stride = max(1, window // 2) if config.stride is None else config.stride
     check_windowing(window, stride, context)
     return window, stride
-
-
-def text_names(data: Sequence[str]) -> dict[str, str]:
-    """A short name -> DATA as it was given: a file's name without its ending, where that is no other's too."""
-    given = list(dict.fromkeys(data))
-    short = [Path(text).name.partition(".")[0] if Path(text).is_file() else text for text in given]
-    return {name if name and short.count(name) == 1 else text: text for name, text in zip(short, given, strict=True)}
-
-
-def _text(
-    name: str, given: str, config: EvalConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> EvalText:
-    spec = parse_data_spec(given, text_field=config.text_field)
-    if spec.uses_self:
-        raise UsageError(
-            "--data self is no text to evaluate on: it would measure the model on what it writes itself",
-            "give text that the model did not write",
-        )
-    spec = pin_revisions(spec)
-    found = tokenize_documents(
-        spec,
-        tokenizer,
-        max_tokens=config.data_tokens,
-        max_document_tokens=config.document_tokens,
-        seed=config.seed,
-        progress=progress,
-    )
-    identity = {
-        "sources": identify_sources(spec, None, progress),
-        "text_field": config.text_field,
-        "tokens": config.data_tokens,
-        "document_tokens": config.document_tokens,
-        "seed": config.seed,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-    }
-    return EvalText(name, [TextDocument(document.id, document.ids) for document in found], identity)
 
 
 def _tasks(config: EvalConfig, remarks: list[str], progress: Progress) -> list[TaskPlan]:
@@ -295,18 +244,6 @@ def _can_measure_fidelity(config: EvalConfig, model: EvalModel, reference: EvalM
         remarks.append("layer fidelity was not measured: --against is not the dense source of the checkpoint")
         return False
     return True
-
-
-def fidelity_ids(text: EvalText, window: int) -> torch.Tensor:
-    """About `FIDELITY_TOKENS` tokens of a text as windows of one length, none across documents, [B, L]."""
-    length = min(FIDELITY_LENGTH, window, max(len(document.ids) for document in text.documents))
-    rows: list[Sequence[int]] = []
-    for document in text.documents:
-        whole = len(document.ids) // length
-        rows += [document.ids[length * index : length * (index + 1)] for index in range(whole)]
-        if len(rows) * length >= FIDELITY_TOKENS:
-            break
-    return torch.tensor([list(row) for row in rows[: max(1, FIDELITY_TOKENS // length)]])
 
 
 def expected_memory(plan: EvalPlan) -> int:
