@@ -18,12 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
 
-# Re-running keeps what is done: remove runs/demo to start over.
+# Re-running reuses what is done: remove runs/demo to start over.
 demo: $(STAMP)
-	test -f runs/demo/factorctl.json || $(BIN)/factorctl factorize demo --experts 6 --top-k 2 --shared-fraction 0.25 \
-		--refit --calibration-tokens 16K --out runs/demo
-	$(BIN)/factorctl inspect runs/demo
-	$(BIN)/factorctl verify runs/demo --identity
+	$(BIN)/factorctl demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

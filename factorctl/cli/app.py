@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from factorctl import __version__
-from factorctl.cli import evaluate, export, factorize, finetune, inspect, profile
+from factorctl.cli import evaluate, export, factorize, finetune, inspect, profile, run
 from factorctl.errors import ExitCode, FactorctlError
 
 app = typer.Typer(
@@ -30,6 +30,8 @@ app.command("finetune")(finetune.finetune)
 app.command("eval")(evaluate.evaluate)
 app.command("profile")(profile.profile)
 app.command("export")(export.export)
+app.command("run")(run.run)
+app.command("demo")(run.demo)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(inspect.verify)
 app.command("plugins")(inspect.plugins)

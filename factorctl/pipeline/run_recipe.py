@@ -1,0 +1,261 @@
+"""`run`: the stages of a recipe one after the other, redoing only what changed.
+
+A stage is named by a key: the hash of its options, of the content of what it reads (the dense source, the text, the
+artefact before it) and of the versions that compute it. The key and the hash of the result stand in `recipe.lock.json`
+of the run's directory; where both still hold, the result is taken as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from factorctl import __version__
+from factorctl.checkpoint.hashing import hash_file, hash_value
+from factorctl.checkpoint.manifest import MANIFEST_NAME, is_artefact
+from factorctl.checkpoint.publishing import write_file
+from factorctl.checkpoint.sources import resolve
+from factorctl.checkpoint.strict_json import dump_json, read_json_object
+from factorctl.config import EvalConfig, ExportConfig, FactorizeConfig, FinetuneConfig, ProfileConfig
+from factorctl.data.hub import pin_revisions
+from factorctl.data.identity import identify_sources
+from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, parse_data_spec
+from factorctl.errors import IntegrityError, ResourceError
+from factorctl.pipeline.evaluate import evaluate
+from factorctl.pipeline.export import export
+from factorctl.pipeline.factorize import describe_source, factorize
+from factorctl.pipeline.finetune import finetune
+from factorctl.pipeline.profile import profile
+from factorctl.pipeline.provenance import library_versions
+from factorctl.pipeline.recipe import Recipe, Stage, StageConfig
+from factorctl.pipeline.workspace import cache_directory
+from factorctl.progress import Progress
+
+LOCK_NAME = "recipe.lock.json"
+Status = Literal["done", "reused", "would run", "would be reused"]
+_DATA_FIELDS = ("calibration", "data")
+_DOES_NOT_COUNT = frozenset(
+    {"out", "workspace", "overwrite", "resume", "checkpoint", "samples", "report", "html", "plots"}
+)
+"""Fields that say where things are, not what they are."""
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What became of one stage."""
+
+    stage: str
+    status: Status
+    output: str
+    seconds: float
+    result: dict[str, Any]
+    """The stage's own `--format json`; empty where it has not run."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """`factorctl run`; the keys of `--format json`."""
+
+    name: str
+    directory: str
+    stages: list[StageOutcome]
+    seconds: float
+
+    def result_of(self, stage: str) -> dict[str, Any]:
+        return next(outcome.result for outcome in self.stages if outcome.stage == stage)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a stage puts its result, and the file whose hash stands for all of it."""
+
+    output: Path
+    evidence: Path
+
+
+def run_recipe(recipe: Recipe, workspace: Path, progress: Progress, *, dry_run: bool = False) -> RunResult:
+    """Run every stage whose result is not there already.
+
+    Raises:
+        FactorctlError: what a stage raises; finished stages are kept, and the same command goes on behind them.
+    """
+    started = time.monotonic()
+    directory = workspace / recipe.name
+    lock = _Lock(directory / LOCK_NAME)
+    checkpoint: _Place | None = None
+    outcomes: list[StageOutcome] = []
+    for stage in recipe.stages:
+        place = _place_of(stage, directory)
+        upstream = None if checkpoint is None else _evidence(checkpoint)
+        stale = any(outcome.status == "would run" for outcome in outcomes)
+        key = None if stale else stage_key(stage.config, upstream, progress)
+        if key is not None and lock.holds(stage.label, key, place):
+            status: Status = "would be reused" if dry_run else "reused"
+            outcomes.append(StageOutcome(stage.label, status, str(place.output), 0.0, lock.result(stage.label)))
+        elif dry_run:
+            outcomes.append(StageOutcome(stage.label, "would run", str(place.output), 0.0, {}))
+        else:
+            assert key is not None
+            outcomes.append(_run_stage(stage, key, place, checkpoint, lock, progress))
+        if stage.name in ("factorize", "finetune"):
+            checkpoint = place
+    return RunResult(recipe.name, str(directory), outcomes, round(time.monotonic() - started, 3))
+
+
+def stage_key(config: StageConfig, upstream: str | None, progress: Progress) -> str:
+    """The hash of everything that decides a stage's result."""
+    options = {key: value for key, value in asdict(config).items() if key not in _DOES_NOT_COUNT}
+    return hash_value(
+        {
+            "kind": type(config).__name__,
+            "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
+            "upstream": upstream,
+            "source": _source_identity(config, progress),
+            "text": [_text_identity(text, progress) for text in _texts(config)],
+            "task_data": _folder_identity(getattr(config, "task_data", None)),
+            "tool_version": __version__,
+            "libraries": library_versions(),
+        }
+    )
+
+
+def _source_identity(config: StageConfig, progress: Progress) -> dict[str, Any] | None:
+    if not isinstance(config, FactorizeConfig):
+        return None
+    source = resolve(config.model, revision=config.revision, cache=cache_directory(), progress=progress)
+    with progress.stage("Hashing the source"):
+        return dict(describe_source(source)["files"])
+
+
+def _texts(config: StageConfig) -> list[str]:
+    """Every DATA that the stage reads."""
+    found: list[str] = []
+    for name in _DATA_FIELDS:
+        value = getattr(config, name, None)
+        if isinstance(config, FinetuneConfig) and value is None:
+            value = DEFAULT_PRETRAINING_DATA
+        found += [value] if isinstance(value, str) else list(value or ())
+    return [text for text in found if text not in ("self", "random")]
+
+
+def _text_identity(text: str, progress: Progress) -> list[dict[str, Any]]:
+    """Hashes of the files, or the Hub commit where the Hub answers."""
+    spec = parse_data_spec(text)
+    try:
+        spec = pin_revisions(spec)
+    except ResourceError:  # without the Hub the dataset cannot have changed for this machine
+        progress.note(f"the Hub cannot be asked for the revision of {text}: taken to be unchanged")
+    return identify_sources(spec, None, progress)
+
+
+def _folder_identity(folder: Path | None) -> dict[str, Any] | None:
+    if folder is None:
+        return None
+    return {path.name: asdict(hash_file(path)) for path in sorted(folder.glob("*")) if path.is_file()}
+
+
+def _place_of(stage: Stage, directory: Path) -> _Place:
+    output = directory / {"factorize": "factorized", "finetune": "finetuned"}.get(stage.label, stage.label)
+    report = {"eval": "results.json", "profile": "profile.json"}.get(stage.name, MANIFEST_NAME)
+    return _Place(output, output / report)
+
+
+def _evidence(place: _Place) -> str | None:
+    return hash_file(place.evidence).sha256 if place.evidence.is_file() else None
+
+
+def _run_stage(
+    stage: Stage, key: str, place: _Place, checkpoint: _Place | None, lock: _Lock, progress: Progress
+) -> StageOutcome:
+    progress.note(f"{stage.label}: {place.output}")
+    begun_before = lock.begun(stage.label) == key
+    lock.begin(stage.label, key)
+    started = time.monotonic()
+    config = _placed(stage.config, place, None if checkpoint is None else checkpoint.output, begun_before)
+    result = _recorded(asdict(_RUNNERS[type(config)](config, progress)))
+    seconds = round(time.monotonic() - started, 3)
+    lock.finish(stage.label, key, place, result)
+    return StageOutcome(stage.label, "done", str(place.output), seconds, result)
+
+
+def _recorded(result: dict[str, Any]) -> dict[str, Any]:
+    """The result as plain JSON, without raw samples: those stand in the stage's own report."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items() if key != "samples_ms"}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+    return {key: plain(value) for key, value in result.items()}
+
+
+_RUNNERS: Mapping[type, Callable[[Any, Progress], Any]] = {
+    FactorizeConfig: factorize,
+    FinetuneConfig: finetune,
+    EvalConfig: evaluate,
+    ProfileConfig: profile,
+    ExportConfig: export,
+}
+
+
+def _placed(config: StageConfig, place: _Place, checkpoint: Path | None, begun_before: bool) -> StageConfig:
+    """The config with where things come from and go to; a stage of the same key that was cut short goes on."""
+    out = place.output
+    if isinstance(config, FactorizeConfig):
+        return replace(config, out=out, overwrite=is_artefact(out))
+    if isinstance(config, FinetuneConfig):
+        unfinished = begun_before and (out.with_name(f"{out.name}.training") / "run.json").is_file()
+        return replace(config, checkpoint=checkpoint, out=out, resume=unfinished, overwrite=not unfinished)
+    if isinstance(config, EvalConfig):
+        report = out / "eval.md"
+        return replace(config, checkpoint=str(checkpoint), out=out, report=report, resume=begun_before)
+    if isinstance(config, ProfileConfig):
+        page = out / "report.html"
+        return replace(config, checkpoint=checkpoint, out=place.evidence, html=page, plots=out)
+    return replace(config, checkpoint=checkpoint, out=out, overwrite=is_artefact(out))
+
+
+class _Lock:
+    """recipe.lock.json: which key each stage was begun and finished with, and what it gave."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stages: dict[str, Any] = {}
+        if path.is_file():
+            stages = read_json_object(path).get("stages")
+            if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
+                raise IntegrityError(f"{path} is damaged", "delete it: every stage runs again then")
+            self._stages = stages
+
+    def begun(self, label: str) -> str | None:
+        return self._entry(label).get("begun")
+
+    def holds(self, label: str, key: str, place: _Place) -> bool:
+        """Whether the stage finished with this key and its result is still the one that it gave."""
+        entry = self._entry(label)
+        return entry.get("finished") == key and entry.get("evidence") == _evidence(place) is not None
+
+    def result(self, label: str) -> dict[str, Any]:
+        return dict(self._entry(label).get("result", {}))
+
+    def begin(self, label: str, key: str) -> None:
+        self._store(label, {"begun": key})
+
+    def finish(self, label: str, key: str, place: _Place, result: dict[str, Any]) -> None:
+        self._store(label, {"begun": key, "finished": key, "evidence": _evidence(place), "result": result})
+
+    def _entry(self, label: str) -> dict[str, Any]:
+        return dict(self._stages.get(label, {}))
+
+    def _store(self, label: str, entry: dict[str, Any]) -> None:
+        self._stages[label] = entry
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(self.path, dump_json({"stages": self._stages}))
