@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,13 +22,22 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 CHUNK_POSITIONS = 512
 
 
+class NextTokens(NamedTuple):
+    """How a model predicts each next token."""
+
+    losses_BL: torch.Tensor
+    """-log p(token t+1 | tokens 0..t), float32 [B, L-1]."""
+    hits_BL: torch.Tensor
+    """Whether that token is the likeliest, bool [B, L-1]."""
+
+
 @torch.no_grad()
-def next_token_losses(model: PreTrainedModel, ids_BL: torch.Tensor) -> torch.Tensor:
-    """-log p(token t+1 | tokens 0..t) of every row, float32 [B, L-1]. Rows may be padded at their right end."""
+def next_tokens(model: PreTrainedModel, ids_BL: torch.Tensor) -> NextTokens:
+    """Loss and hit of every next token. Rows may be padded at their right end."""
     body: nn.Module = getattr(model, model.base_model_prefix)
     hidden_BLD = body(input_ids=ids_BL, use_cache=False).last_hidden_state[:, :-1]
     targets_T = ids_BL[:, 1:].flatten()
-    losses = []
+    losses, hits = [], []
     with _handing_out(model) as stand_in:
         for hidden_CD, targets_C in zip(
             hidden_BLD.flatten(0, 1).split(CHUNK_POSITIONS), targets_T.split(CHUNK_POSITIONS), strict=True
@@ -36,7 +45,9 @@ def next_token_losses(model: PreTrainedModel, ids_BL: torch.Tensor) -> torch.Ten
             stand_in.hidden_1CD = hidden_CD.unsqueeze(0)
             logits_CV = model(input_ids=targets_C.unsqueeze(0), use_cache=False).logits[0]
             losses.append(F.cross_entropy(logits_CV.float(), targets_C, reduction="none"))
-    return torch.cat(losses).view(ids_BL.shape[0], -1)
+            hits.append(logits_CV.argmax(dim=-1) == targets_C)
+    rows = ids_BL.shape[0]
+    return NextTokens(torch.cat(losses).view(rows, -1), torch.cat(hits).view(rows, -1))
 
 
 class _StandIn(nn.Module):

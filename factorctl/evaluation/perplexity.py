@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from factorctl.errors import FactorctlError, UsageError
 from factorctl.evaluation.bootstrap import Interval, ratio_interval
-from factorctl.evaluation.chunked_head import next_token_losses
+from factorctl.evaluation.chunked_head import next_tokens
 from factorctl.progress import Progress
 
 BATCH_TOKENS = 4096
@@ -46,10 +46,13 @@ class TextDocument:
 
 @dataclass(frozen=True)
 class DocumentLoss:
-    """Sum of -log p in nats over the scored tokens of one document."""
+    """Sums over the scored tokens of one document."""
 
     id: str
     nats: float
+    """Of -log p."""
+    hits: int
+    """Tokens that the model held for the likeliest."""
     tokens: int
 
 
@@ -71,6 +74,11 @@ class TextScore:
     def perplexity(self) -> float:
         return bounded_exp(self.mean_nats)
 
+    @property
+    def accuracy(self) -> float:
+        """Share of the tokens that the model held for the likeliest."""
+        return sum(document.hits for document in self.documents) / self.tokens
+
 
 @dataclass(frozen=True)
 class PerplexityComparison:
@@ -85,6 +93,11 @@ class PerplexityComparison:
     """ln(model) - ln(dense): the loss added per token, in nats. 0.1 is 10.5% more perplexity."""
     log_difference_ci: Interval | None
     """Paired: both models are resampled with the same documents."""
+    accuracy: float
+    """Share of the next tokens that the model held for the likeliest."""
+    dense_accuracy: float
+    accuracy_kept: float | None
+    """The one over the other; None where the dense model has none right."""
     tokens: int
     documents: int
     window: int
@@ -138,16 +151,18 @@ def score_text(
         for found in windows_of(len(document.ids), window=window, stride=stride)
     ]
     work.sort(key=lambda item: item[1].stop - item[1].start, reverse=True)
-    nats = [0.0] * len(documents)
+    nats, hits = [0.0] * len(documents), [0] * len(documents)
     total = sum(found.stop - found.first for _, found in work)
     with progress.stage(title, total=total, unit="tokens") as task:
         for batch in _batches(work):
-            losses = _score_batch(model, documents, batch)
-            for (index, found), loss in zip(batch, losses, strict=True):
+            scored = _score_batch(model, documents, batch)
+            for (index, found), (loss, hit) in zip(batch, scored, strict=True):
                 nats[index] += loss
+                hits[index] += hit
                 task.advance(found.stop - found.first)
     scores = [
-        DocumentLoss(document.id, value, len(document.ids) - 1) for document, value in zip(documents, nats, strict=True)
+        DocumentLoss(document.id, loss, hit, len(document.ids) - 1)
+        for document, loss, hit in zip(documents, nats, hits, strict=True)
     ]
     wrong = next((score.id for score in scores if not math.isfinite(score.nats)), None)
     if wrong is not None:
@@ -167,17 +182,19 @@ def _batches(work: Sequence[tuple[int, Window]]) -> Iterator[list[tuple[int, Win
 
 def _score_batch(
     model: PreTrainedModel, documents: Sequence[TextDocument], batch: Sequence[tuple[int, Window]]
-) -> list[float]:
-    """Sum of -log p over what each window scores. Causal attention never sees the padding at the right."""
+) -> list[tuple[float, int]]:
+    """(sum of -log p, hits) over what each window scores. Causal attention never sees the padding at the right."""
     longest = batch[0][1].stop - batch[0][1].start
     ids_BL = torch.zeros(len(batch), longest, dtype=torch.long)
     for row, (index, found) in enumerate(batch):
         ids = list(documents[index].ids[found.start : found.stop])
         ids_BL[row, : len(ids)] = torch.tensor(ids)
-    losses_BL = next_token_losses(model, ids_BL.to(model.device)).double().cpu()
+    found_BL = next_tokens(model, ids_BL.to(model.device))
+    losses_BL, hits_BL = found_BL.losses_BL.double().cpu(), found_BL.hits_BL.cpu()
+    spans = [slice(found.first - found.start - 1, found.stop - found.start - 1) for _, found in batch]
     return [
-        float(losses_BL[row, found.first - found.start - 1 : found.stop - found.start - 1].sum())
-        for row, (_, found) in enumerate(batch)
+        (float(losses_L[span].sum()), int(hits_L[span].sum()))
+        for span, losses_L, hits_L in zip(spans, losses_BL, hits_BL, strict=True)
     ]
 
 
@@ -194,6 +211,9 @@ def compare_text(model: TextScore, dense: TextScore, *, window: int, stride: int
         dense_ci=_exponentiated(ratio_interval(theirs, counts, seed=seed)),
         log_difference=math.fsum(difference) / sum(counts),
         log_difference_ci=ratio_interval(difference, counts, seed=seed),
+        accuracy=model.accuracy,
+        dense_accuracy=dense.accuracy,
+        accuracy_kept=model.accuracy / dense.accuracy if dense.accuracy else None,
         tokens=model.tokens,
         documents=len(model.documents),
         window=window,

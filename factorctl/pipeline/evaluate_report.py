@@ -62,6 +62,7 @@ def perplexity_table(result: EvalResult) -> ReportTable:
             f"{found.dense:.2f}{interval(found.dense_ci)}",
             f"{found.model:.2f}{interval(found.ci)}",
             f"{found.log_difference:+.3f}{interval(found.log_difference_ci, digits=3)}",
+            percent(found.accuracy_kept),
         ]
         for name, found in result.perplexity.items()
     ]
@@ -71,7 +72,8 @@ def perplexity_table(result: EvalResult) -> ReportTable:
         for name, found in result.perplexity.items()
     ]
     notes.append("95% intervals from a bootstrap over documents; the difference is paired, in nats per token.")
-    return ReportTable("Perplexity", ["text", "dense", "model", "ln difference"], rows, " ".join(notes))
+    notes.append("Hits kept: next tokens held for the likeliest and right, over the dense model's.")
+    return ReportTable("Perplexity", ["text", "dense", "model", "ln difference", "hits kept"], rows, " ".join(notes))
 
 
 def tasks_table(result: EvalResult) -> ReportTable:

@@ -14,7 +14,7 @@ from helpers import CASES, some_ids
 from factorctl.errors import FactorctlError, UsageError
 from factorctl.evaluation import chunked_head, perplexity
 from factorctl.evaluation.bootstrap import ratio_interval
-from factorctl.evaluation.chunked_head import next_token_losses
+from factorctl.evaluation.chunked_head import next_tokens
 from factorctl.evaluation.perplexity import (
     DocumentLoss,
     TextDocument,
@@ -37,16 +37,18 @@ def documents() -> list[TextDocument]:
 
 
 @torch.no_grad()
-def plain_loop(model: torch.nn.Module, ids: list[int], window: int, stride: int) -> float:
-    """Every token but the first, predicted from the window that scores it, one forward pass per token, in float64."""
-    total, scored, start = 0.0, 1, 0
+def plain_loop(model: torch.nn.Module, ids: list[int], window: int, stride: int) -> tuple[float, int]:
+    """(loss, hits) of every token but the first, predicted from the window that scores it, one forward pass per token,
+    in float64."""
+    total, hits, scored, start = 0.0, 0, 1, 0
     while scored < len(ids):
         stop = min(start + window, len(ids))
         for position in range(scored, stop):
             logits = model(torch.tensor([ids[start:position]])).logits[0, -1].double()
             total -= float(logits.log_softmax(-1)[ids[position]])
+            hits += int(logits.argmax()) == ids[position]
         scored, start = stop, start + stride
-    return total
+    return total, hits
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -59,7 +61,9 @@ def test_perplexity_is_that_of_a_plain_loop(
     found = score_text(model, documents(), window=16, stride=6, progress=SilentProgress())
     for document, score in zip(documents(), found.documents, strict=True):
         assert (score.id, score.tokens) == (document.id, len(document.ids) - 1)
-        assert score.nats == pytest.approx(plain_loop(model, list(document.ids), 16, 6), rel=1e-5)
+        nats, hits = plain_loop(model, list(document.ids), 16, 6)
+        assert score.nats == pytest.approx(nats, rel=1e-5)
+        assert score.hits == hits
     total = sum(score.nats for score in found.documents) / sum(length - 1 for length in LENGTHS)
     assert found.perplexity == pytest.approx(math.exp(total))
 
@@ -88,9 +92,9 @@ def test_the_head_never_sees_more_than_a_chunk(dense_source: DenseSource, monkey
     model, ids = load_dense(dense_source()), some_ids(rows=4, length=24)
     seen: list[int] = []
     handle = model.lm_head.register_forward_hook(lambda _, x, y: seen.append(y.shape[:-1].numel()))
-    losses = next_token_losses(model, ids)
+    losses, hits = next_tokens(model, ids)
     handle.remove()
-    assert losses.shape == (4, 23)
+    assert losses.shape == hits.shape == (4, 23)
     assert sum(seen) == 4 * 23
     assert max(seen) == 16
     body = model.model
@@ -122,7 +126,7 @@ def test_windows_that_score_nothing_or_leave_gaps_are_refused(window: int, strid
 
 
 def scores(nats: list[float], tokens: list[int]) -> TextScore:
-    return TextScore([DocumentLoss(str(i), n, t) for i, (n, t) in enumerate(zip(nats, tokens, strict=True))])
+    return TextScore([DocumentLoss(str(i), n, t // 2, t) for i, (n, t) in enumerate(zip(nats, tokens, strict=True))])
 
 
 def test_the_interval_is_that_of_resampled_documents() -> None:
