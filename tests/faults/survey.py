@@ -15,13 +15,15 @@ from typing import Any
 from hostile import Case
 from injection import WRITING, forked
 
+import factorctl
 from factorctl.errors import FactorctlError
 
 SECONDS = 20
 """Processor time that one case may take before it counts as hanging; a case takes milliseconds."""
 HEADROOM = 3 * 2**30
 """Address space that a case may take on top of what the process has."""
-READABLE = (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev/null", "/dev/urandom", "/usr")
+CODE = (str(Path(factorctl.__file__).parents[1]), sys.prefix, sys.base_prefix, "/usr")
+READABLE = (*CODE, "/proc", "/sys", "/dev/null", "/dev/urandom")
 """Where code lies that is imported late."""
 
 
@@ -40,18 +42,19 @@ class HangError(BaseException):
     """No `except Exception` catches it."""
 
 
-def survey(read: Callable[[bytes], object], cases: Iterable[Case], inside: Path) -> Findings:
+def survey(read: Callable[[bytes], object], cases: Iterable[Case], inside: Path | None) -> Findings:
     """Read every case in a forked child.
 
     Args:
         read: puts the bytes where they belong and reads them; False means that it took no notice of them.
-        inside: the only directory whose files may be opened.
+        inside: the only directory whose files may be opened; None where others may be too.
     """
 
     def work() -> dict[str, Any]:
         _limit_memory()
         opened: list[str] = []
-        sys.addaudithook(lambda event, arguments: _watch(event, arguments, inside, opened))
+        if inside is not None:
+            sys.addaudithook(lambda event, arguments: _watch(event, arguments, inside, opened))
         signal.signal(signal.SIGVTALRM, _hang)
         found = Findings()
         for case in cases:

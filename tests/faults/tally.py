@@ -6,6 +6,7 @@ A plugin of tests/conftest.py: a second conftest.py would hide the first from `f
 from __future__ import annotations
 
 import datetime
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,10 +35,13 @@ def every_fault(pytestconfig: pytest.Config) -> bool:
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """The bench; the tree of commands is built once too, not in every child, where it is a third of a tiny run."""
+    import typer.main
     from verbs import Bench
 
-    return Bench(tmp_path_factory.mktemp("bench"))
+    with mock.patch.object(typer.main, "get_command", functools.cache(typer.main.get_command)):
+        yield Bench(tmp_path_factory.mktemp("bench"))
 
 
 class Tally:

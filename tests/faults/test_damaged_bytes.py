@@ -60,8 +60,8 @@ def test_verify_finds_it(name: str, bench: Bench, tmp_path: Path, tally: Tally) 
     assert cli("verify", copy, "-q").code == ExitCode.DONE
     for file, content in whole.items():
         for damage, damaged in damages(content, f"{name} {file}"):
-            if damaged == content:
-                continue  # zeros were zeroed
+            if damaged == content or (file == MANIFEST_NAME and damaged == content[:-1]):
+                continue  # zeros were zeroed, or the newline behind the manifest is gone
             with tally.case("damaged bytes, found by verify", _kind(file)):
                 _put(copy / file, damaged)
                 outcome = cli("verify", copy, "-q")

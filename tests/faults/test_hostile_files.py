@@ -9,6 +9,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faults.tally import Tally
@@ -30,6 +31,7 @@ from factorctl.exporting.reports import report_tables
 from factorctl.models.families import read_dense_model
 from factorctl.models.loading import open_checkpoint
 from factorctl.pipeline.factorize import plan_factorize
+from factorctl.pipeline.finetune_model import load_tokenizer
 from factorctl.pipeline.inspect import inspect_checkpoint
 from factorctl.pipeline.model_card import native_card
 from factorctl.progress import SilentProgress
@@ -237,31 +239,27 @@ def test_tokenizers(native: Sandbox, tally: Tally) -> None:
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.json"])
-def test_files_that_other_libraries_read(name: str, native: Sandbox, tally: Tally, bench: Bench) -> None:
+def test_files_that_other_libraries_read(name: str, native: Sandbox, tally: Tally) -> None:
     """transformers reads them as it likes; what it makes of them must still reach the user as our error."""
-    commands = [["export", native.inside, "--to", "gguf"], ["export", native.inside, "--to", "dense"]]
-    commands += [["finetune", native.inside, "--tokens", 64, "--data", bench.text, "--dry-run"]]
 
     def read(content: bytes) -> bool:
         native.vouch(name, content)
         with contextlib.suppress(FactorctlError):
             factorctl.load(native.inside)
-        codes = set()
-        for command in commands:
-            out = native.inside.parent / "inside-out"
-            with without_engines():
-                outcome = cli(*command, "--out", out, "-q")
-            assert outcome.code in (0, 1, 2, 3), outcome
-            assert "Traceback" not in outcome.stderr
-            shutil.rmtree(out, ignore_errors=True)
-            codes.add(outcome.code)
-        return codes == {0}
+        with contextlib.suppress(FactorctlError):
+            load_tokenizer(SimpleNamespace(checkpoint=open_checkpoint(native.inside)))  # type: ignore[arg-type]
+        out = native.root / "out"
+        with without_engines():
+            outcome = cli("export", native.inside, "--to", "gguf", "--out", out, "-q")
+        shutil.rmtree(out, ignore_errors=True)
+        assert outcome.code in (0, 1, 2, 3), outcome
+        return outcome.code == 0
 
     valid = (native.inside / name).read_bytes()
-    hostile = [case for case in cases(valid, name, 44) if case.kind not in ("duplicate key", "nested deeply")]
+    hostile = [case for case in cases(valid, name, 33) if case.kind not in ("duplicate key", "nested deeply")]
     relaxed = [Case("read by others", case.content, case.what) for case in hostile]
-    found = survey(read, relaxed, native.root)
-    tally.add("hostile file", f"{name}, all verbs", tried=found.tried, survived=found.tried - len(found.failures))
+    found = survey(read, relaxed, None)
+    tally.add("hostile file", f"{name}, in use", tried=found.tried, survived=found.tried - len(found.failures))
     assert not found.failures, "\n\n".join(found.failures[:5])
 
 
@@ -307,25 +305,34 @@ def test_training_states(native: Sandbox, tally: Tally) -> None:
 def test_reports_of_other_programs(native: Sandbox, tally: Tally) -> None:
     """They lie in the workspace and enter the card of an export; one that cannot be read is none."""
     sha256 = read_manifest(native.inside).sha256
-    valid = json.dumps({"manifest_sha256": sha256, "latency": {"p50": 1.5}, "tokens": 12, "x": {"y": 1e300}}).encode()
+    profiled = {"manifest_sha256": sha256, "latency": {"p50": 1.5}, "tokens": 12, "x": {"y": 1e300}}
+    both = {"dense": 1.5, "model": 2.5}
+    evaluated = {
+        "manifest_sha256": sha256,
+        "perplexity": {"text": both},
+        "tasks": {"arc_easy": {**both, "metric": "acc", "kept": 0.9}},
+        "average": {"kept": 0.9, "kept_above_chance": None},
+    }
 
     def read(content: bytes) -> bool:
         (native.inside / "report.json").write_bytes(content)
         return bool(report_tables([native.inside], sha256))
 
-    try_cases(read, valid, 500, native, tally, "report in the workspace")
+    for report in (profiled, evaluated):
+        try_cases(read, json.dumps(report).encode(), 300, native, tally, "report in the workspace")
 
 
 def test_the_command_line_on_hostile_checkpoints(native: Sandbox, tally: Tally) -> None:
     """Through `main`: an exit code of our own, never a traceback."""
     valid = native.unsealed_manifest()
-    commands = (["verify"], ["inspect"], ["inspect", "--layer", 0], ["export", "--to", "dense", "--dry-run"])
+    rest = (["inspect", "--layer", 0], ["export", "--to", "dense", "--dry-run"])
 
     def read(content: bytes) -> bool:
         (native.inside / MANIFEST_NAME).write_bytes(content)
         codes = set()
-        for verb, *options in commands:
-            outcome = cli(verb, native.inside, *options)
+        for verb, *options in (["verify"], ["inspect"], rest[len(content) % 2]):
+            with without_engines():
+                outcome = cli(verb, native.inside, *options)
             assert outcome.code in (0, 1, 2, 3), outcome
             assert outcome.code == 0 or outcome.stderr.strip(), "it says why"
             codes.add(outcome.code)
@@ -358,8 +365,9 @@ def test_files_without_an_end(native: Sandbox, tally: Tally) -> None:
             def alone(_: bytes, path: Path = path) -> None:
                 CheckpointReader(path.parent) if path.suffix == ".safetensors" else read_dense_model(path.parent)
 
-            readers: list[Read] = [read] if name == "tokenizer.json" else [read, alone]
-            for reader in readers[: 2 if name in ("config.json", names[-1]) else 1]:
+            is_mapped = path.suffix == ".safetensors" and trap == "sparse"  # which takes addresses, not memory
+            has_reader = name in ("config.json", names[-1]) and not is_mapped
+            for reader in (read, alone) if has_reader else (read,):
                 found = survey(reader, [case], native.inside)
                 tally.add("hostile file", "files without an end", tried=1, survived=1 - len(found.failures))
                 assert not found.failures, found.failures[0]

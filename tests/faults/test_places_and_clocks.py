@@ -27,7 +27,8 @@ def test_two_writers_of_one_output(name: str, bench: Bench, tmp_path: Path, tall
     place = bench.place(name, tmp_path / "place")
     kept = directory_bytes(bench.reads(name))
     points = bench.points(name)
-    inside = [n for n, point in enumerate(points) if point.startswith(("open runs/.out.partial", "open runs/out.tr"))]
+    until = points.index("rename runs/out")
+    inside = [n for n in range(until) if points[n].startswith(("open runs/.out.partial", "open runs/out.training"))]
 
     def meanwhile(number: int, tear: Tear) -> None:
         if number in (inside[0], inside[-1]):
@@ -87,7 +88,7 @@ NAMES = {
     "not normalised": "e\u0301\u00e9",
     "a quote and a dollar": "it's $HOME `id` %s {x} [bold]",
     "dashes": "--out",
-    "dots": "..x..",
+    "dots": "x..y..",
     "a pattern": "run[0-9]*?",
     "a newline": "one\ntwo",
     "200 bytes": "n" * 200,

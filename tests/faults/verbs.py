@@ -8,11 +8,9 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from unittest import mock
 
-import typer.main
 from export_support import make_gguf_source
 from helpers import directory_bytes, factorize_quietly, make_text, weights_only
 from helpers_cli import Outcome, cli
@@ -25,8 +23,6 @@ from factorctl.exporting.jobs import Verified
 from factorctl.exporting.safetensors_writer import SafetensorsWriter
 from factorctl.pipeline import finetune as finetune_pipeline
 
-COMMAND_TREE = cache(typer.main.get_command)
-"""Built once and not in every child, where it would take a third of a tiny run."""
 OUT = "out"
 """The name that every run gives its result, so that no byte differs for its name."""
 
@@ -218,7 +214,6 @@ def without_engines() -> Iterator[None]:
         return run / "training.png"
 
     with (
-        mock.patch.object(typer.main, "get_command", COMMAND_TREE),
         mock.patch.object(SafetensorsWriter, "verify", return_value=Verified("nothing", None)),
         mock.patch.object(gguf_writer, "has_llama_cpp", return_value=False),
         mock.patch.object(finetune_pipeline, "draw_training", draw),
