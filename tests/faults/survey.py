@@ -75,9 +75,8 @@ def _fault_of(read: Callable[[bytes], object], case: Case, found: Findings, open
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         taken = read(case.content) is not False
-    except FactorctlError as error:
+    except FactorctlError:
         found.refused += 1
-        str(error).encode("utf-8", "backslashreplace")
         return f"opened {opened[0]}" if opened else None
     except HangError:
         return f"hangs: {traceback.format_exc()[-600:]}"
