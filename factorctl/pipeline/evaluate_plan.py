@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from factorctl.data.identity import identify_sources, tokenizer_fingerprint
 from factorctl.data.spec import parse_data_spec
 from factorctl.errors import ResourceError, UsageError
 from factorctl.evaluation.chunked_head import CHUNK_POSITIONS
-from factorctl.evaluation.perplexity import BATCH_TOKENS, check_windowing
+from factorctl.evaluation.fidelity import LayerFidelity
+from factorctl.evaluation.perplexity import BATCH_TOKENS, DocumentLoss, check_windowing
 from factorctl.memory import available_memory
 from factorctl.models.families import read_dense_model
 from factorctl.pipeline.controls import CONTROLS, calibration_text, chosen_controls
@@ -79,15 +80,13 @@ class EvalPlan:
     def parts(self, subject: str) -> list[Part]:
         """The measurements of one of them."""
         common = self._identity_of(subject)
-        parts = [
-            Part(subject, "perplexity", text.name, {**common, "text": dict(text.identity), **self._windowing()})
-            for text in self.texts
-        ]
+        parts = [Part(subject, "perplexity", text.name, common | self._text_identity(text)) for text in self.texts]
         for task in self.tasks:
             parts.append(Part(subject, "task", task.name, {**common, "task": self._task_identity(task)}))
         if subject == "model" and self.fidelity:
             text = self.texts[0]
-            identity = {**common, "reference": self.reference.sha256, "text": dict(text.identity), **self._windowing()}
+            identity = common | self._text_identity(text) | {"reference": self.reference.sha256}
+            identity |= {"holds": _field_names(LayerFidelity)}
             parts.append(Part(subject, "fidelity", text.name, identity))
         return parts
 
@@ -107,8 +106,9 @@ class EvalPlan:
                 common |= {"calibration": self.calibration, "calibration_tokens": self.config.calibration_tokens}
         return common
 
-    def _windowing(self) -> dict[str, int]:
-        return {"window": self.window, "stride": self.stride}
+    def _text_identity(self, text: EvalText) -> dict[str, Any]:
+        holds = _field_names(DocumentLoss)
+        return {"text": dict(text.identity), "window": self.window, "stride": self.stride, "holds": holds}
 
     def _task_identity(self, task: TaskPlan) -> dict[str, Any]:
         config = self.config
@@ -119,6 +119,11 @@ class EvalPlan:
             "seed": config.seed,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
         }
+
+
+def _field_names(kind: type) -> list[str]:
+    """What a part of this kind holds: parts that another version wrote hold other figures."""
+    return [item.name for item in fields(kind)]
 
 
 def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:

@@ -62,17 +62,23 @@ class PartStore:
         except IntegrityError as error:
             self.progress.note(f"{error.message}; that part is computed again")
             return None
-        if stored.get("fingerprint") != part.fingerprint or not isinstance(stored.get("result"), dict):
-            self.progress.note(
-                f"{part.measure} {part.name} of {part.subject}: model, data or options changed since; computed again"
-            )
+        result, what = stored.get("result"), f"{part.measure} {part.name} of {part.subject}"
+        if not isinstance(result, dict) or stored.get("result_sha256") != hash_value(result):
+            self.progress.note(f"{path} is not what was written; {what} is computed again")
             return None
-        result: dict[str, Any] = stored["result"]
+        if stored.get("fingerprint") != part.fingerprint:
+            self.progress.note(f"{what}: model, data or options changed since; computed again")
+            return None
         return result
 
     def keep(self, part: Part, result: Mapping[str, Any]) -> None:
         """Write a finished part: whole, or not at all."""
-        content = {"fingerprint": part.fingerprint, "identity": dict(part.identity), "result": dict(result)}
+        content = {
+            "fingerprint": part.fingerprint,
+            "identity": dict(part.identity),
+            "result": dict(result),
+            "result_sha256": hash_value(dict(result)),
+        }
         with writable(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         write_file(self.path_of(part), dump_json(content))

@@ -14,7 +14,7 @@ from helpers import calibrated, factorize_quietly, weights_only
 from factorctl.config import EvalConfig
 from factorctl.evaluation.perplexity import score_text
 from factorctl.pipeline import evaluate as pipeline
-from factorctl.pipeline import evaluate_parts
+from factorctl.pipeline import evaluate_parts, evaluate_plan
 from factorctl.pipeline.evaluate import evaluate
 from factorctl.pipeline.evaluate_result import EvalResult
 from factorctl.progress import SilentProgress
@@ -119,6 +119,17 @@ def test_a_damaged_part_is_computed_again(checkpoint: Path, text: Path, bench: P
     for pattern in ("dense-perplexity-*.json", "model-task-*.jsonl"):
         (damaged,) = (tmp_path / "out" / "parts").glob(pattern)
         damaged.write_bytes(damaged.read_bytes()[:-20])
+    (meddled,) = (tmp_path / "out" / "parts").glob("model-fidelity-*.json")
+    meddled.write_text(meddled.read_text().replace('"relative_error": 0.', '"relative_error": 1.'))
     again = run(checkpoint, tmp_path / "out", resume=True, **options)
-    assert again.parts == {"computed": 2, "reused": 3}
+    assert again.parts == {"computed": 3, "reused": 2}
     assert same_figures(first, again)
+
+
+def test_a_part_of_another_version_is_computed_again(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older version's parts held other figures under the same options."""
+    run(checkpoint, tmp_path / "out", data=(str(text),))
+    monkeypatch.setattr(evaluate_plan, "_field_names", lambda kind: ["another"])
+    assert run(checkpoint, tmp_path / "out", data=(str(text),), resume=True).parts == {"computed": 3, "reused": 0}
