@@ -25,9 +25,10 @@ from factorctl.training.batches import Batches
 from factorctl.training.distiller import Distiller
 from factorctl.training.heldout import Heldout, measure
 from factorctl.training.load_watch import dead_experts
-from factorctl.training.loop import LoopOptions, TrainingLoop, memory_bytes
+from factorctl.training.loop import LoopOptions, TrainingLoop
 from factorctl.training.metrics import MetricsFile
 from factorctl.training.optimizers import Schedule, make_optimizers
+from factorctl.training.out_of_memory import memory_bytes, memory_explained
 from factorctl.training.plotting import draw_training
 from factorctl.training.state import Progressed, newest_state, remove_states, restore_state
 
@@ -110,8 +111,9 @@ def finetune(config: FinetuneConfig, progress: Progress) -> FinetuneResult:
             open_run(plan, identity(plan, blocks), shown)
         accelerator.wait_for_everyone()
         batches = Batches(blocks, plan.batch, config.seed, accelerator.process_index, accelerator.device)
-        model, optimizers = _prepared(plan, accelerator, shown)
-        start = _start(plan, model, optimizers, batches, accelerator, shown)
+        with memory_explained("before training", plan.batch, plan.device, lambda: "no step was taken"):
+            model, optimizers = _prepared(plan, accelerator, shown)
+            start = _start(plan, model, optimizers, batches, accelerator, shown)
         before = Heldout(**start.notes["before"])
         loop = TrainingLoop(accelerator, model, optimizers, batches, _loop_options(plan), plan.run, shown)
         training_started = time.monotonic()
@@ -156,6 +158,12 @@ def rehearse(config: FinetuneConfig, progress: Progress) -> Rehearsal:
     plan = plan_finetune(config, progress)
     if plan.sharded:
         make_accelerator(plan)  # joins the processes
+    with memory_explained("in the rehearsal", plan.batch, plan.device, lambda: "no step was taken"):
+        return _rehearsed(plan, progress)
+
+
+def _rehearsed(plan: FinetunePlan, progress: Progress) -> Rehearsal:
+    config = plan.config
     distiller = build_distiller(plan, progress)
     optimizers = make_optimizers(distiller, plan.recipe)
     rows, length = plan.batch.micro_batch, plan.batch.block_length

@@ -7,7 +7,6 @@ a wish to stop) is reduced over all of them first.
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from factorctl.errors import FactorctlError, ResourceError
+from factorctl.errors import FactorctlError
 from factorctl.progress import Progress, Task
 from factorctl.training.batches import Batches
 from factorctl.training.distiller import StepReport
@@ -26,6 +25,7 @@ from factorctl.training.heldout import PARTS
 from factorctl.training.load_watch import LoadWatch
 from factorctl.training.metrics import MetricsFile
 from factorctl.training.optimizers import Schedule, is_router, set_learning_rate
+from factorctl.training.out_of_memory import memory_bytes, memory_explained
 from factorctl.training.sharding import whole
 from factorctl.training.signals import StopRequest, stop_request
 from factorctl.training.state import Progressed, newest_state, save_state
@@ -116,16 +116,16 @@ class TrainingLoop:
         plan, options, started = self.batches.plan, self.options, time.perf_counter()
         after = replace(now, step=now.step + 1, tokens=now.tokens + plan.batch_tokens)
         set_learning_rate(self.optimizers, options.schedule.factor(after.tokens))
-        try:
+        where = f"in step {after.step}"
+        with memory_explained(where, plan, self.batches.device, lambda: self._kept_before(now)):
             summary = self._gradients(now.step, request)
-        except torch.OutOfMemoryError as error:
-            self._out_of_memory(now, error)
         if not summary.is_finite:
             self._not_finite(now, summary)
         if now.tokens < options.router_warmup:
             self._forget_gradients(routers=False)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        with memory_explained(where, plan, self.batches.device, self._last_good_state):  # some weights have moved
+            for optimizer in self.optimizers:
+                optimizer.step()
         self._forget_gradients(routers=True)
         seconds = time.perf_counter() - started
         self._report(after, summary, seconds, task)
@@ -201,33 +201,20 @@ class TrainingLoop:
 
     def _not_finite(self, now: Progressed, summary: StepSummary) -> None:
         parts = ", ".join(f"{name} {value:g}" for name, value in summary.means.items())
-        good = newest_state(self.run)
-        kept = f"the last good state is {good}" if good else "no state was saved before"
         raise FactorctlError(
             f"step {now.step + 1} ({now.tokens:,} tokens in): a loss or gradient is not finite ({parts}, gradient norm "
-            f"{summary.gradient_norm:g}); {kept}",
+            f"{summary.gradient_norm:g}); {self._last_good_state()}",
             "the weights were not touched; start over with a lower --lr or --router-lr, or with --precision float32",
         )
 
-    def _out_of_memory(self, now: Progressed, error: torch.OutOfMemoryError) -> None:
-        """Weights and optimiser are those of the last whole step: save them, then say what to change."""
+    def _last_good_state(self) -> str:
+        good = newest_state(self.run)
+        return f"the last good state is {good}" if good else "no state was saved before"
+
+    def _kept_before(self, now: Progressed) -> str:
+        """Weights and optimiser are those of the last whole step: save them, and say so."""
         self._forget_gradients(routers=True)
-        tried, peak = self.batches.plan, memory_bytes(self.batches.device)
-        if self.accelerator.num_processes == 1:  # others would wait for one that has failed
-            self._save_once(now)
-            kept = f"the state {now.tokens:,} tokens in is saved"
-        else:
-            kept = f"the last saved state is {newest_state(self.run)}"
-        raise ResourceError(
-            f"out of memory in step {now.step + 1} with {tried.micro_batch} x {tried.block_length} tokens at once; "
-            f"peak {peak / 1e9:.1f} GB; {kept}",
-            f"go on with --resume and --micro-batch {max(1, tried.micro_batch // 2)} or --gradient-checkpointing; or "
-            "start over with --precision bfloat16, --optimizer adamw-8bit, --teacher-quant 8bit or shorter blocks",
-        ) from error
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the allocator on CUDA, else the process's resident size."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.accelerator.num_processes > 1:  # others would wait for one that has failed
+            return self._last_good_state()
+        self._save_once(now)
+        return f"the state {now.tokens:,} tokens in is saved"

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -255,6 +256,45 @@ def test_out_of_memory_saves_and_says_what_to_change(
     assert "--resume and --micro-batch 1 or --gradient-checkpointing" in message
     run(dataclasses.replace(config, resume=True, micro_batch=1))
     assert is_artefact(config.out), "how the same steps are computed may change"
+
+
+@pytest.mark.parametrize(
+    ("holder", "name", "nth", "where", "kept"),
+    [
+        (Distiller, "forward", 1, "before training", "no step was taken"),
+        (torch.optim.AdamW, "step", 1, "in step 1", "no state was saved before"),
+        (torch.optim.AdamW, "step", 7, "in step 4", "the last good state is .*/state-00000002"),
+    ],
+)
+def test_out_of_memory_where_nothing_more_can_be_saved(
+    setting: Setting,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    holder: Any,
+    name: str,
+    nth: int,
+    where: str,
+    kept: str,
+) -> None:
+    """While the held-out text is measured, or while weights move: another state would be neither old nor new."""
+    genuine, calls = getattr(holder, name), 0
+
+    def exhausted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return genuine(*args, **options)
+
+    config = elsewhere(setting, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, name, exhausted)
+        with pytest.raises(ResourceError) as refused:
+            run(config)
+    assert re.match(f"out of memory {where} with 1 x 32 tokens at once; peak [0-9.]+ GB; {kept}\\n", str(refused.value))
+    assert "accelerate launch --use_fsdp --fsdp_version 2" in str(refused.value)
+    run(dataclasses.replace(config, resume=True))
+    assert directory_bytes(config.out) == setting.straight
 
 
 def test_a_full_disk_keeps_the_older_state(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,43 @@
+"""What to say when the device runs out of memory: what was tried, the peak, what is kept, which options to change."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from factorctl.errors import ResourceError
+from factorctl.training.batches import BatchPlan
+
+
+@contextmanager
+def memory_explained(where: str, plan: BatchPlan, device: torch.device, keep: Callable[[], str]) -> Iterator[None]:
+    """Turn CUDA's out-of-memory into an error that helps.
+
+    Args:
+        where: what was being done, as in "out of memory WHERE".
+        keep: saves what can be saved and says what there is to go on from.
+
+    Raises:
+        ResourceError: in place of the device's own.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        peak = memory_bytes(device)
+        raise ResourceError(
+            f"out of memory {where} with {plan.micro_batch} x {plan.block_length} tokens at once; peak "
+            f"{peak / 1e9:.1f} GB; {keep()}",
+            f"go on with --resume and --micro-batch {max(1, plan.micro_batch // 2)} or --gradient-checkpointing; or "
+            "start over with --precision bfloat16, --optimizer adamw-8bit, --teacher-quant 8bit or shorter blocks; "
+            "several GPUs can share one model: accelerate launch --use_fsdp --fsdp_version 2",
+        ) from error
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the allocator on CUDA, else the process's resident size."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
