@@ -58,7 +58,7 @@ def section(name: str, options: list[str], args: argparse.Namespace) -> str:
     run(
         "eval", str(checkpoint), "--tasks", TASKS, "--task-data", args.task_data, "--limit", str(args.limit),
         "--data", args.data, "--data-tokens", args.data_tokens, "--document-tokens", "512",
-        "--controls-all", *calibration, "--resume",
+        "--controls-all", *calibration, "--resume", "--dtype", args.dtype,
         "--out", str(args.work / f"{name}-eval"), "--report", str(report),
     )  # fmt: skip
     lines = report.read_text(encoding="utf-8").splitlines()
@@ -75,13 +75,14 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", default="16K")
     parser.add_argument("--data-tokens", default="20K")
     parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--dtype", default="float32", help="compute dtype of every model")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     sections = [section(name, options, args) for name, options in CASES.items()]
     text = [
         header("Evaluating the demo model", libraries=LIBRARIES).strip(),
-        f"SmolLM2-135M-Instruct from its Q4_1 GGUF, float32, calibrated on {args.calibration_tokens} tokens; "
-        f"{args.limit} documents of each task, {args.data_tokens} tokens of held-out text. No gradient was taken.",
+        f"SmolLM2-135M-Instruct from its Q4_1 GGUF, computed in {args.dtype}, calibrated in float32 on "
+        f"{args.calibration_tokens} tokens; {args.limit} documents of each task, {args.data_tokens} tokens of held-out text. No gradient was taken.",
         *sections,
     ]
     write_report(report_path("eval-demo"), without_places("\n\n".join(text) + "\n", args))
