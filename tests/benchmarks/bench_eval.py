@@ -82,7 +82,8 @@ def main() -> None:
     text = [
         header("Evaluating the demo model", libraries=LIBRARIES).strip(),
         f"SmolLM2-135M-Instruct from its Q4_1 GGUF, computed in {args.dtype}, calibrated in float32 on "
-        f"{args.calibration_tokens} tokens; {args.limit} documents of each task, {args.data_tokens} tokens of held-out text. No gradient was taken.",
+        f"{args.calibration_tokens} tokens; {args.limit} documents of each task, {args.data_tokens} tokens of held-out "
+        "text. No gradient was taken.",
         *sections,
     ]
     write_report(report_path("eval-demo"), without_places("\n\n".join(text) + "\n", args))
