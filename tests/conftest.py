@@ -53,3 +53,13 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from helpers import make_text
 
     return make_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that need a GPU are skipped where there is none, also when they are asked for."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

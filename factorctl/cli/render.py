@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table as Table
+from rich.text import Text
 
 from factorctl.cli.options import OutputFormat
 from factorctl.errors import FactorctlError
@@ -48,7 +50,7 @@ class RichProgress:
     @contextmanager
     def stage(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
         if self._bars is None:
-            self._bars = Progress(
+            self._bars = _Bars(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -57,7 +59,6 @@ class RichProgress:
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[extra]}"),
                 console=self._console,
             )
             self._bars.start()
@@ -74,6 +75,16 @@ class RichProgress:
 
     def note(self, message: str) -> None:
         self._console.print(f"[dim]note:[/dim] {escape(message)}", highlight=False)
+
+
+class _Bars(Progress):
+    """Bars, and below them what each stage says of itself: beside the bar it would push out the remaining time."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if task.fields["extra"]:
+                yield Padding(Text(task.fields["extra"]), (0, 0, 0, 2))
 
 
 class _Bar:

@@ -106,10 +106,10 @@ def finetune(config: FinetuneConfig, progress: Progress) -> FinetuneResult:
     blocks = training_blocks(plan, shown)
     with _sole_run(plan):
         accelerator = make_accelerator(plan)
-        start_trackers(plan, accelerator)
         if accelerator.is_main_process:
             open_run(plan, identity(plan, blocks), shown)
         accelerator.wait_for_everyone()
+        start_trackers(plan, accelerator)
         batches = Batches(blocks, plan.batch, config.seed, accelerator.process_index, accelerator.device)
         with memory_explained("before training", plan.batch, plan.device, lambda: "no step was taken"):
             model, optimizers = _prepared(plan, accelerator, shown)

@@ -192,7 +192,10 @@ class TrainingLoop:
         if summary.load_LN is not None:
             share_LN = summary.load_LN / plan.batch_tokens
             line |= {"load_busiest": float(share_LN.max()), "load_idlest": float(share_LN.min())}
-            shown |= {"busiest": f"{line['load_busiest']:.0%}", "idlest": f"{line['load_idlest']:.1%}"}
+            shown |= {
+                "busiest": _named(share_LN, int(share_LN.argmax())),
+                "idlest": _named(share_LN, int(share_LN.argmin())),
+            }
             self.watch.add(summary.load_LN, plan.batch_tokens)
         if self.accelerator.is_main_process:
             self.metrics.append(line)
@@ -218,3 +221,8 @@ class TrainingLoop:
             return self._last_good_state()
         self._save_once(now)
         return f"the state {now.tokens:,} tokens in is saved"
+
+
+def _named(share_LN: torch.Tensor, place: int) -> str:
+    layer, expert = divmod(place, share_LN.shape[1])
+    return f"{float(share_LN[layer, expert]):.1%} (layer {layer} expert {expert})"
