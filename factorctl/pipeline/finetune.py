@@ -156,6 +156,7 @@ def finetune(config: FinetuneConfig, progress: Progress) -> FinetuneResult:
 def rehearse(config: FinetuneConfig, progress: Progress) -> Rehearsal:
     """Check everything and time a few steps on random tokens; the text is not read and nothing is written."""
     plan = plan_finetune(config, progress)
+    progress.note(memory_statement(plan))
     if plan.sharded:
         make_accelerator(plan)  # joins the processes
     with memory_explained("in the rehearsal", plan.batch, plan.device, lambda: "no step was taken"):
