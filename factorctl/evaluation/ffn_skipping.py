@@ -5,7 +5,8 @@ hardly turns any more when a block's output is added,
 
     cos(h, h + FFN(h)) >= threshold,
 
-the rest of the middle blocks are skipped for that token: their FFN adds nothing, attention goes on as ever.
+the rest of the middle blocks are skipped for that token: their FFN adds nothing, attention goes on as ever. That is
+our reading of "greedy" skipping, without a limit on the number of blocks. The paper skips 25 to 30% of all blocks.
 The threshold is calibrated so that the blocks that run hold a given share of all; what really ran is counted.
 The paper's warm-up, in which the first tokens that are generated skip nothing, has no counterpart where a text is
 scored in one pass; the first position, which carries massive activations, skips nothing here.
@@ -16,7 +17,7 @@ T tokens, D hidden_size, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -29,6 +30,9 @@ from factorctl.models.building import decoder_layers
 
 COLD_SHARE = 0.1
 """Share of the layers at either end that always run, at least one."""
+CALIBRATION_TOKENS = 2048
+"""Tokens on which thresholds are tried."""
+BISECTIONS = 10
 ALWAYS = math.inf
 """A threshold that no block reaches: nothing is skipped."""
 NEVER = -2.0
@@ -44,7 +48,7 @@ class SkipState:
     num_layers: int = 1
     saturated_BL: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     similarities: list[torch.Tensor] | None = None
-    """Per middle layer the cosines [T], where they are being recorded."""
+    """The cosines [T] of every middle block that ran, where they are being recorded."""
     blocks_run: int = 0
     blocks_seen: int = 0
 
@@ -131,32 +135,39 @@ def skipping_ffns(model: PreTrainedModel, *, post_ffn_norm: bool) -> Iterator[Sk
 def calibrate_threshold(model: PreTrainedModel, state: SkipState, ids_BL: torch.Tensor, share: float) -> float:
     """Set the threshold at which `share` of the FFN blocks run on these tokens; returns the share that it gives.
 
-    The cosines are those of a pass in which nothing is skipped. Where even the least that can run is more than
-    `share`, that least is taken.
+    Candidates are the cosines of a pass in which nothing is skipped; a bisection tries them in passes that do skip,
+    since every skipped block moves what later layers see. Where even the least that can run is more than `share`, that
+    least is taken.
     """
-    state.threshold, state.similarities = ALWAYS, []
-    for batch in ids_BL.split(8):
-        model(batch.to(model.device), use_cache=False, logits_to_keep=1)
-    middle = state.num_layers - 2 * state.cold
-    recorded, state.similarities = state.similarities, None
-    cosine_MT = torch.stack([torch.cat(recorded[layer::middle]) for layer in range(middle)]) if middle else None
-    state.restart()
-    if cosine_MT is None:
+    batches = ids_BL[: max(1, CALIBRATION_TOKENS // ids_BL.shape[1])].split(8)
+    candidates = _cosines(model, state, batches)
+    if not len(candidates):
         return 1.0
-    candidates = cosine_MT[cosine_MT > NEVER].sort().values
     low, high = 0, len(candidates) - 1
-    while low < high:  # the share that runs grows with the threshold
+    tried: dict[float, float] = {}
+    for _ in range(BISECTIONS):
         at = (low + high) // 2
-        if _share_at(cosine_MT, float(candidates[at]), state) < share:
-            low = at + 1
-        else:
-            high = at
-    state.threshold = float(candidates[low])
-    return _share_at(cosine_MT, state.threshold, state)
+        state.threshold = float(candidates[at])
+        _run(model, batches)
+        tried[state.threshold] = state.share_run
+        state.restart()
+        low, high = (at + 1, high) if tried[state.threshold] < share else (low, at)
+        if low >= high:
+            break
+    state.threshold = min(tried, key=lambda threshold: abs(tried[threshold] - share))
+    return tried[state.threshold]
 
 
-def _share_at(cosine_MT: torch.Tensor, threshold: float, state: SkipState) -> float:
-    """Part of all blocks that run: the cold ones, and of the middle those up to the first saturated one."""
-    reached_MT = (cosine_MT >= threshold).cumsum(0) > 0
-    run_in_the_middle = cosine_MT.shape[0] - float(reached_MT[:-1].sum(0).float().mean())
-    return (2 * state.cold + run_in_the_middle) / state.num_layers
+def _cosines(model: PreTrainedModel, state: SkipState, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The cosines of all middle blocks and tokens when nothing is skipped, sorted."""
+    state.threshold, state.similarities = ALWAYS, []
+    _run(model, batches)
+    recorded, state.similarities = state.similarities, None
+    state.restart()
+    found = torch.cat(recorded) if recorded else torch.zeros(0)
+    return found[found > NEVER].sort().values
+
+
+def _run(model: PreTrainedModel, batches: Sequence[torch.Tensor]) -> None:
+    for batch in batches:
+        model(batch.to(model.device), use_cache=False, logits_to_keep=1)

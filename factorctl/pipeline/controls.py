@@ -177,7 +177,7 @@ def ffn_skip(kit: ControlKit) -> Iterator[Runner]:
         with kit.progress.stage("Calibrating FFN-SkipLLM"):
             share = calibrate_threshold(model, state, kit.ids_BL, kit.shape.active_ffn_fraction)
         if share > kit.shape.active_ffn_fraction + 0.02:
-            kit.progress.note(f"FFN-SkipLLM: at least {share:.0%} of the FFN blocks run, the first and last ones always")
+            kit.progress.note(f"FFN-SkipLLM: at least {share:.0%} of the FFN blocks run, the outer ones always")
         yield Runner(model, lambda: state.share_run, state.restart)
 
 
@@ -206,6 +206,8 @@ class Control:
     calibrates: bool = False
     fast: bool = True
     reference: str | None = None
+    version: int = 1
+    """Raised whenever the same options give another model, so that no result of the old one is reused."""
 
 
 CONTROLS: Mapping[str, Control] = {
@@ -215,7 +217,7 @@ CONTROLS: Mapping[str, Control] = {
     "oracle_routing": Control("oracle routing", oracle_routing, needs_routing=True),
     "all_experts": Control("all experts on", all_experts, needs_routing=True),
     "ffn_skip": Control(
-        "FFN-SkipLLM", ffn_skip, calibrates=True, fast=False, reference="https://arxiv.org/abs/2404.03865"
+        "FFN-SkipLLM", ffn_skip, calibrates=True, fast=False, reference="https://arxiv.org/abs/2404.03865", version=2
     ),
     "moefication": Control(
         "MoEfication, untrained", moefication, fast=False, reference="https://arxiv.org/abs/2110.01786"

@@ -102,6 +102,8 @@ class EvalPlan:
         }
         if subject in CONTROLS:
             common |= {"reference": self.reference.sha256, "seed": self.config.seed}
+            if (version := CONTROLS[subject].version) > 1:
+                common["version"] = version
             if CONTROLS[subject].calibrates:
                 common |= {"calibration": self.calibration, "calibration_tokens": self.config.calibration_tokens}
         return common

@@ -170,11 +170,11 @@ def test_the_threshold_is_calibrated_to_the_share_that_runs(share: float, dense_
     model, ids = load_dense(dense_source(num_hidden_layers=8)), some_ids(rows=8, length=48)
     with skipping_ffns(model, post_ffn_norm=False) as state:
         found = calibrate_threshold(model, state, ids, share)
-        assert found == pytest.approx(share, abs=0.02)
+        assert found == pytest.approx(share, abs=0.01)
         assert state.blocks_seen == 0, "calibration is not counted"
         with torch.no_grad():
             model(ids)
-        assert state.share_run == pytest.approx(share, abs=0.1), "skipping moves what later layers see a little"
+        assert state.share_run == pytest.approx(found, abs=1e-3), "what skipping does to later layers is counted in"
 
 
 def test_a_share_below_what_always_runs_gives_the_least(dense_source: DenseSource) -> None:
@@ -182,3 +182,9 @@ def test_a_share_below_what_always_runs_gives_the_least(dense_source: DenseSourc
     with skipping_ffns(model, post_ffn_norm=False) as state:
         found = calibrate_threshold(model, state, ids, 0.1)
     assert 3 / 8 <= found < 0.5
+
+
+def test_a_model_without_middle_layers_skips_nothing(dense_source: DenseSource) -> None:
+    model = load_dense(dense_source())
+    with skipping_ffns(model, post_ffn_norm=False) as state:
+        assert calibrate_threshold(model, state, some_ids(), 0.5) == 1.0
