@@ -14,8 +14,8 @@ from injection import die_at, refused_at
 from verbs import ROWS, Bench, sampled
 
 TAKES_SPACE = ("open", "write", "fsync", "mkdir", "rename")
-PIECES = {"factorize": 9, "factorize, calibrated": 25, "finetune": 41, "export gguf": 5}
-CALLS = {"factorize": 2, "factorize, calibrated": 6, "finetune": 8, "export gguf": 2}
+PIECES = {"factorize": 13, "factorize, calibrated": 31, "finetune": 53, "export gguf": 7}
+CALLS = {"factorize": 3, "factorize, calibrated": 8, "finetune": 12, "export gguf": 3}
 """By default every n-th piece of a file and every n-th other call, so that the whole stays within minutes."""
 
 
@@ -23,7 +23,7 @@ def tried(points: tuple[str, ...], name: str, every_fault: bool, times: int = 1)
     """Which points of a run are tried; `times` thins the sample out."""
     if every_fault:
         return list(range(len(points)))
-    return sampled(points, pieces=times * PIECES.get(name, 17), calls=times * CALLS.get(name, 4))
+    return sampled(points, pieces=times * PIECES.get(name, 25), calls=times * CALLS.get(name, 6))
 
 
 @pytest.mark.parametrize("replaces", [False, True], ids=["new", "replacing"])
