@@ -218,12 +218,14 @@ def test_reports_on_the_checkpoint_enter_the_card(native: Path, tmp_path: Path) 
     sha256 = read_manifest(native).sha256
     workspace = tmp_path / "runs"
     workspace.mkdir()
-    (workspace / "eval.json").write_text(json.dumps({"manifest_sha256": sha256, "perplexity": {"wikitext": 31.25}}))
-    (workspace / "other.json").write_text(json.dumps({"manifest_sha256": "0" * 64, "perplexity": {"wikitext": 1.0}}))
+    for name, about, perplexity in (("eval", sha256, 31.25), ("other", "0" * 64, 1.0)):
+        measured = {"perplexity": {"wikitext": {"dense": 20.5, "model": perplexity}}, "tasks": {}}
+        report = {"manifest_sha256": about, **measured, "average": {"kept": None}}
+        (workspace / f"{name}.json").write_text(json.dumps(report))
     export_unchecked(ExportConfig(checkpoint=native, out=tmp_path / "out", workspace=workspace))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| perplexity.wikitext | 31.25 |" in card
-    assert "| perplexity.wikitext | 1 |" not in card
+    assert "| perplexity, wikitext | 20.5 | 31.25 | |" in card
+    assert "| perplexity, wikitext | 20.5 | 1 | |" not in card
 
 
 @pytest.mark.parametrize("size", ["0", "2 miles", "-1GB"])
