@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.publishing import write_file
+from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import ProfileConfig
 from factorctl.errors import ResourceError
 from factorctl.models.building import factored_ffns
