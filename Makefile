@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo   the whole pipeline on a small real model"
 	@echo "make test   the test suite"
-	@echo "make lint   linters, types, and whether docs/cli.md is up to date"
-	@echo "make docs   write docs/cli.md from --help"
+	@echo "make lint   linters, types, and whether generated pages are up to date"
+	@echo "make docs   write docs/cli.md from --help, and the tables of docs/scale.md"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,9 +30,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/render_cli.py --check
+	$(BIN)/python docs/render_scale.py --check
 
 docs: $(STAMP)
 	$(BIN)/python docs/render_cli.py
+	$(BIN)/python docs/render_scale.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
