@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from factorctl.checkpoint.manifest import Manifest
-from factorctl.config import FactorizeConfig, FinetuneConfig, factor_shape
+from factorctl.config import FinetuneConfig, factor_shape
 from factorctl.models.building import empty_dense_model, empty_factored_model, factored_ffns
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel, dense_model
-from factorctl.pipeline.factorize import PROCESS_BYTES
+from factorctl.pipeline.factorize import peak_bytes, shard_of
 from factorctl.pipeline.finetune_plan import expected_memory
 from factorctl.profiling.flops import count_flops
 from factorctl.profiling.sizes import ModelSizes
@@ -81,17 +81,12 @@ def training_memory(dense: DenseModel, *, gpus: int, lean: bool) -> int:
 
 def factorize_memory(dense: DenseModel, *, calibrated: bool) -> int:
     """Peak bytes of `factorize` as its plan estimates them, for a bf16 checkpoint."""
-    sizes: dict[str, int] = {}
+    shards: dict[str, int] = {}
     for name, parameter in empty_dense_model(dense).named_parameters():
-        key = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else "rest"
-        sizes[key] = sizes.get(key, 0) + 2 * parameter.numel()
-    inner, width = dense.intermediate_size, dense.hidden_size
-    ffn = 3 * inner * width * 4
-    total = PROCESS_BYTES + 3 * max(sizes.values()) + 2 * ffn
-    if calibrated:
-        tokens = FactorizeConfig("", 8, calibration_tokens=CALIBRATION_TOKENS).calibration_tokens
-        total += 6 * tokens * width * 4 + 2 * ffn + 4 * 4096 * inner * 4 + 4 * inner**2 * 8
-    return total
+        shard = shard_of(name)
+        shards[shard] = shards.get(shard, 0) + 2 * parameter.numel()
+    tokens = CALIBRATION_TOKENS if calibrated else 0
+    return peak_bytes(dense, max(shards.values()), calibration_tokens=tokens, refit=calibrated)
 
 
 def training_flops_per_token(dense: DenseModel) -> float:

@@ -1,4 +1,4 @@
-"""How much memory a process may still take: the machine's, or what its container leaves."""
+"""How much memory a process takes before its work begins, and how much it may still take."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import psutil
 
+PROCESS_BYTES = 700_000_000
+"""Resident size of the interpreter with torch and transformers loaded, before any weight."""
 CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -24,7 +24,7 @@ from factorctl.config import FactorizeConfig, factor_shape
 from factorctl.contracts import PartitionStrategy, Stat, check_option_names
 from factorctl.data.blocks import TokenBlocks
 from factorctl.errors import IntegrityError, ResourceError, UsageError
-from factorctl.memory import available_memory
+from factorctl.memory import PROCESS_BYTES, available_memory
 from factorctl.models.building import empty_dense_model
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel, ffn_prefix, layer_prefix, read_dense_model
@@ -38,9 +38,6 @@ from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
 from factorctl.pipeline.time_estimate import factorize_seconds
 from factorctl.pipeline.workspace import cache_directory, output_path
 from factorctl.progress import Progress
-
-PROCESS_BYTES = 700_000_000
-"""Resident size of the interpreter with torch and transformers loaded, before any weight."""
 
 
 @dataclass(frozen=True)
@@ -148,21 +145,31 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
 
 
 def estimate_memory(plan: FactorizePlan, reader: CheckpointReader) -> int:
-    """Peak resident bytes: the process, the largest shard in three forms, and the calibration stream.
+    """Peak resident bytes of the planned run."""
+    shards: dict[str, int] = {}
+    for name, entry in reader.entries.items():
+        shard = shard_of(name)
+        shards[shard] = shards.get(shard, 0) + entry.nbytes
+    tokens = plan.config.calibration_tokens if plan.calibrates else 0
+    return peak_bytes(plan.dense, max(shards.values()), calibration_tokens=tokens, refit=plan.config.refit)
+
+
+def shard_of(name: str) -> str:
+    """What is held at once: a decoder layer, or everything outside of them."""
+    return ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else "rest"
+
+
+def peak_bytes(dense: DenseModel, largest_shard: int, *, calibration_tokens: int, refit: bool) -> int:
+    """The process, the largest shard in three forms, and the calibration stream.
 
     A layer is held as read, as factored and as the bytes to be written; its FFN once more in float32 for the check.
     """
-    sizes: dict[str, int] = {}
-    for name, entry in reader.entries.items():
-        key = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else "rest"
-        sizes[key] = sizes.get(key, 0) + entry.nbytes
-    dense, config = plan.dense, plan.config
     ffn_float32 = 3 * dense.intermediate_size * dense.hidden_size * 4
-    total = PROCESS_BYTES + 3 * max(sizes.values()) + 2 * ffn_float32
-    if plan.calibrates:
-        total += 6 * config.calibration_tokens * dense.hidden_size * 4 + 2 * ffn_float32
+    total = PROCESS_BYTES + 3 * largest_shard + 2 * ffn_float32
+    if calibration_tokens:
+        total += 6 * calibration_tokens * dense.hidden_size * 4 + 2 * ffn_float32
         total += 4 * 4096 * dense.intermediate_size * 4
-    if config.refit:
+    if refit:
         total += 4 * dense.intermediate_size**2 * 8
     return total
 

@@ -18,7 +18,7 @@ from factorctl.checkpoint.sources import Source, resolve
 from factorctl.config import FinetuneConfig
 from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, DataSpec, parse_data_spec
 from factorctl.errors import ResourceError, UsageError
-from factorctl.memory import available_memory
+from factorctl.memory import PROCESS_BYTES, available_memory
 from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint
@@ -33,8 +33,6 @@ from factorctl.training.presets import Recipe, batch_tokens_of, recipe_of
 from factorctl.training.sharding import sharding_asked_for
 from factorctl.training.teacher import require_cuda_for
 
-PROCESS_BYTES = 700_000_000
-"""Resident size of the interpreter with torch and transformers loaded, before any weight."""
 _PLACES = frozenset({"out", "workspace", "overwrite", "resume", "track", "save_every", "checkpoint", "max_epochs"})
 """Parts of the configuration that decide where things go, not what they are."""
 _HOW = frozenset({"micro_batch", "gradient_checkpointing", "compile"})
