@@ -81,7 +81,7 @@ def refuse_blocked(dense: DenseModel, spec: FactoredSpec, target: ExportTarget, 
     if not found:
         return
     able = [name for name in get_args(ExportTarget) if not blockers(dense, spec, name, exact=exact)]
-    few_bits = "; for routed experts in few bits: --to gguf --quant q8_0" if target.startswith("bnb") else ""
+    few_bits = "; few bits for engines: --to gguf --quant q8_0" if target.startswith("bnb") else ""
     raise UsageError(
         f"--to {target} cannot hold this model: " + "; ".join(str(blocker) for blocker in found),
         f"targets that can: {', '.join('--to ' + name for name in able)}; the native checkpoint can as well{few_bits}",
@@ -90,11 +90,8 @@ def refuse_blocked(dense: DenseModel, spec: FactoredSpec, target: ExportTarget, 
 
 def blockers(dense: DenseModel, spec: FactoredSpec, target: ExportTarget, *, exact: bool = False) -> list[Blocker]:
     """What stands in the way of `target`; empty means that it can be written."""
-    if target == "dense":
+    if not becomes_mixture(target, spec):
         return []
-    everywhere = spec.shape.top_k in (0, spec.shape.num_experts)
-    if target in ("bnb-4bit", "bnb-8bit"):
-        return [] if everywhere else _bnb_blockers(spec)
     if spec.shape.top_k == 0:
         return [Blocker("top_k", 0, "no expert ever runs, which is a dense model of the shared neurons")]
     if dense.family.model_type.startswith("gemma"):
@@ -102,7 +99,7 @@ def blockers(dense: DenseModel, spec: FactoredSpec, target: ExportTarget, *, exa
         return [Blocker("model_type", dense.family.model_type, reason)]
     features = features_of(dense)
     found = _common_blockers(features, spec, exact=exact)
-    return found + (_hf_blockers if target == "hf" else _gguf_blockers)(dense, spec, features)
+    return found + (_gguf_blockers if target == "gguf" else _hf_blockers)(dense, spec, features)
 
 
 def _common_blockers(features: Features, spec: FactoredSpec, *, exact: bool) -> list[Blocker]:
@@ -145,12 +142,11 @@ def _gguf_blockers(dense: DenseModel, spec: FactoredSpec, features: Features) ->
     return []
 
 
-def _bnb_blockers(spec: FactoredSpec) -> list[Blocker]:
-    reason = (
-        "transformers quantises nn.Linear only, on writing and on loading, and holds the experts of every "
-        "mixture-of-experts language model as fused 3-D parameters: no such directory could be reloaded"
-    )
-    return [Blocker("top_k", spec.shape.top_k, reason)]
+def becomes_mixture(target: ExportTarget, spec: FactoredSpec) -> bool:
+    """Whether the target is a stock mixture of experts; bitsandbytes' are dense where nothing is routed."""
+    if target in ("bnb-4bit", "bnb-8bit"):
+        return 0 < spec.shape.top_k < spec.shape.num_experts
+    return target != "dense"
 
 
 def needs_router_scaling(spec: FactoredSpec) -> bool:

@@ -37,7 +37,11 @@ class CardFacts:
     """What the export was compared in."""
     agreement: Agreement | None
     notes: Sequence[str] = ()
+    memory_bytes: int | None = None
+    """Of the loaded weights, where the engine says it."""
     gguf_file: str | None = None
+    needs_factorctl: bool = False
+    """Whether `factorctl.load` has to load it: experts that are routed and quantised."""
     licence: str | None = None
     reports: Mapping[str, str] = field(default_factory=dict)
     """Title -> Markdown table, from reports on the parent checkpoint."""
@@ -95,11 +99,18 @@ def _what_it_is(parent: Manifest, facts: CardFacts) -> str:
             f"- Base model: {source['id']}{revision}, {what}",
             f"- Method: [FactorLLM]({METHOD}), by factorctl {parent.tool_version} ({parent.stage}); gate "
             f"`{factored['gate']}`, scale `{factored['scale']}`.",
-            f"- Format: {facts.config['target']}, architecture `{facts.architecture}`, {facts.dtype} weights, "
-            "no custom code.",
+            _format(facts),
             f"- Licence: {licence}.",
             *(f"- {note[0].upper()}{note[1:]}." for note in facts.notes),
         ]
+    )
+
+
+def _format(facts: CardFacts) -> str:
+    held = "" if facts.memory_bytes is None else f", {facts.memory_bytes / 1e6:.1f} MB of memory when loaded"
+    code = "loaded by `factorctl.load`, as the stock class" if facts.needs_factorctl else "no custom code"
+    return (
+        f"- Format: {facts.config['target']}, architecture `{facts.architecture}`, {facts.dtype} weights{held}, {code}."
     )
 
 
@@ -121,9 +132,15 @@ def _usage(facts: CardFacts) -> str:
             f'llama-cli -m {facts.gguf_file} -p "Once upon a time"\n'
             "ollama create my-model -f Modelfile && ollama run my-model\n```"
         )
+    loader = "factorctl.load" if facts.needs_factorctl else "AutoModelForCausalLM.from_pretrained"
+    imports = (
+        "import factorctl\nfrom transformers import AutoTokenizer"
+        if facts.needs_factorctl
+        else "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    )
     return (
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\nmodel = AutoModelForCausalLM.from_pretrained("PATH")\n'
+        f"## Use\n\n```python\n{imports}\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH")\nmodel = {loader}("PATH")\n'
         'ids = tokenizer("Once upon a time", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))\n```"
     )

@@ -10,8 +10,13 @@ import torch
 
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import ExportConfig
-from factorctl.exporting.architectures import architecture_for, gguf_architecture, needs_router_scaling
-from factorctl.exporting.bnb_layout import Bits, BnbLayout, quantization_config
+from factorctl.exporting.architectures import (
+    architecture_for,
+    becomes_mixture,
+    gguf_architecture,
+    needs_router_scaling,
+)
+from factorctl.exporting.bnb_layout import BnbLayout, quantization_config, storage_name
 from factorctl.exporting.comparison import Fidelity
 from factorctl.exporting.dense_layout import DenseLayout, dense_config
 from factorctl.exporting.features import features_of
@@ -20,7 +25,9 @@ from factorctl.exporting.gguf_tensors import PLAIN_QUANTS, GgufLayout, chosen_qu
 from factorctl.exporting.shards import Layout
 from factorctl.exporting.stock_config import stock_config
 from factorctl.exporting.stock_tensors import NativeUnits, StockLayout
+from factorctl.models.bnb_storage import Bits
 from factorctl.models.loading import NativeCheckpoint
+from factorctl.models.paths import can_group
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -39,6 +46,8 @@ class Form:
     top_k: int
     """Active experts of the native model that this form equals: all of them for `--to dense`."""
     fidelity: Fidelity
+    quantised_experts: str | None = None
+    """How routed experts are stored where that takes `factorctl.load` to load them: `nf4` or `int8`."""
 
 
 def form_for(
@@ -53,8 +62,13 @@ def form_for(
         return _stock_form(checkpoint, config, reader, shifts)
     if config.target == "gguf":
         return _gguf_form(checkpoint, config, reader, shifts)
-    form = _dense_form(checkpoint, config, reader)
-    return form if config.target == "dense" else _quantised(form, 4 if config.target == "bnb-4bit" else 8)
+    if config.target == "dense":
+        return _dense_form(checkpoint, config, reader)
+    bits: Bits = 4 if config.target == "bnb-4bit" else 8
+    if not becomes_mixture(config.target, checkpoint.spec):
+        return _quantised(_dense_form(checkpoint, config, reader), bits)
+    form = _quantised(_stock_form(checkpoint, config, reader, shifts, fused=True), bits)
+    return replace(form, quantised_experts=storage_name(bits))
 
 
 def stored_dtype(config: ExportConfig, reader: CheckpointReader) -> torch.dtype:
@@ -79,7 +93,12 @@ def _is_tied(checkpoint: NativeCheckpoint, config: ExportConfig) -> bool:
 
 
 def _stock_form(
-    checkpoint: NativeCheckpoint, config: ExportConfig, reader: CheckpointReader, shifts: Sequence[int]
+    checkpoint: NativeCheckpoint,
+    config: ExportConfig,
+    reader: CheckpointReader,
+    shifts: Sequence[int],
+    *,
+    fused: bool = False,
 ) -> Form:
     dense, spec = checkpoint.dense, checkpoint.spec
     arch, dtype = architecture_for(dense, spec), stored_dtype(config, reader)
@@ -87,7 +106,7 @@ def _stock_form(
     return Form(
         container="safetensors",
         architecture=arch.class_name,
-        layout=StockLayout(_native_units(checkpoint, reader), arch, folding, config.untie_lm_head),
+        layout=StockLayout(_native_units(checkpoint, reader), arch, folding, config.untie_lm_head, fused),
         config=stock_config(dense, spec, arch, dtype=dtype_name(dtype), tied=_is_tied(checkpoint, config)),
         dtype=dtype_name(dtype),
         top_k=spec.shape.top_k,
@@ -137,13 +156,13 @@ def _dense_form(checkpoint: NativeCheckpoint, config: ExportConfig, reader: Chec
 
 
 def _quantised(form: Form, bits: Bits) -> Form:
-    """A dense form with its linear layers as bitsandbytes stores them."""
-    assert isinstance(form.layout, DenseLayout)
+    """A form in full precision with its large weights as bitsandbytes stores them."""
+    assert isinstance(form.layout, DenseLayout | StockLayout)
     return replace(
         form,
         layout=BnbLayout(form.layout, bits),
         config={**form.config, "quantization_config": quantization_config(bits, form.dtype)},
-        dtype=f"{'nf4' if bits == 4 else 'int8'} and {form.dtype}",
+        dtype=f"{storage_name(bits)} and {form.dtype}",
         fidelity=Fidelity.INT4 if bits == 4 else Fidelity.INT8,
     )
 
@@ -172,8 +191,12 @@ def remarks(checkpoint: NativeCheckpoint, config: ExportConfig) -> list[str]:
         notes.append(f"all {shape.num_experts} experts are on in the dense model; the checkpoint runs {shape.top_k}")
     if config.target == "dense" and not is_untouched(checkpoint) and shape.top_k:
         notes.append("the weights were trained or refitted: this is no longer the source's dense model")
-    copies = dense.family.model_type == "qwen3" and shape.shared_size and config.target in ("hf", "gguf")
-    if copies:
+    is_mixture = becomes_mixture(config.target, spec)
+    if is_mixture and config.target.startswith("bnb"):
+        notes.append(
+            "transformers alone cannot load quantised experts: load with factorctl.load; for engines, --to gguf"
+        )
+    if is_mixture and dense.family.model_type == "qwen3" and shape.shared_size:
         active = shape.top_k * (shape.shared_size + shape.expert_size) / shape.active_neurons
         notes.append(
             f"Qwen3-MoE has no shared expert: the {shape.shared_size} shared neurons are copied into each of the "
@@ -184,9 +207,16 @@ def remarks(checkpoint: NativeCheckpoint, config: ExportConfig) -> list[str]:
             f"llama.cpp has no sliding window in this architecture: the context is cut to the window of "
             f"{features.window} tokens, within which the two are equal"
         )
-    if needs_router_scaling(spec) and config.target in ("hf", "gguf"):
+    if is_mixture and needs_router_scaling(spec):
         notes.append("gate hard counts every chosen expert fully; stock routers come near that, not to it")
     return notes
+
+
+def groups_experts(checkpoint: NativeCheckpoint, dtype: torch.dtype) -> bool:
+    """Whether transformers' default for experts (`grouped_mm`) takes this split: rows of a multiple of 16 bytes."""
+    dense, shape = checkpoint.dense, checkpoint.spec.shape
+    copied = shape.shared_size if dense.family.model_type == "qwen3" else 0
+    return can_group(dtype, dense.hidden_size, shape.expert_size + copied)
 
 
 def is_untouched(checkpoint: NativeCheckpoint) -> bool:

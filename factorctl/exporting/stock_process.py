@@ -1,7 +1,8 @@
 """Load an export with stock transformers and write its logits: a program of its own, run in a process of its own.
 
 It refuses every import of factorctl, so that what it loads, anybody can load. Run `python -I stock_process.py REQUEST`,
-where REQUEST is a JSON file: {"jobs": [{"directory", "dtype", "sequences", "prompts", "new_tokens", "logits"}]}.
+where REQUEST is a JSON file: {"jobs": [{"directory", "dtype", "sequences", "prompts", "new_tokens", "experts",
+"logits"}]}.
 Prints one JSON object per job; logits go to the safetensors file `logits`, a [tokens, vocabulary] tensor per sequence.
 """
 
@@ -22,26 +23,29 @@ class RefuseFactorctl:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Load one directory, account for its tensors, compute logits and greedy continuations."""
     import torch
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
+    chosen = {"experts_implementation": job["experts"]} if job["experts"] else {}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        job["directory"], dtype=getattr(torch, job["dtype"]), output_loading_info=True, local_files_only=True
+        job["directory"], dtype=getattr(torch, job["dtype"]), output_loading_info=True, local_files_only=True, **chosen
     )
     model, info = loaded
-    model.eval()
+    loading = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    return {"loading": loading, "memory_bytes": model.get_memory_footprint(), **computed(model.eval(), job)}
+
+
+def computed(model: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """What a loaded model makes of the job; its logits go to the file."""
+    import torch
+    from safetensors.torch import save_file
+
     with torch.no_grad():
         logits = {
             str(index): model(torch.tensor([ids])).logits[0].float() for index, ids in enumerate(job["sequences"])
         }
         save_file(logits, job["logits"])
         continuations = [greedy(model, prompt, job["new_tokens"]) for prompt in job["prompts"]]
-    return {
-        "class": type(model).__name__,
-        "loading": {kind: sorted(map(str, names)) for kind, names in info.items() if names},
-        "memory_bytes": model.get_memory_footprint(),
-        "continuations": continuations,
-    }
+    return {"class": type(model).__name__, "continuations": continuations}
 
 
 def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:

@@ -1,4 +1,7 @@
-"""Asking stock transformers, in a process that cannot import factorctl, what an export computes."""
+"""Asking stock transformers, in a process that cannot import factorctl, what an export computes.
+
+Routed experts in few bits are beyond stock transformers: of those alone a process that imports factorctl is asked.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ class StockJob:
     prompts: Sequence[Sequence[int]] = ()
     """Token ids that are continued greedily."""
     new_tokens: int = 0
+    experts: str | None = None
+    """transformers' `experts_implementation`; None takes its default."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,25 @@ def ask_stock(jobs: Sequence[StockJob]) -> list[StockAnswer]:
     Raises:
         StockReloadError: loading failed, or a tensor was missing, unexpected or misshaped.
     """
+    program = ["-I", str(Path(stock_process.__file__).resolve())]
+    return _ask(jobs, program, "stock transformers")
+
+
+def ask_quantised(jobs: Sequence[StockJob]) -> list[StockAnswer]:
+    """Load every directory with what `factorctl.load` uses for quantised experts, in a process of its own.
+
+    Raises:
+        StockReloadError: loading failed, or a tensor was missing, unexpected or misshaped.
+    """
+    return _ask(jobs, ["-m", "factorctl.exporting.quantised_process"], "factorctl.load")
+
+
+def _ask(jobs: Sequence[StockJob], program: Sequence[str], loader: str) -> list[StockAnswer]:
     with tempfile.TemporaryDirectory(prefix="factorctl-export-") as scratch:
         requests = [_request(job, Path(scratch) / f"{index}.safetensors") for index, job in enumerate(jobs)]
         request = Path(scratch) / "request.json"
         request.write_text(json.dumps({"jobs": requests}))
-        replies = _run(request)
+        replies = _run([*program, str(request)], loader)
         return [_answer(job, reply, made["logits"]) for job, reply, made in zip(jobs, replies, requests, strict=True)]
 
 
@@ -68,14 +87,15 @@ def _request(job: StockJob, logits: Path) -> dict[str, Any]:
         "sequences": [list(ids) for ids in job.sequences],
         "prompts": [list(ids) for ids in job.prompts],
         "new_tokens": job.new_tokens,
+        "experts": job.experts,
         "logits": str(logits),
     }
 
 
-def _run(request: Path) -> list[dict[str, Any]]:
+def _run(program: Sequence[str], loader: str) -> list[dict[str, Any]]:
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     finished = subprocess.run(
-        [sys.executable, "-I", str(Path(stock_process.__file__).resolve()), str(request)],
+        [sys.executable, *program],
         capture_output=True,
         text=True,
         check=False,
@@ -83,7 +103,7 @@ def _run(request: Path) -> list[dict[str, Any]]:
     )
     if finished.returncode:
         lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
-        raise StockReloadError(f"stock transformers cannot load the export: {lines[-1]}", _REPORT)
+        raise StockReloadError(f"{loader} cannot load the export: {lines[-1]}", _REPORT)
     return [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
 
 

@@ -1,5 +1,7 @@
 """Tensor names of a stock export: the per-expert names of transformers 4 where vLLM and llama.cpp read those.
 
+Quantised experts have the fused names of transformers 5, under which it holds them.
+
 A checkpoint is written in units: unit 0 holds embeddings, final norm and head; unit i + 1 holds decoder layer i.
 """
 
@@ -54,6 +56,8 @@ class StockLayout:
     arch: Architecture
     folding: Folding
     untie: bool = False
+    fused: bool = False
+    """Whether the experts of a layer are two tensors under the names of transformers 5."""
 
     @property
     def num_units(self) -> int:
@@ -67,7 +71,7 @@ class StockLayout:
         around = split_qkv(self.native.around_ffn(layer, read), features_of(self.native.dense))
         tensors = {name: self.folding.cast(tensor) for name, tensor in around.items()}
         ffn = self.folding.stock_ffn(layer, self.native.ffn(layer, read))
-        return tensors | ffn_tensors(ffn, self.arch, layer)
+        return tensors | (fused_ffn_tensors if self.fused else ffn_tensors)(ffn, self.arch, layer)
 
 
 def with_head(tensors: Tensors, untie: bool) -> Tensors:
@@ -100,6 +104,20 @@ def ffn_tensors(ffn: StockFFN, arch: Architecture, layer: int) -> Tensors:
     return tensors | _qwen2_shared(ffn, f"{ffn_prefix(layer)}.") if arch is QWEN2 else tensors
 
 
+def fused_ffn_tensors(ffn: StockFFN, arch: Architecture, layer: int) -> Tensors:
+    """The FFN of one layer under the names that transformers 5 gives its parameters in memory."""
+    is_granite = arch is GRANITE
+    block = f"{layer_prefix(layer)}block_sparse_moe." if is_granite else f"{ffn_prefix(layer)}."
+    tensors = {
+        f"{block}{'router' if is_granite else 'gate'}.weight": ffn.router_ND,
+        f"{block}experts.gate_up_proj": torch.cat([ffn.gate_NHD, ffn.up_NHD], dim=1),
+        f"{block}experts.down_proj": ffn.down_NDH,
+    }
+    if is_granite:
+        return tensors | _granite_shared(ffn, layer_prefix(layer))
+    return tensors | _qwen2_shared(ffn, block) if arch is QWEN2 else tensors
+
+
 def _per_expert(ffn: StockFFN, prefix: str, *, gate: str, up: str, down: str) -> Tensors:
     tensors = {f"{prefix}gate.weight": ffn.router_ND}
     for stem, stacked in ((gate, ffn.gate_NHD), (up, ffn.up_NHD), (down, ffn.down_NDH)):
@@ -108,13 +126,19 @@ def _per_expert(ffn: StockFFN, prefix: str, *, gate: str, up: str, down: str) ->
 
 
 def _granite(ffn: StockFFN, prefix: str) -> Tensors:
-    assert ffn.shared_gate_SD is not None
-    assert ffn.shared_up_SD is not None
-    assert ffn.shared_down_DS is not None
     return {
         f"{prefix}block_sparse_moe.router.layer.weight": ffn.router_ND,
         f"{prefix}block_sparse_moe.input_linear.weight": torch.cat([ffn.gate_NHD, ffn.up_NHD], dim=1),
         f"{prefix}block_sparse_moe.output_linear.weight": ffn.down_NDH,
+        **_granite_shared(ffn, prefix),
+    }
+
+
+def _granite_shared(ffn: StockFFN, prefix: str) -> Tensors:
+    assert ffn.shared_gate_SD is not None
+    assert ffn.shared_up_SD is not None
+    assert ffn.shared_down_DS is not None
+    return {
         f"{prefix}shared_mlp.input_linear.weight": torch.cat([ffn.shared_gate_SD, ffn.shared_up_SD]),
         f"{prefix}shared_mlp.output_linear.weight": ffn.shared_down_DS,
     }

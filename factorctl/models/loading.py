@@ -40,7 +40,7 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> NativeCheckpoint:
     if manifest.kind != "native":
         raise UsageError(
             f"{path} is an export, not a native checkpoint",
-            "load it with transformers' AutoModelForCausalLM.from_pretrained, or give the checkpoint it was made from",
+            f"load it with {_loader_of(manifest)}, or give the checkpoint it was made from",
         )
     for _ in check_files(path, manifest, hashes=verify):
         pass
@@ -58,6 +58,15 @@ def open_checkpoint(path: Path, *, verify: bool = True) -> NativeCheckpoint:
         origin=str(path / "config.json"),
     )
     return NativeCheckpoint(path, manifest, dense, spec)
+
+
+def _loader_of(export: Manifest) -> str:
+    return "factorctl.load" if holds_quantised_experts(export) else "transformers' AutoModelForCausalLM.from_pretrained"
+
+
+def holds_quantised_experts(manifest: Manifest) -> bool:
+    """Whether this is an export that stock `from_pretrained` refuses and `load` loads."""
+    return manifest.kind == "export" and manifest.details.get("quantised_experts") is not None
 
 
 def native_config(dense: DenseModel, spec: FactoredSpec) -> dict[str, object]:
@@ -81,6 +90,9 @@ def load(
 ) -> PreTrainedModel:
     """A factored checkpoint as a transformers causal language model that `generate()`s with a KV cache.
 
+    An export of routed experts by `--to bnb-4bit` or `--to bnb-8bit` is loaded as well: as the stock model class, its
+    experts quantised in memory. Every other export loads with transformers alone.
+
     Args:
         path: a native checkpoint directory.
         top_k: another number of active experts than the checkpoint's; all of them is the dense model.
@@ -89,21 +101,45 @@ def load(
         verify: check every file's sha256 first.
 
     Raises:
-        UsageError: no native checkpoint here, or `top_k` does not fit.
+        UsageError: nothing here that `load` loads, or `top_k` does not fit.
         IntegrityError: a file or tensor is damaged, missing, unexpected or misshaped.
 
     Example:
         >>> model = factorctl.load("runs/demo-1R4E2K")
         >>> model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=20)
     """
-    checkpoint = open_checkpoint(Path(path), verify=verify)
+    path = Path(path)
+    if holds_quantised_experts(read_manifest(path)):
+        return _load_export(path, top_k=top_k, scale=scale, dtype=dtype, device=device, verify=verify)
+    checkpoint = open_checkpoint(path, verify=verify)
     spec = checkpoint.spec
     if top_k is not None or scale is not None:
         spec = spec.with_top_k(spec.shape.top_k if top_k is None else top_k, scale)
     model = empty_factored_model(checkpoint.dense, spec)
     fill(model, CheckpointReader(checkpoint.path), dtype=dtype, device=device)
-    _adopt_generation_config(model, checkpoint.path)
+    adopt_generation_config(model, checkpoint.path)
     return model
+
+
+def _load_export(
+    path: Path,
+    *,
+    top_k: int | None,
+    scale: ScaleRule | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    verify: bool,
+) -> PreTrainedModel:
+    from factorctl.models.quantised_loading import load_quantised  # which imports this module
+
+    if top_k is not None or scale is not None:
+        raise UsageError(
+            f"{path} is an export: its number of active experts and its scale are fixed",
+            "load the checkpoint it was made from, or export that with another top_k",
+        )
+    for _ in check_files(path, read_manifest(path), hashes=verify):
+        pass
+    return load_quantised(path, dtype=dtype, device=device)
 
 
 def load_dense(
@@ -116,11 +152,16 @@ def load_dense(
     """
     model = empty_dense_model(read_dense_model(directory))
     fill(model, CheckpointReader(directory), dtype=dtype, device=device)
-    _adopt_generation_config(model, directory)
+    adopt_generation_config(model, directory)
     return model
 
 
-def _adopt_generation_config(model: PreTrainedModel, directory: Path) -> None:
+def adopt_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    """Take the defaults of `generate()` from the directory, where it has any.
+
+    Raises:
+        IntegrityError: the file is damaged.
+    """
     if not (directory / "generation_config.json").is_file():
         return
     try:

@@ -19,10 +19,10 @@ from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import Source
 from factorctl.config import ExportConfig
 from factorctl.errors import ResourceError, UsageError
-from factorctl.exporting.architectures import needs_router_scaling, refuse_blocked
+from factorctl.exporting.architectures import becomes_mixture, needs_router_scaling, refuse_blocked
 from factorctl.exporting.card import CardFacts, export_card, licence_of
 from factorctl.exporting.folding import scale_rounding
-from factorctl.exporting.forms import cast_to, form_for, is_untouched, remarks
+from factorctl.exporting.forms import cast_to, form_for, is_untouched, remarks, stored_dtype
 from factorctl.exporting.gguf_writer import GgufWriter
 from factorctl.exporting.gguf_writing import GGUF_NAME
 from factorctl.exporting.hard_gate import FP16_MAX_SHIFT, MAX_SHIFT, RouterScaling, choose_shifts
@@ -32,7 +32,7 @@ from factorctl.exporting.push import prepare_push, push
 from factorctl.exporting.reports import report_tables
 from factorctl.exporting.safetensors_writer import SafetensorsWriter
 from factorctl.exporting.verification_text import random_sequences, text_sequences
-from factorctl.memory import available_memory
+from factorctl.memory import PROCESS_BYTES, available_memory
 from factorctl.models.families import ffn_prefix
 from factorctl.models.loading import open_checkpoint
 from factorctl.pipeline.calibration_data import load_tokenizer
@@ -41,8 +41,6 @@ from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
 from factorctl.pipeline.workspace import newest_checkpoint, output_path
 from factorctl.progress import Progress
 
-PROCESS_BYTES = 700_000_000
-"""Resident size of the interpreter with torch and transformers loaded, before any weight."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -253,11 +251,12 @@ def _reference(job: ExportJob) -> NativeReference:
 
 def _router_scaling(job: ExportJob, reference: NativeReference) -> RouterScaling | None:
     """Shifts for gate `hard` at K > 1, chosen on the router logits of the reference run."""
-    if job.config.target not in ("hf", "gguf") or not needs_router_scaling(job.checkpoint.spec):
+    spec = job.checkpoint.spec
+    if not (becomes_mixture(job.config.target, spec) and needs_router_scaling(spec)):
         return None
-    is_narrow = job.form.dtype == "float16"
-    top_k = job.checkpoint.spec.shape.top_k
-    return choose_shifts(reference.router_logits, top_k, max_shift=FP16_MAX_SHIFT if is_narrow else MAX_SHIFT)
+    is_narrow = stored_dtype(job.config, job.reader) is torch.float16
+    max_shift = FP16_MAX_SHIFT if is_narrow else MAX_SHIFT
+    return choose_shifts(reference.router_logits, spec.shape.top_k, max_shift=max_shift)
 
 
 def _with_shifts(plan: ExportPlan, scaling: RouterScaling) -> ExportPlan:
@@ -297,7 +296,9 @@ def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
         engine=verified.engine,
         agreement=verified.agreement,
         notes=plan.notes,
+        memory_bytes=verified.memory_bytes if job.form.quantised_experts else None,
         gguf_file=GGUF_NAME if job.form.container == "gguf" else None,
+        needs_factorctl=job.form.quantised_experts is not None,
         reports=report_tables(
             [job.config.workspace, job.config.workspace / "reports", job.checkpoint.path.parent],
             job.checkpoint.manifest.sha256,
@@ -339,6 +340,8 @@ def _manifest(plan: ExportPlan, verified: Verified, scaling: RouterScaling | Non
             "architecture": form.architecture,
             "format": plan.job.config.target,
             "dtype": form.dtype,
+            "quantised_experts": form.quantised_experts,
+            "memory_bytes": verified.memory_bytes,
             "engine": verified.engine,
             "agreement": None if verified.agreement is None else asdict(verified.agreement),
             "router_scaling": None if scaling is None else asdict(scaling),

@@ -48,7 +48,9 @@ REFUSED: list[tuple[str, DenseModel, FactoredSpec, ExportTarget, str, str]] = [
     ("gemma", model("gemma"), ROUTED, "hf", "model_type = 'gemma'", "--to dense"),
     ("gemma3", model("gemma3_text"), ROUTED, "gguf", "model_type = 'gemma3_text'", "--to dense"),
     ("no expert", model("llama"), with_k(SHARED, 0), "hf", "top_k = 0", "--to dense"),
-    ("bnb", model("llama"), ROUTED, "bnb-4bit", "top_k = 2", "--to gguf --quant q8_0"),
+    ("bnb gemma", model("gemma"), ROUTED, "bnb-4bit", "model_type = 'gemma'", "--to dense"),
+    ("bnb", model("llama", attention_bias=True), ROUTED, "bnb-8bit", "attention_bias = True", "--to gguf --quant q8_0"),
+    ("bnb hard", model("llama"), with_k(ROUTED, 2, "hard"), "bnb-4bit", "gate = 'hard'", "--to dense"),
     ("hard", model("llama"), with_k(ROUTED, 2, "hard"), "hf", "gate = 'hard'", "--to dense"),
 ]
 
@@ -73,6 +75,8 @@ HELD: list[tuple[str, DenseModel, FactoredSpec, ExportTarget]] = [
     ("hard at K = N", model("llama"), with_k(ROUTED, 4, "hard"), "hf"),
     ("fitted scales per layer", model("llama"), dataclasses.replace(ROUTED, scale="fitted", fitted_a=(0.5, 1.7)), "hf"),
     ("gemma dense", model("gemma2"), ROUTED, "dense"),
+    ("bnb, routed", model("llama"), ROUTED, "bnb-4bit"),
+    ("bnb, routed and shared", model("qwen3"), SHARED, "bnb-8bit"),
     ("bnb, all on", model("gemma2"), with_k(ROUTED, 4), "bnb-4bit"),
     ("bnb, none on", model("llama"), with_k(SHARED, 0), "bnb-8bit"),
 ]
