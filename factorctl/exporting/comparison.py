@@ -7,6 +7,7 @@ them: so a quarter of the sequences may exceed the limit.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -29,9 +30,17 @@ class Fidelity(StrEnum):
     """Rounded to 16 bits, multiplied by another number, or routed by a hard gate's stand-in."""
     INT8 = "8 bits"
     INT4 = "4 bits"
+    STEPS = "every weight within a quantisation step"
+    """Checked weight by weight, `quantised_check`; logits are stated and need only be finite."""
 
 
-RELATIVE_LIMITS = {Fidelity.EXACT: 2e-3, Fidelity.ROUNDED: 0.3, Fidelity.INT8: 0.4, Fidelity.INT4: 0.8}
+RELATIVE_LIMITS = {
+    Fidelity.EXACT: 2e-3,
+    Fidelity.ROUNDED: 0.3,
+    Fidelity.INT8: 0.4,
+    Fidelity.INT4: 0.8,
+    Fidelity.STEPS: sys.float_info.max,
+}
 """Largest rms logit error of a sequence, relative to the spread (std) of its logits. Unrelated logits give 1.4."""
 
 

@@ -68,7 +68,7 @@ def form_for(
     if not becomes_mixture(config.target, checkpoint.spec):
         return _quantised(_dense_form(checkpoint, config, reader), bits)
     form = _quantised(_stock_form(checkpoint, config, reader, shifts, fused=True), bits)
-    return replace(form, quantised_experts=storage_name(bits))
+    return replace(form, quantised_experts=storage_name(bits), fidelity=Fidelity.STEPS)
 
 
 def stored_dtype(config: ExportConfig, reader: CheckpointReader) -> torch.dtype:

@@ -56,6 +56,8 @@ class Verified:
     """None where no engine was at hand: the file was read back and compared instead."""
     memory_bytes: int | None = None
     """What the engine held for the weights after loading."""
+    notes: tuple[str, ...] = ()
+    """What the comparison has to say beyond its figures."""
 
 
 class Writer(Protocol):

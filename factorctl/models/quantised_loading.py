@@ -21,7 +21,7 @@ from factorctl.errors import IntegrityError, in_one_line
 from factorctl.models.bnb_storage import Bits, bits_of, is_fused, is_quantised, quantised, scales_name
 from factorctl.models.loading import adopt, adopt_generation_config, check_names, expected_tensors
 from factorctl.models.paths import can_group
-from factorctl.models.quantised_weights import EightBit, dequantise_once_per_pass, four_bit, hold
+from factorctl.models.quantised_weights import EightBit, FourBit, dequantise_once_per_pass, four_bit, hold
 
 
 def load_quantised(
@@ -56,6 +56,17 @@ def load_quantised(
     # As transformers marks such a model: it then refuses `model.to(dtype)`, which would round the scales.
     vars(model).update(is_quantized=True, quantization_method=QuantizationMethod.BITS_AND_BYTES)
     return model
+
+
+def dequantised(name: str, shape: torch.Size, bits: Bits, reader: CheckpointReader) -> torch.Tensor:
+    """One quantised weight in float32, as the loaded model computes it.
+
+    Raises:
+        IntegrityError: a part is missing or the state is that of another weight.
+    """
+    parts = {part: reader.read(part) for part in _parts(name, shape, bits)}
+    codes = parts.pop(name)
+    return _dequantiser(name, shape, parts, torch.float32)(codes)  # type: ignore[no-any-return]
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -109,13 +120,14 @@ def _hold(model: PreTrainedModel, name: str, parts: dict[str, torch.Tensor], dty
     path, _, parameter = name.rpartition(".")
     module = model.get_submodule(path)
     shape, codes = getattr(module, parameter).shape, parts.pop(name)
-    scales = parts.get(scales_name(name))
-    hold(
-        module,
-        parameter,
-        codes,
-        four_bit(parts, name, shape, dtype) if scales is None else EightBit(scales, shape, dtype),
-    )
+    hold(module, parameter, codes, _dequantiser(name, shape, parts, dtype))
+
+
+def _dequantiser(
+    name: str, shape: torch.Size, beside: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> FourBit | EightBit:
+    scales = beside.get(scales_name(name))
+    return four_bit(beside, name, shape, dtype) if scales is None else EightBit(scales, shape, dtype)
 
 
 def _avoid_unaligned_experts(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:

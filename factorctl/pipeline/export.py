@@ -208,6 +208,9 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
     ) as builder:
         plan.writer.write(builder, progress)
         verified = plan.writer.verify(builder, reference, progress)
+        for note in verified.notes:
+            progress.note(note)
+        plan = replace(plan, notes=(*plan.notes, *verified.notes))
         rounding = _scale_rounding(plan.job)
         builder.write_file("README.md", export_card(plan.job.checkpoint.manifest, _card_facts(plan, verified)).encode())
         manifest = builder.publish(_manifest(plan, verified, scaling, rounding))

@@ -22,7 +22,8 @@ from factorctl.checkpoint.manifest import read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import ExportConfig
 from factorctl.errors import IntegrityError, UsageError
-from factorctl.exporting.folding import Folding
+from factorctl.exporting import bnb_layout, safetensors_writer
+from factorctl.exporting.stock_reload import StockAnswer
 from factorctl.models.bnb_storage import is_quantised
 from factorctl.models.quantised_loading import load_quantised, weight_bytes
 
@@ -212,14 +213,42 @@ def test_the_command_states_size_and_closeness_and_how_to_load_it(
     assert "load it with factorctl.load" in refused.message
 
 
-def test_an_export_that_computes_something_else_is_not_published(
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_weight_that_strays_is_not_published(
+    target: str, exported: Callable[[Case, str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One expert's weights exchanged after quantising: the logits of a mixture need not show it."""
+    right = bnb_layout.quantised
+
+    def exchanged(name: str, weight: torch.Tensor, bits: Any) -> dict[str, torch.Tensor]:
+        is_one = name == "model.layers.1.mlp.experts.down_proj"
+        return right(name, weight.flip(0) if is_one and not weight.is_meta else weight, bits)
+
+    monkeypatch.setattr(bnb_layout, "quantised", exchanged)
+    outcome = cli("export", exported(CASES[0], "hf").native, "--to", target, "--out", tmp_path / "out")
+    assert outcome.code == 3
+    assert "tensor model.layers.1.mlp.experts.down_proj of the export is not what it stands for" in outcome.message
+    assert not list(tmp_path.iterdir())
+
+
+def test_answers_that_part_are_published_with_a_note_and_infinite_ones_are_not(
     exported: Callable[[Case, str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Folding.router
-    monkeypatch.setattr(Folding, "router", lambda self, layer, router_ND: right(self, layer, router_ND) * torch.inf)
-    outcome = cli("export", exported(CASES[0], "hf").native, "--to", "bnb-8bit", "--out", tmp_path / "out")
-    assert outcome.code != 0
-    assert not list(tmp_path.iterdir())
+    native, factor = exported(CASES[0], "hf").native, 5.0
+
+    def far(jobs: Any) -> list[StockAnswer]:
+        rows = [torch.arange(40.0).expand(len(ids), 40) * factor for ids in jobs[0].sequences]
+        return [StockAnswer("MixtralForCausalLM", rows, 1000)]
+
+    monkeypatch.setattr(safetensors_writer, "ask_quantised", far)
+    outcome = cli("export", native, "--to", "bnb-4bit", "--out", tmp_path / "out", "--format", "json")
+    assert outcome.code == 0, outcome.stderr
+    assert any("its routing is unstable" in note for note in outcome.json["notes"])
+    assert "its routing is unstable" in (tmp_path / "out" / "README.md").read_text().replace("Every", "every")
+    factor = float("nan")
+    refused = cli("export", native, "--to", "bnb-4bit", "--out", tmp_path / "nan")
+    assert refused.code == 1
+    assert "the export does not compute what the native model computes" in refused.message
 
 
 def test_a_hard_gate_comes_near_through_scaled_routers(tmp_path: Path, text_file: Path) -> None:
