@@ -163,4 +163,4 @@ def test_the_demo_is_a_recipe(tmp_path: Path) -> None:
     assert len(train) > 5 * len(held_out) > 100_000
     assert not set(train.splitlines()) & set(held_out.splitlines())
     labels = [stage.label for stage in demo_recipe(tmp_path).stages]
-    assert labels == ["factorize", "finetune", "eval", "profile", "export-hf", "export-gguf-q8_0"]
+    assert labels == ["factorize", "finetune", "eval", "profile", "export-hf", "export-gguf-f16"]
