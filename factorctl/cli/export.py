@@ -37,7 +37,7 @@ def export(
         typer.Option(
             "--to",
             help="hf: a stock transformers mixture of experts; gguf: llama.cpp and Ollama; dense: the source's "
-            "architecture; bnb-4bit, bnb-8bit: quantised by bitsandbytes.",
+            "architecture; bnb-4bit, bnb-8bit: quantised by bitsandbytes, routed experts for factorctl.load.",
         ),
     ] = "hf",
     quant: Annotated[

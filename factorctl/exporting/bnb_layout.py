@@ -34,11 +34,6 @@ class BnbLayout:
         return tensors
 
 
-def storage_name(bits: Bits) -> str:
-    """What bitsandbytes calls the values."""
-    return "nf4" if bits == 4 else "int8"
-
-
 def quantization_config(bits: Bits, dtype: str) -> dict[str, Any]:
     """What config.json says so that transformers loads the weights as they are stored."""
     if bits == 8:

@@ -16,7 +16,7 @@ from factorctl.exporting.architectures import (
     gguf_architecture,
     needs_router_scaling,
 )
-from factorctl.exporting.bnb_layout import BnbLayout, quantization_config, storage_name
+from factorctl.exporting.bnb_layout import BnbLayout, quantization_config
 from factorctl.exporting.comparison import Fidelity
 from factorctl.exporting.dense_layout import DenseLayout, dense_config
 from factorctl.exporting.features import features_of
@@ -25,7 +25,7 @@ from factorctl.exporting.gguf_tensors import PLAIN_QUANTS, GgufLayout, chosen_qu
 from factorctl.exporting.shards import Layout
 from factorctl.exporting.stock_config import stock_config
 from factorctl.exporting.stock_tensors import NativeUnits, StockLayout
-from factorctl.models.bnb_storage import Bits
+from factorctl.models.bnb_storage import Bits, fused_config, storage_name
 from factorctl.models.loading import NativeCheckpoint
 from factorctl.models.paths import can_group
 
@@ -68,7 +68,8 @@ def form_for(
     if not becomes_mixture(config.target, checkpoint.spec):
         return _quantised(_dense_form(checkpoint, config, reader), bits)
     form = _quantised(_stock_form(checkpoint, config, reader, shifts, fused=True), bits)
-    return replace(form, quantised_experts=storage_name(bits), fidelity=Fidelity.STEPS)
+    stated = {**form.config, "quantization_config": fused_config(bits)}
+    return replace(form, config=stated, quantised_experts=storage_name(bits), fidelity=Fidelity.STEPS)
 
 
 def stored_dtype(config: ExportConfig, reader: CheckpointReader) -> torch.dtype:

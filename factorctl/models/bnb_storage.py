@@ -9,18 +9,19 @@
 STEM is NAME without `.weight`. Linear layers are stored as transformers stores them. Fused experts, [N, rows, columns]
 and one parameter of a module, are stored as bitsandbytes' own `nn.parametrize` saves such parameters, in 8 bits as
 [N*rows, columns]. Both differ in shape from the parameter, so stock transformers, whose switch quantises `nn.Linear`
-only, raises a size mismatch instead of taking codes for weights.
+only, raises a size mismatch instead of taking codes for weights; `fused_config` sees to that.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 Bits = Literal[4, 8]
+FUSED_METHOD = "factorctl-bitsandbytes"
 BLOCK_SIZE = 64
 """Weights that share one scale in 4 bits."""
 QUANT_STATE_BYTES = 100
@@ -47,12 +48,27 @@ def quantised(name: str, weight: torch.Tensor, bits: Bits) -> dict[str, torch.Te
     return _in_4_bits(name, weight) if bits == 4 else _in_8_bits(name, weight)
 
 
+def fused_config(bits: Bits) -> dict[str, Any]:
+    """`quantization_config` of config.json where fused experts are quantised.
+
+    A method of its own, and none of the keys by which transformers knows bitsandbytes: its quantiser for bitsandbytes
+    switches the comparison of shapes off in transformers 5.17. Of a method that it does not know it warns, then loads
+    without one and raises at the first shape. Other engines refuse unknown methods.
+    """
+    return {"quant_method": FUSED_METHOD, "bits": bits, "quant_type": storage_name(bits)}
+
+
 def bits_of(config: Mapping[str, Any]) -> Bits | None:
-    """What config.json says of the weights: 4, 8, or None where bitsandbytes did not make them."""
-    settings = config.get("quantization_config")
-    if not isinstance(settings, Mapping) or settings.get("quant_method") != "bitsandbytes":
-        return None
-    return 4 if settings.get("load_in_4bit") else 8
+    """What config.json says of fused experts: 4, 8, or None where they are not quantised."""
+    for bits in get_args(Bits):
+        if config.get("quantization_config") == fused_config(bits):
+            return bits  # type: ignore[no-any-return]
+    return None
+
+
+def storage_name(bits: Bits) -> str:
+    """What bitsandbytes calls the values."""
+    return "nf4" if bits == 4 else "int8"
 
 
 def scales_name(name: str) -> str:

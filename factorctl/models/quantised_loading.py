@@ -38,7 +38,7 @@ def load_quantised(
     raw = read_json_object(directory / "config.json")
     bits = bits_of(raw)
     if bits is None:
-        raise IntegrityError(f"{directory / 'config.json'} names no bitsandbytes quantisation", "make the export again")
+        raise IntegrityError(f"{directory / 'config.json'} names no quantised experts", "make the export again")
     model = _empty_model(directory)
     reader = CheckpointReader(directory)
     expected = expected_tensors(model)
