@@ -91,7 +91,7 @@ def refuse_blocked(dense: DenseModel, spec: FactoredSpec, target: ExportTarget, 
 def blockers(dense: DenseModel, spec: FactoredSpec, target: ExportTarget, *, exact: bool = False) -> list[Blocker]:
     """What stands in the way of `target`; empty means that it can be written."""
     if not becomes_mixture(target, spec):
-        return []
+        return _dense_4bit_blockers(dense, spec) if target == "bnb-4bit" else []
     if spec.shape.top_k == 0:
         return [Blocker("top_k", 0, "no expert ever runs, which is a dense model of the shared neurons")]
     if dense.family.model_type.startswith("gemma"):
@@ -140,6 +140,22 @@ def _gguf_blockers(dense: DenseModel, spec: FactoredSpec, features: Features) ->
     if rope_type == "llama3" and gguf_architecture(dense, spec) == "qwen3moe":
         return [Blocker("rope_type", rope_type, "llama.cpp's qwen3moe reads no rope_freqs")]
     return []
+
+
+def _dense_4bit_blockers(dense: DenseModel, spec: FactoredSpec) -> list[Blocker]:
+    """What bitsandbytes 0.50's 4-bit linear layers miscalculate on a CPU, or refuse where it knows AVX512-BF16."""
+    features = features_of(dense)
+    ffn = (
+        ("shared_size", spec.shape.shared_size)
+        if spec.shape.top_k == 0
+        else ("intermediate_size", dense.intermediate_size)
+    )
+    rows = [
+        ("hidden_size", dense.hidden_size),
+        ("num_attention_heads * head_dim", features.num_heads * features.head_dim),
+    ]
+    reason = "bitsandbytes computes 4-bit layers wrongly on CPUs where a row is no multiple of 64 weights"
+    return [Blocker(field, size, reason) for field, size in (*rows, ffn) if size % 64]
 
 
 def becomes_mixture(target: ExportTarget, spec: FactoredSpec) -> bool:

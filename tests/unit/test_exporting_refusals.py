@@ -16,6 +16,7 @@ from factorctl.models.families import DenseModel, dense_model
 
 ROUTED = FactoredSpec(FactorShape(4, 2, 12, 0), "softmax", "sum")
 SHARED = FactoredSpec(FactorShape(4, 2, 8, 16), "softmax", "sum")
+BY_64 = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -50,6 +51,7 @@ REFUSED: list[tuple[str, DenseModel, FactoredSpec, ExportTarget, str, str]] = [
     ("no expert", model("llama"), with_k(SHARED, 0), "hf", "top_k = 0", "--to dense"),
     ("bnb gemma", model("gemma"), ROUTED, "bnb-4bit", "model_type = 'gemma'", "--to dense"),
     ("bnb", model("llama", attention_bias=True), ROUTED, "bnb-8bit", "attention_bias = True", "--to gguf --quant q8_0"),
+    ("bnb rows", model("llama", **BY_64), with_k(SHARED, 0), "bnb-4bit", "shared_size = 16", "--to bnb-8bit"),
     ("bnb hard", model("llama"), with_k(ROUTED, 2, "hard"), "bnb-4bit", "gate = 'hard'", "--to dense"),
     ("hard", model("llama"), with_k(ROUTED, 2, "hard"), "hf", "gate = 'hard'", "--to dense"),
 ]
@@ -77,7 +79,7 @@ HELD: list[tuple[str, DenseModel, FactoredSpec, ExportTarget]] = [
     ("gemma dense", model("gemma2"), ROUTED, "dense"),
     ("bnb, routed", model("llama"), ROUTED, "bnb-4bit"),
     ("bnb, routed and shared", model("qwen3"), SHARED, "bnb-8bit"),
-    ("bnb, all on", model("gemma2"), with_k(ROUTED, 4), "bnb-4bit"),
+    ("bnb, all on", model("gemma2", **BY_64), with_k(ROUTED, 4), "bnb-4bit"),
     ("bnb, none on", model("llama"), with_k(SHARED, 0), "bnb-8bit"),
 ]
 
