@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+"""A shell starts background jobs with Ctrl-C ignored, and children inherit that: tests of interrupts would wait."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Before torch starts threads: several workers share the cores, and a forked child must not wait for lost threads."""
