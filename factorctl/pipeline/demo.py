@@ -17,6 +17,7 @@ import torch
 from factorctl.checkpoint.publishing import write_file
 from factorctl.checkpoint.sources import resolve
 from factorctl.errors import ResourceError
+from factorctl.models.dense_ffn import cpu_has_bfloat16
 from factorctl.models.loading import load, load_dense
 from factorctl.pipeline.calibration_data import load_tokenizer
 from factorctl.pipeline.recipe import Recipe, parse_recipe
@@ -82,7 +83,11 @@ class DemoResult:
 
 
 def demo_recipe(texts: Path) -> Recipe:
-    """The recipe, over the two files that `write_manual` makes."""
+    """The recipe, over the two files that `write_manual` makes.
+
+    Training computes in bfloat16 where the processor does so itself: twice as fast there, far slower elsewhere.
+    """
+    precision = "bfloat16" if cpu_has_bfloat16() else "float32"
     train, held_out = str(texts / "train.jsonl"), str(texts / "held-out.jsonl")
     return parse_recipe(
         {
@@ -97,6 +102,7 @@ def demo_recipe(texts: Path) -> Recipe:
             },
             "finetune": {
                 "tokens": 16_384,
+                "precision": precision,
                 "data": train,
                 "batch-tokens": 2048,
                 "block-length": 512,
