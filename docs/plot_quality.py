@@ -61,7 +61,8 @@ def draw(content: dict[str, Any]) -> None:
         if not found:
             continue
         shares, kept = [100 * share for share, _, _ in found], [100 * value for _, value, _ in found]
-        axes.plot(shares, kept, MARKERS.get(method, "s"), color=colour, label=method, ms=8)
+        on_top = 3 if method == "ours" else 2
+        axes.plot(shares, kept, MARKERS.get(method, "s"), color=colour, label=method, ms=8, zorder=on_top)
         for share, value, label in found if method == "ours" else ():
             axes.annotate(label, (100 * share, 100 * value), xytext=(6, 5), textcoords="offset points", fontsize=8)
     axes.set(
@@ -69,10 +70,11 @@ def draw(content: dict[str, Any]) -> None:
         ylabel="quality kept: dense perplexity / perplexity, %",
         title=content["title"],
         ylim=(0, 105),
+        xlim=(40, 105),
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.text(0.99, 0.01, content["note"], ha="right", fontsize=7, color="#555555")
+    axes.legend(fontsize="small", loc="center right")
+    axes.text(0.99, 0.02, content["note"], ha="right", fontsize=7, color="#555555", transform=axes.transAxes)
     figure.savefig(PICTURE, dpi=110)
 
 
