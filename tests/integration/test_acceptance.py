@@ -32,6 +32,7 @@ def result_of(*words: object) -> dict[str, object]:
     return outcome.json
 
 
+@pytest.mark.timeout(1800)  # a minute or two on a quiet machine
 def test_the_five_verbs_on_the_demo_model(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_manual(tmp_path)
@@ -45,12 +46,12 @@ def test_the_five_verbs_on_the_demo_model(demo_model: Path, tmp_path: Path, monk
     assert tuned["tokens"] == 512
     assert 5 < tuned["perplexity_dense"] < 40 < tuned["perplexity_after"] < tuned["perplexity_before"]  # type: ignore[operator]
 
-    found = result_of("eval", "--data", "held-out.jsonl", "--data-tokens", 512, "--document-tokens", 128)
+    found = result_of("eval", "--data", "held-out.jsonl", "--data-tokens", 256, "--document-tokens", 128)
     (text,) = found["perplexity"].values()  # type: ignore[attr-defined]
     assert text["dense"] < text["model"]
     assert found["checkpoint"] == tuned["checkpoint"], "the newest checkpoint is taken"
 
-    counted = result_of("profile", "--no-latency", "--data", "held-out.jsonl")
+    counted = result_of("profile", "--no-latency", "--prompt", 64, "--data", "held-out.jsonl")
     assert counted["ffn_flops_reduction"] == pytest.approx(0.5, abs=0.01)
 
     for target in ("hf", "gguf"):
