@@ -1,10 +1,16 @@
-"""How much memory a process takes before its work begins, and how much it may still take."""
+"""How much memory a process takes before its work begins, how much it may still take, and what will not fit."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+from factorctl.errors import ResourceError
+
+if TYPE_CHECKING:
+    import torch
 
 PROCESS_BYTES = 700_000_000
 """Resident size of the interpreter with torch and transformers loaded, before any weight."""
@@ -21,6 +27,28 @@ def available_memory(cgroup: Path = CGROUP) -> int:
     if limit is None or used is None:
         return machine
     return max(0, min(machine, limit - used + _droppable(cgroup / "memory.stat")))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that `device` can still give, those included that torch holds in reserve."""
+    if device.type != "cuda":
+        return available_memory()
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def require_memory(needed: int, available: int, *, hint: str, purpose: str = "") -> None:
+    """Refuse before the work starts what would not fit.
+
+    Raises:
+        ResourceError: with both numbers.
+    """
+    if needed > available:
+        raise ResourceError(
+            f"about {needed / 1e9:.1f} GB of memory are needed{purpose}; {available / 1e9:.1f} GB are available", hint
+        )
 
 
 def _number(file: Path) -> int | None:

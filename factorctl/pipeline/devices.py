@@ -1,4 +1,4 @@
-"""From `--device` to a torch device."""
+"""From `--device` and `--dtype` to what torch computes on and in."""
 
 from __future__ import annotations
 

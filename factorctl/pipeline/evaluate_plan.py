@@ -18,11 +18,11 @@ from factorctl.config import EvalConfig
 from factorctl.data.hub import pin_revisions
 from factorctl.data.identity import identify_sources, tokenizer_fingerprint
 from factorctl.data.spec import parse_data_spec
-from factorctl.errors import ResourceError, UsageError
+from factorctl.errors import UsageError
 from factorctl.evaluation.chunked_head import CHUNK_POSITIONS
 from factorctl.evaluation.fidelity import LayerFidelity
 from factorctl.evaluation.perplexity import BATCH_TOKENS, DocumentLoss, check_windowing
-from factorctl.memory import available_memory
+from factorctl.memory import PROCESS_BYTES, free_memory, require_memory
 from factorctl.models.families import read_dense_model
 from factorctl.pipeline.controls import CONTROLS, calibration_text, chosen_controls
 from factorctl.pipeline.devices import torch_device
@@ -45,8 +45,8 @@ from factorctl.progress import Progress
 if TYPE_CHECKING:
     from factorctl.evaluation.tasks import TaskPlan
 
-PROCESS_BYTES = 900_000_000
-"""Resident size of the interpreter with torch, transformers and lm-eval loaded, before any weight."""
+LM_EVAL_BYTES = 200_000_000
+"""What lm-eval and its imports add to the resident size of the process."""
 DOCUMENT_TOKENS = 250
 
 
@@ -167,12 +167,8 @@ def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:
         remarks=remarks,
     )
     plan = replace(plan, memory_bytes=expected_memory(plan))
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if plan.memory_bytes > available:
-        raise ResourceError(
-            f"about {plan.memory_bytes / 1e9:.1f} GB of memory are needed; {available / 1e9:.1f} GB are available",
-            "choose --dtype bfloat16, leave out --controls, or use a machine with more memory",
-        )
+    hint = "choose --dtype bfloat16, leave out --controls, or use a machine with more memory"
+    require_memory(plan.memory_bytes, free_memory(device), hint=hint)
     return plan
 
 
@@ -262,7 +258,8 @@ def expected_memory(plan: EvalPlan) -> int:
     head = 3 * CHUNK_POSITIONS * plan.reference.vocabulary * 4
     tokens = max(BATCH_TOKENS, plan.window)
     hidden = 64 * tokens * 1024 * 4
-    return PROCESS_BYTES + values * plan.dtype.itemsize + head + hidden
+    process = PROCESS_BYTES + (LM_EVAL_BYTES if plan.tasks else 0)
+    return process + values * plan.dtype.itemsize + head + hidden
 
 
 def _values(model: EvalModel) -> int:

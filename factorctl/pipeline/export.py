@@ -18,7 +18,7 @@ from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import Source
 from factorctl.config import ExportConfig
-from factorctl.errors import ResourceError, UsageError
+from factorctl.errors import UsageError
 from factorctl.exporting.architectures import becomes_mixture, needs_router_scaling, refuse_blocked
 from factorctl.exporting.card import CardFacts, export_card, licence_of
 from factorctl.exporting.folding import scale_rounding
@@ -32,7 +32,7 @@ from factorctl.exporting.push import prepare_push, push
 from factorctl.exporting.reports import report_tables
 from factorctl.exporting.safetensors_writer import SafetensorsWriter
 from factorctl.exporting.verification_text import random_sequences, text_sequences
-from factorctl.memory import PROCESS_BYTES, available_memory
+from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
 from factorctl.models.families import ffn_prefix
 from factorctl.models.loading import open_checkpoint
 from factorctl.pipeline.calibration_data import load_tokenizer
@@ -165,18 +165,16 @@ def _compute_dtype(reader: CheckpointReader, max_shard_bytes: int) -> tuple[torc
         ResourceError: the model fits in neither: an export that was not compared is not published.
     """
     count = sum(entry.nbytes // entry.dtype.itemsize for entry in reader.entries.values())
-    stored = reader.entry("model.embed_tokens.weight").dtype
-    available = available_memory()
-    needed = 0
-    for dtype in (torch.float32, stored):
-        needed = PROCESS_BYTES + max(count * dtype.itemsize, 3 * max_shard_bytes if count > max_shard_bytes else 0)
-        if needed <= available:
-            return dtype, needed
-    raise ResourceError(
-        f"about {needed / 1e9:.1f} GB of memory are needed to compare the export with the native checkpoint; "
-        f"{available / 1e9:.1f} GB are available",
-        "export on a machine with more memory: nothing is published that was not compared",
-    )
+    stored, available = reader.entry("model.embed_tokens.weight").dtype, available_memory()
+
+    def needed(dtype: torch.dtype) -> int:
+        return PROCESS_BYTES + max(count * dtype.itemsize, 3 * max_shard_bytes if count > max_shard_bytes else 0)
+
+    if needed(torch.float32) <= available:
+        return torch.float32, needed(torch.float32)
+    hint = "export on a machine with more memory: nothing is published that was not compared"
+    require_memory(needed(stored), available, hint=hint, purpose=" to compare the export with the native checkpoint")
+    return stored, needed(stored)
 
 
 def export(config: ExportConfig, progress: Progress) -> ExportResult:

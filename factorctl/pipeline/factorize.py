@@ -23,8 +23,8 @@ from factorctl.checkpoint.strict_json import dump_json
 from factorctl.config import FactorizeConfig, factor_shape
 from factorctl.contracts import PartitionStrategy, Stat, check_option_names
 from factorctl.data.blocks import TokenBlocks
-from factorctl.errors import IntegrityError, ResourceError, UsageError
-from factorctl.memory import PROCESS_BYTES, available_memory
+from factorctl.errors import IntegrityError, UsageError
+from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
 from factorctl.models.building import empty_dense_model
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel, ffn_prefix, layer_prefix, read_dense_model
@@ -177,13 +177,11 @@ def peak_bytes(dense: DenseModel, largest_shard: int, *, calibration_tokens: int
 def require_resources(plan: FactorizePlan) -> None:
     """Refuse before the work starts what disk or memory cannot hold."""
     require_disk_space(plan.out.parent, plan.disk_bytes)
-    available = available_memory()
-    if plan.memory_bytes > available:
-        raise ResourceError(
-            f"about {plan.memory_bytes / 1e9:.1f} GB of memory are needed; {available / 1e9:.1f} GB are available",
-            "lower --calibration-tokens, or choose options that need no calibration "
-            "(--router random, no --refit, no --shared-fraction)",
-        )
+    hint = (
+        "lower --calibration-tokens, or choose options that need no calibration "
+        "(--router random, no --refit, no --shared-fraction)"
+    )
+    require_memory(plan.memory_bytes, available_memory(), hint=hint)
 
 
 def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:

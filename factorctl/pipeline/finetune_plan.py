@@ -17,8 +17,8 @@ from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import Source, resolve
 from factorctl.config import FinetuneConfig
 from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, DataSpec, parse_data_spec
-from factorctl.errors import ResourceError, UsageError
-from factorctl.memory import PROCESS_BYTES, available_memory
+from factorctl.errors import UsageError
+from factorctl.memory import PROCESS_BYTES, free_memory, require_memory
 from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint
@@ -280,16 +280,12 @@ def _require_resources(plan: FinetunePlan) -> None:
     result = sum(entry.nbytes for entry in reader.entries.values())
     state = plan.trained_parameters * (4 + (2 if plan.recipe.optimizer == "adamw-8bit" else 8))
     require_disk_space(plan.out.parent, result + 2 * state)
-    if plan.device.type == "cuda":
-        available = torch.cuda.mem_get_info(plan.device)[0]
-    else:
-        available = available_memory() // plan.batch.world_size
-    if plan.memory_bytes > available:
-        raise ResourceError(
-            f"about {plan.memory_bytes / 1e9:.1f} GB of memory are needed; {available / 1e9:.1f} GB are available",
-            "lower --micro-batch or --block-length, or choose --gradient-checkpointing, --optimizer adamw-8bit, "
-            "--precision bfloat16",
-        )
+    sharing = 1 if plan.device.type == "cuda" else plan.batch.world_size  # processes have a GPU each, and one machine
+    hint = (
+        "lower --micro-batch or --block-length, or choose --gradient-checkpointing, --optimizer adamw-8bit, "
+        "--precision bfloat16"
+    )
+    require_memory(plan.memory_bytes, free_memory(plan.device) // sharing, hint=hint)
 
 
 def resolved_config(plan: FinetunePlan) -> dict[str, Any]:

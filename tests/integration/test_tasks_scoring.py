@@ -189,7 +189,7 @@ def test_the_batch_size_follows_free_memory(model: Any, monkeypatch: pytest.Monk
     row = row_bytes(model.config, 100, 4)
     assert row > 100 * 4 * 3 * model.config.vocab_size
     for free, rows in [(0, 1), (5 * row, 2), (21 * row, 10), (10**15, 20)]:
-        monkeypatch.setattr("factorctl.evaluation.tasks.batch_size.available_memory", lambda free=free: free)
+        monkeypatch.setattr("factorctl.memory.available_memory", lambda free=free: free)
         assert fitting_batch_size(model, 100) == rows  # 20: 2048 tokens on a CPU
     assert fitting_batch_size(model, 4) == 64
     assert row_bytes(GPT2Config(), 100, 2) > 100 * 2 * 3 * GPT2Config().vocab_size  # names its sizes differently

@@ -21,7 +21,7 @@ LAYERS = {
 }  # fmt: skip
 """Part of factorctl -> layer. A part imports only from layers below its own."""
 
-SIDEWAYS = {("models", "checkpoint"), ("contracts", "errors"), ("config", "errors")}
+SIDEWAYS = {("models", "checkpoint"), ("contracts", "errors"), ("config", "errors"), ("memory", "errors")}
 """Imports within a layer that are meant: models are made from what is on disk; the ground layer shares its errors."""
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "lm_eval", "matplotlib", "scipy", "ot", "gguf"}

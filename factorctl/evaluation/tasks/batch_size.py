@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from factorctl.memory import available_memory
+from factorctl.memory import free_memory
 
 MAX_ROWS = 64
 CPU_TOKENS = 2048
@@ -33,11 +32,3 @@ def row_bytes(config: Any, length: int, itemsize: int) -> int:
     key_values = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head
     layer = 8 * hidden + 4 * (getattr(config, "intermediate_size", None) or 4 * hidden) + heads * length
     return int(length * itemsize * (3 * config.vocab_size + layer + key_values))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that `device` can still give, those included that torch holds in reserve."""
-    if device.type != "cuda":
-        return available_memory()
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
