@@ -8,6 +8,7 @@ from transformers.activations import ACT2FN
 
 from factorctl.contracts import DenseFFN
 from factorctl.errors import FactorctlError
+from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.models.building import filled_ffn
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel
@@ -15,12 +16,6 @@ from factorctl.models.slicing import FactoredTensors, unslice_ffn
 
 IDENTITY_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest relative error of all experts on against the dense layer, by storage dtype."""
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices itself; where it does not, they can be far slower."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return bool(supported())
 
 
 class IdentityError(FactorctlError):
@@ -70,7 +65,7 @@ def check_identity(
         ours, theirs = getattr(back, name), getattr(ffn, name)
         if theirs is not None and not torch.equal(ours, theirs):
             raise IdentityError(f"layer {layer}: values of {name} changed while they were moved", _REPORT)
-    native_bf16 = ffn.gate_FD.dtype == torch.bfloat16 and cpu_has_bfloat16()
+    native_bf16 = ffn.gate_FD.dtype == torch.bfloat16 and has_fast_bfloat16()
     dtype = torch.bfloat16 if native_bf16 else torch.float32
     reference_TD = dense_output(cast_ffn(ffn, dtype), dense.activation, x_TD.to(dtype)).float()
     all_on = spec.with_top_k(spec.shape.num_experts)

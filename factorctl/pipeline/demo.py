@@ -17,7 +17,7 @@ import torch
 from factorctl.checkpoint.publishing import write_file
 from factorctl.checkpoint.sources import resolve
 from factorctl.errors import ResourceError
-from factorctl.models.dense_ffn import cpu_has_bfloat16
+from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.models.loading import load, load_dense
 from factorctl.pipeline.calibration_data import load_tokenizer
 from factorctl.pipeline.recipe import Recipe, parse_recipe
@@ -87,7 +87,7 @@ def demo_recipe(texts: Path) -> Recipe:
 
     Training computes in bfloat16 where the processor does so itself: twice as fast there, far slower elsewhere.
     """
-    precision = "bfloat16" if cpu_has_bfloat16() else "float32"
+    precision = "bfloat16" if has_fast_bfloat16() else "float32"
     train, held_out = str(texts / "train.jsonl"), str(texts / "held-out.jsonl")
     return parse_recipe(
         {

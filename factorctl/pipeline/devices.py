@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from factorctl.config import Device
+from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.config import Device, DTypeName
 from factorctl.errors import ResourceError
+from factorctl.models.bfloat16 import has_fast_bfloat16
 
 
 def torch_device(device: Device) -> torch.device:
@@ -19,3 +23,26 @@ def torch_device(device: Device) -> torch.device:
             "--device cuda was asked for, but torch sees no CUDA device", "run `factorctl doctor`, or use --device cpu"
         )
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(wanted: DTypeName, checkpoint: Path, device: torch.device, remarks: list[str]) -> torch.dtype:
+    """`--dtype`, else the one that the checkpoint is stored in, unless that is bf16 and the device only emulates it."""
+    if wanted != "auto":
+        return torch_dtype(wanted)
+    entries = CheckpointReader(checkpoint).entries.values()
+    stored = next((entry.dtype for entry in entries if entry.dtype.is_floating_point), torch.float32)
+    if stored == torch.bfloat16 and not has_fast_bfloat16(device):
+        kind = "GPU" if device.type == "cuda" else "CPU"
+        remarks.append(f"computed in float32: this {kind} has no bfloat16 arithmetic")
+        return torch.float32
+    return stored
+
+
+def storage_dtype(wanted: DTypeName, found: torch.dtype) -> torch.dtype:
+    """`--dtype`, else the one in which a tensor is found."""
+    return found if wanted == "auto" else torch_dtype(wanted)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

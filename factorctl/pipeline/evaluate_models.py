@@ -13,12 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import Manifest, check_files, is_artefact, read_manifest
-from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import Source, resolve
 from factorctl.checkpoint.strict_json import read_json_object
-from factorctl.config import DTypeName, EvalConfig
+from factorctl.config import EvalConfig
 from factorctl.errors import IntegrityError, UsageError, in_one_line
-from factorctl.models.dense_ffn import cpu_has_bfloat16
 from factorctl.models.factored_spec import MODEL_TYPE
 from factorctl.models.families import FAMILIES
 from factorctl.models.loading import NativeCheckpoint, load, load_dense, open_checkpoint
@@ -26,8 +24,6 @@ from factorctl.pipeline.factorize import describe_source
 from factorctl.pipeline.recorded_source import find_recorded_source
 from factorctl.pipeline.workspace import cache_directory, newest_checkpoint
 from factorctl.progress import Progress
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -170,18 +166,6 @@ def _read_config(directory: Path) -> Any:
 def _sizes(config: Any) -> dict[str, Any]:
     text = config.get_text_config()
     return {"context": getattr(text, "max_position_embeddings", None), "vocabulary": int(text.vocab_size)}
-
-
-def compute_dtype(wanted: DTypeName, model: EvalModel, device: torch.device, remarks: list[str]) -> torch.dtype:
-    """`--dtype`, else the one that the checkpoint is stored in, unless that is bf16 and this CPU only emulates it."""
-    if wanted != "auto":
-        return DTYPES[wanted]
-    floats = (e.dtype for e in CheckpointReader(model.path).entries.values() if e.dtype.is_floating_point)
-    stored = next(floats, torch.float32)
-    if stored == torch.bfloat16 and device.type == "cpu" and not cpu_has_bfloat16():
-        remarks.append("computed in float32: this CPU has no bfloat16 arithmetic")
-        return torch.float32
-    return stored
 
 
 def load_model(

@@ -25,10 +25,9 @@ from factorctl.evaluation.perplexity import BATCH_TOKENS, DocumentLoss, check_wi
 from factorctl.memory import PROCESS_BYTES, free_memory, require_memory
 from factorctl.models.families import read_dense_model
 from factorctl.pipeline.controls import CONTROLS, calibration_text, chosen_controls
-from factorctl.pipeline.devices import torch_device
+from factorctl.pipeline.devices import compute_dtype, torch_device
 from factorctl.pipeline.evaluate_models import (
     EvalModel,
-    compute_dtype,
     find_checkpoint,
     find_reference,
     is_source_of,
@@ -153,7 +152,7 @@ def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:
         model=model,
         reference=reference,
         tokenizer=tokenizer,
-        dtype=compute_dtype(config.dtype, model, device, remarks),
+        dtype=compute_dtype(config.dtype, model.path, device, remarks),
         device=device,
         texts=[read_text(name, given, config, tokenizer, progress) for name, given in text_names(config.data).items()],
         tasks=_tasks(config, remarks, progress),

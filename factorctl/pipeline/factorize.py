@@ -31,7 +31,7 @@ from factorctl.models.families import DenseModel, ffn_prefix, layer_prefix, read
 from factorctl.models.loading import native_config, stored_tensors
 from factorctl.models.strategies import StrategyProvenance, get_strategy
 from factorctl.pipeline.calibration_data import calibration_blocks
-from factorctl.pipeline.devices import torch_device
+from factorctl.pipeline.devices import storage_dtype, torch_device
 from factorctl.pipeline.layer_factoring import FactoredLayer, LayerFactory
 from factorctl.pipeline.model_card import native_card
 from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
@@ -351,7 +351,7 @@ def _storage_dtype(config: FactorizeConfig, entry: TensorEntry) -> torch.dtype:
             "quantised weights cannot be cut into experts",
             "give the unquantised checkpoint",
         )
-    return entry.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    return storage_dtype(config.dtype, entry.dtype)
 
 
 def _manifest(

@@ -18,6 +18,7 @@ from factorctl.checkpoint.strict_json import dump_json
 from factorctl.data.blocks import TokenBlocks
 from factorctl.models.families import layer_prefix
 from factorctl.models.loading import native_config
+from factorctl.pipeline.devices import storage_dtype
 from factorctl.pipeline.finetune_plan import FinetunePlan, resolved_config
 from factorctl.pipeline.model_card import native_card
 from factorctl.pipeline.provenance import library_versions
@@ -59,7 +60,7 @@ def _stored(
     plan: FinetunePlan, reader: CheckpointReader, trained: Mapping[str, torch.Tensor], name: str
 ) -> torch.Tensor:
     entry = reader.entry(name)
-    dtype = entry.dtype if plan.config.dtype == "auto" else getattr(torch, plan.config.dtype)
+    dtype = storage_dtype(plan.config.dtype, entry.dtype)
     tensor = trained[name].to(dtype) if name in trained else reader.read(name)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 

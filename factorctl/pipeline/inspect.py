@@ -16,10 +16,12 @@ from factorctl.checkpoint.manifest import Manifest, check_files, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.memory import available_memory
+from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.models.building import empty_factored_model, filled_ffn
-from factorctl.models.dense_ffn import IDENTITY_TOLERANCE, cast_ffn, cpu_has_bfloat16, dense_output
+from factorctl.models.dense_ffn import IDENTITY_TOLERANCE, cast_ffn, dense_output
 from factorctl.models.families import ffn_prefix
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint, stored_tensors
+from factorctl.models.path_choice import processor_name
 from factorctl.models.slicing import FactoredTensors, unslice_ffn
 from factorctl.pipeline.provenance import library_versions
 from factorctl.pipeline.workspace import cache_directory
@@ -211,24 +213,16 @@ def diagnose(workspace: Path) -> Diagnosis:
         python=platform.python_version(),
         platform=platform.platform(),
         libraries=library_versions(),
-        cpu=_cpu_name(),
+        cpu=processor_name(),
         cores=psutil.cpu_count(logical=True) or 1,
         memory_bytes=psutil.virtual_memory().total,
         memory_available_bytes=available_memory(),
         disk_free_bytes=shutil.disk_usage(existing).free,
         cuda_devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        bf16_on_cpu=cpu_has_bfloat16(),
+        bf16_on_cpu=has_fast_bfloat16(),
         hub=_hub_state(),
         cache=str(cache_directory()),
     )
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _hub_state() -> str:

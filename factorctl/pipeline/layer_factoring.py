@@ -32,6 +32,7 @@ from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel
 from factorctl.models.router_init import random_router
 from factorctl.models.slicing import FactoredTensors, slice_ffn
+from factorctl.pipeline.devices import torch_dtype
 
 SAMPLE_TOKENS = 32
 """Tokens on which the identity of a layer is checked."""
@@ -125,7 +126,7 @@ class LayerFactory:
         ffn = self.dense.read_ffn(layer, self.reader.read)
         if self.config.dtype == "auto":
             return ffn
-        cast = cast_ffn(ffn, getattr(torch, self.config.dtype))
+        cast = cast_ffn(ffn, torch_dtype(self.config.dtype))
         if not all(all_finite(tensor) for tensor in (cast.gate_FD, cast.up_FD, cast.down_DF)):
             raise UsageError(
                 f"layer {layer}: FFN weights have values beyond the range of {self.config.dtype}",

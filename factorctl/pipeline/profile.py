@@ -11,13 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from factorctl.checkpoint.publishing import write_file
-from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import ProfileConfig
 from factorctl.errors import ResourceError
 from factorctl.models.building import factored_ffns
 from factorctl.models.loading import NativeCheckpoint, load, open_checkpoint
 from factorctl.models.path_choice import cache_file, steps_for, write_tuned
-from factorctl.pipeline.devices import torch_device
+from factorctl.pipeline.devices import compute_dtype, torch_device
 from factorctl.pipeline.profile_text import profile_text
 from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
 from factorctl.pipeline.workspace import newest_checkpoint
@@ -25,7 +24,7 @@ from factorctl.profiling.attribution import FfnCost, ffn_cost
 from factorctl.profiling.expert_load import RoutedText, mean_hits, route_text
 from factorctl.profiling.flop_check import check_flops
 from factorctl.profiling.flops import count_flops, experts_run_by, reduction, sweep_top_k
-from factorctl.profiling.hardware import Hardware, has_fast_bfloat16, look_at_hardware
+from factorctl.profiling.hardware import Hardware, look_at_hardware
 from factorctl.profiling.html_report import html_page
 from factorctl.profiling.latency import Effort, Regime, Samples, measure_regime, text_batch
 from factorctl.profiling.plots import draw
@@ -47,7 +46,6 @@ from factorctl.progress import Progress
 CHECK_TOKENS = 64
 """Prompt on which torch counts FLOPs: the counts grow with it, their difference does not."""
 MOST_FFN_TOKENS = 512
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def profile(config: ProfileConfig, progress: Progress) -> ProfileResult:
     remarks: list[str] = []
     device = torch_device(config.device)
     checkpoint = open_checkpoint(config.checkpoint or newest_checkpoint(config.workspace))
-    dtype = compute_dtype(config, checkpoint, device, remarks)
+    dtype = compute_dtype(config.dtype, checkpoint.path, device, remarks)
     hardware = look_at_hardware(device, dtype)
     flag_busy(hardware, config, remarks)
     with progress.stage("Loading the checkpoint"):
@@ -133,20 +131,6 @@ def profile(config: ProfileConfig, progress: Progress) -> ProfileResult:
     for remark in remarks:
         progress.note(remark)
     return result
-
-
-def compute_dtype(
-    config: ProfileConfig, checkpoint: NativeCheckpoint, device: torch.device, remarks: list[str]
-) -> torch.dtype:
-    """`--dtype`, else the checkpoint's own, unless that is bf16 and this CPU only emulates it."""
-    if config.dtype != "auto":
-        return DTYPES[config.dtype]
-    entries = CheckpointReader(checkpoint.path).entries.values()
-    stored = next(entry.dtype for entry in entries if entry.dtype.is_floating_point)
-    if stored == torch.bfloat16 and not has_fast_bfloat16(device):
-        remarks.append("computed in float32: this CPU has no bfloat16 arithmetic")
-        return torch.float32
-    return stored
 
 
 def flag_busy(hardware: Hardware, config: ProfileConfig, remarks: list[str]) -> None:

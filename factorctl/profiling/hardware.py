@@ -41,21 +41,3 @@ def look_at_hardware(device: torch.device, dtype: torch.dtype) -> Hardware:
         memory_bytes=psutil.virtual_memory().total,
         load_1min=round(os.getloadavg()[0], 2),
     )
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bf16 products run in hardware; emulated, they can be 44 to 499 times slower (pytorch #146508)."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    features = _cpu_flags()
-    return bool(features & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def _cpu_flags() -> set[str]:
-    """Feature flags of the first processor, where Linux lists them (`flags` on x86, `Features` on Arm)."""
-    try:
-        with open("/proc/cpuinfo") as stream:
-            lines = [line for line in stream if line.lower().startswith(("flags", "features"))]
-    except OSError:
-        return set()
-    return set(lines[0].partition(":")[2].split()) if lines else set()

@@ -14,6 +14,7 @@ from helpers import factorize_quietly, weights_only
 from factorctl.config import ProfileConfig
 from factorctl.errors import ResourceError, UsageError
 from factorctl.models.path_choice import cache_file, read_tuned
+from factorctl.pipeline import devices
 from factorctl.pipeline import profile as pipeline
 from factorctl.pipeline.profile import profile
 from factorctl.profiling.html_report import html_page
@@ -155,11 +156,11 @@ def test_emulated_bfloat16_is_left_out_aloud(
     import torch
 
     factorize_quietly(weights_only(dense_source("llama", dtype=torch.bfloat16), tmp_path / "bf16"))
-    monkeypatch.setattr(pipeline, "has_fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: False)
     result, notes = run(small(tmp_path / "bf16", latency=False))
     assert result.hardware.dtype == "float32"
     assert any("this CPU has no bfloat16 arithmetic" in note for note in notes)
-    monkeypatch.setattr(pipeline, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: True)
     assert run(small(tmp_path / "bf16", latency=False))[0].hardware.dtype == "bfloat16"
 
 
