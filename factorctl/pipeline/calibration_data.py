@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.sources import Source
 from factorctl.config import FactorizeConfig
@@ -13,30 +11,15 @@ from factorctl.data.blocks import TokenBlocks
 from factorctl.data.building import build_token_blocks
 from factorctl.data.sampling import ModelSampler
 from factorctl.data.spec import parse_data_spec
-from factorctl.errors import UsageError, in_one_line
+from factorctl.errors import UsageError
 from factorctl.models.families import DenseModel
 from factorctl.models.loading import load_dense
+from factorctl.pipeline.tokenizers import load_tokenizer
 from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
 
 BLOCK_LENGTH = 512
-
-
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The source's tokenizer.
-
-    Raises:
-        UsageError: there is none, or transformers cannot read it.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path)
-        tokenizer("a")  # some faults show only in use
-    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
-        raise UsageError(
-            f"{source.path} has no tokenizer that transformers can read: {in_one_line(error)}",
-            "add the model's tokenizer files, or choose options that need no calibration (--router random)",
-        ) from error
-    return tokenizer
+_TOKENIZER_HINT = "add the model's tokenizer files, or choose options that need no calibration (--router random)"
 
 
 def calibration_blocks(
@@ -47,7 +30,7 @@ def calibration_blocks(
     Raises:
         UsageError: no tokenizer, one of another model, or no text.
     """
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source.path, hint=_TOKENIZER_HINT)
     block_length = min(BLOCK_LENGTH, int(getattr(dense.config, "max_position_embeddings", BLOCK_LENGTH)))
     sampler = ModelSampler(
         load_model=lambda: load_dense(source.path),

@@ -34,7 +34,7 @@ from factorctl.models.loading import NativeCheckpoint
 from factorctl.pipeline.calibration_data import calibration_blocks
 from factorctl.pipeline.control_models import moefication_model, static_model
 from factorctl.pipeline.evaluate_models import EvalModel, load_model
-from factorctl.pipeline.finetune_plan import holds_dense_values
+from factorctl.pipeline.recorded_source import holds_dense_values
 from factorctl.progress import Progress
 from factorctl.training.teacher import TeacherFFN, own_tensors
 

@@ -19,9 +19,9 @@ from factorctl.checkpoint.sources import resolve
 from factorctl.errors import ResourceError
 from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.models.loading import load, load_dense
-from factorctl.pipeline.calibration_data import load_tokenizer
 from factorctl.pipeline.recipe import Recipe, parse_recipe
 from factorctl.pipeline.run_recipe import StageOutcome, run_recipe
+from factorctl.pipeline.tokenizers import load_tokenizer
 from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress, SilentProgress
 
@@ -181,7 +181,7 @@ def write_manual(directory: Path) -> None:
 
 def _sample(checkpoint: Path) -> Sample:
     source = resolve(MODEL, revision=None, cache=cache_directory(), progress=SilentProgress())
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source.path, hint="remove the cached model, and run `factorctl demo` again")
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     continued = []
     for model in (load_dense(source.path), load(checkpoint, verify=False)):

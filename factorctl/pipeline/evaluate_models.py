@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import Manifest, check_files, is_artefact, read_manifest
@@ -20,8 +20,8 @@ from factorctl.errors import IntegrityError, UsageError, in_one_line
 from factorctl.models.factored_spec import MODEL_TYPE
 from factorctl.models.families import FAMILIES
 from factorctl.models.loading import NativeCheckpoint, load, load_dense, open_checkpoint
-from factorctl.pipeline.factorize import describe_source
-from factorctl.pipeline.recorded_source import find_recorded_source
+from factorctl.pipeline.recorded_source import describe_source, find_recorded_source
+from factorctl.pipeline.tokenizers import has_tokenizer, load_tokenizer
 from factorctl.pipeline.workspace import cache_directory, newest_checkpoint
 from factorctl.progress import Progress
 
@@ -239,14 +239,7 @@ def _refuse_other_vocabulary(
 
 
 def _tokenizer(model: EvalModel) -> PreTrainedTokenizerBase | None:
-    if not any((model.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(model.path):
         return None
     config = model.native.dense.config if model.native is not None else None
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.path, config=config)
-    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
-        raise UsageError(
-            f"{model.path} has no tokenizer that transformers can read: {in_one_line(error)}",
-            "put the model's own tokenizer files there",
-        ) from error
-    return tokenizer
+    return load_tokenizer(model.path, hint="put the model's own tokenizer files there", config=config)

@@ -35,8 +35,8 @@ from factorctl.pipeline.evaluate_models import (
 )
 from factorctl.pipeline.evaluate_store import Part
 from factorctl.pipeline.evaluate_texts import EvalText, read_text, text_names
-from factorctl.pipeline.finetune_plan import holds_dense_values
 from factorctl.pipeline.provenance import library_versions
+from factorctl.pipeline.recorded_source import holds_dense_values
 from factorctl.pipeline.time_estimate import gemm_rate
 from factorctl.pipeline.workspace import output_path
 from factorctl.progress import Progress

@@ -16,7 +16,7 @@ from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.checkpoint.sources import Source
+from factorctl.checkpoint.sources import copied_files
 from factorctl.config import ExportConfig
 from factorctl.errors import UsageError
 from factorctl.exporting.architectures import becomes_mixture, needs_router_scaling, refuse_blocked
@@ -35,13 +35,11 @@ from factorctl.exporting.verification_text import random_sequences, text_sequenc
 from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
 from factorctl.models.families import ffn_prefix
 from factorctl.models.loading import open_checkpoint
-from factorctl.pipeline.calibration_data import load_tokenizer
 from factorctl.pipeline.devices import torch_device
 from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
+from factorctl.pipeline.tokenizers import has_tokenizer, load_tokenizer
 from factorctl.pipeline.workspace import newest_checkpoint, output_path
 from factorctl.progress import Progress
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,7 @@ def plan_export(config: ExportConfig, progress: Progress) -> ExportPlan:
     refuse_blocked(checkpoint.dense, checkpoint.spec, config.target, exact=config.exact)
     reader = CheckpointReader(path)
     compute, memory = _compute_dtype(reader, config.max_shard_bytes)
-    source = Source(path, str(checkpoint.manifest.source["id"]), "local")
-    tokenise = _tokeniser(source)
+    tokenise = _tokeniser(path)
     sizes = {
         "vocab_size": int(checkpoint.dense.config.vocab_size),
         "context": int(checkpoint.dense.config.max_position_embeddings),
@@ -123,7 +120,7 @@ def plan_export(config: ExportConfig, progress: Progress) -> ExportPlan:
         checkpoint=checkpoint,
         reader=reader,
         form=form_for(checkpoint, config, reader),
-        copied=tuple(source.copied_files()),
+        copied=tuple(copied_files(path)),
         sequences=texts or random_sequences(**sizes, seed=config.seed),
         tokenise=tokenise,
         compute=compute,
@@ -150,11 +147,11 @@ def writer_for(job: ExportJob) -> Writer:
     return GgufWriter(job) if job.form.container == "gguf" else SafetensorsWriter(job)
 
 
-def _tokeniser(source: Source) -> Callable[[str], list[int]] | None:
+def _tokeniser(directory: Path) -> Callable[[str], list[int]] | None:
     """From text to ids, special tokens included; None where the checkpoint has no tokenizer."""
-    if not any((source.path / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         return None
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(directory, hint="put the model's own tokenizer files there")
     return lambda text: [int(token) for token in tokenizer(text)["input_ids"]]
 
 
@@ -231,7 +228,7 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         gate_error=None if scaling is None else scaling.gate_error,
         identical_to_source=_identical_to_source(plan.job),
         files=len(manifest.files),
-        bytes=sum(record.size for record in manifest.files.values()),
+        bytes=manifest.total_bytes,
         memory_bytes=verified.memory_bytes,
         commit=commit,
         seconds=round(time.monotonic() - started, 3),

@@ -14,11 +14,11 @@ from factorctl import __version__
 from factorctl.calibration.compressed_stream import CalibrationStream
 from factorctl.calibration.stream import LayerwiseModel
 from factorctl.checkpoint.builder import ArtefactBuilder, building
-from factorctl.checkpoint.hashing import hash_file, hash_value
+from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader, TensorEntry, all_finite
-from factorctl.checkpoint.sources import Source, resolve
+from factorctl.checkpoint.sources import Source, copied_files, resolve
 from factorctl.checkpoint.strict_json import dump_json
 from factorctl.config import FactorizeConfig, factor_shape
 from factorctl.contracts import PartitionStrategy, Stat, check_option_names
@@ -35,6 +35,7 @@ from factorctl.pipeline.devices import storage_dtype, torch_device
 from factorctl.pipeline.layer_factoring import FactoredLayer, LayerFactory
 from factorctl.pipeline.model_card import native_card
 from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
+from factorctl.pipeline.recorded_source import describe_source
 from factorctl.pipeline.time_estimate import factorize_seconds
 from factorctl.pipeline.workspace import cache_directory, output_path
 from factorctl.progress import Progress
@@ -213,7 +214,7 @@ def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
             spec = replace(spec, fitted_a=tuple(record["fitted_a"] for record in records))
         manifest = _manifest(plan, spec, source, blocks, records)
         builder.write_file("config.json", dump_json(native_config(plan.dense, spec)))
-        for path in plan.source.copied_files():
+        for path in copied_files(plan.source.path):
             builder.copy_file(path)
         builder.write_file("README.md", native_card(manifest).encode())
         builder.publish(manifest)
@@ -236,21 +237,6 @@ def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
         refit_layers_kept=sum(refits) if refits else None,
         layers=records,
     )
-
-
-def describe_source(source: Source) -> dict[str, Any]:
-    """The manifest's account of the dense model: id, kind, revision, and the hash of every file.
-
-    Only a source that cannot be fetched again by its id has its path recorded, for `finetune` to find its teacher.
-    """
-    files = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.json"), *source.copied_files()])
-    return {
-        "id": source.id,
-        "kind": source.kind,
-        "revision": source.revision,
-        "path": str(source.path.resolve()) if source.kind in ("local", "gguf") else None,
-        "files": {path.name: asdict(hash_file(path)) for path in dict.fromkeys(files)},
-    }
 
 
 def _fingerprint(plan: FactorizePlan, source: dict[str, Any], blocks: TokenBlocks | None) -> str:

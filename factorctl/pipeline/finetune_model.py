@@ -10,20 +10,21 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import patch_environment
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.data.blocks import TokenBlocks
 from factorctl.data.building import build_token_blocks
 from factorctl.data.sampling import ModelSampler
-from factorctl.errors import UsageError, in_one_line
+from factorctl.errors import UsageError
 from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.families import layer_prefix, read_dense_model
 from factorctl.models.loading import load, load_dense, stored_tensors
 from factorctl.models.path_choice import path_at, steps_for
 from factorctl.models.slicing import FactoredTensors
+from factorctl.pipeline import tokenizers
 from factorctl.pipeline.finetune_plan import FinetunePlan
 from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
@@ -37,22 +38,16 @@ SELF_DOCUMENT_LENGTH = 512
 
 
 def load_tokenizer(plan: FinetunePlan) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer.
+    """The checkpoint's tokenizer, its ids held against the embeddings.
 
     Raises:
         UsageError: there is none that can be read, or its ids do not fit the model's embeddings.
     """
-    path = plan.checkpoint.path
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, config=plan.checkpoint.dense.config)
-        tokenizer("a")  # some faults show only in use
-    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
-        raise UsageError(
-            f"{path} has no tokenizer that transformers can read: {in_one_line(error)}",
-            "factorize again from a source directory with its tokenizer files",
-        ) from error
+    path, config = plan.checkpoint.path, plan.checkpoint.dense.config
+    hint = "factorize again from a source directory with its tokenizer files"
+    tokenizer = tokenizers.load_tokenizer(path, hint=hint, config=config)
     largest = max(tokenizer.get_vocab().values(), default=0)
-    vocabulary = int(plan.checkpoint.dense.config.vocab_size)
+    vocabulary = int(config.vocab_size)
     if largest >= vocabulary:
         raise UsageError(
             f"the tokenizer in {path} does not match the model: it makes ids up to {largest}, "

@@ -13,7 +13,7 @@ from factorctl.checkpoint.builder import building
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.checkpoint.sources import TOKENIZER_PATTERNS
+from factorctl.checkpoint.sources import copied_files
 from factorctl.checkpoint.strict_json import dump_json
 from factorctl.data.blocks import TokenBlocks
 from factorctl.models.families import layer_prefix
@@ -25,8 +25,6 @@ from factorctl.pipeline.provenance import library_versions
 from factorctl.progress import Progress
 from factorctl.training.heldout import Heldout
 from factorctl.training.sharding import whole
-
-_COPIED = (*TOKENIZER_PATTERNS, "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def publish_checkpoint(
@@ -43,7 +41,7 @@ def publish_checkpoint(
             if builder.finished(index) is None:
                 builder.write_shard(index, {name: _stored(plan, reader, trained, name) for name in names}, {})
         builder.write_file("config.json", dump_json(native_config(dense, plan.spec)))
-        for path in sorted({path for pattern in _COPIED for path in plan.checkpoint.path.glob(pattern)}):
+        for path in copied_files(plan.checkpoint.path):
             builder.copy_file(path)
         builder.write_file("README.md", native_card(manifest).encode())
         return builder.publish(manifest)

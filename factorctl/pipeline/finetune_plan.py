@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from factorctl.checkpoint.manifest import Manifest, is_artefact
+from factorctl.checkpoint.manifest import is_artefact
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import Source, resolve
@@ -23,7 +23,7 @@ from factorctl.models.building import decoder_layers, empty_factored_model, fact
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint
 from factorctl.pipeline.devices import torch_device
-from factorctl.pipeline.recorded_source import find_recorded_source, has_recorded_weights
+from factorctl.pipeline.recorded_source import find_recorded_source, has_recorded_weights, holds_dense_values
 from factorctl.pipeline.workspace import cache_directory, newest_checkpoint, output_path
 from factorctl.progress import Progress
 from factorctl.training.batches import BatchPlan, plan_batches
@@ -179,11 +179,6 @@ def compute_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
     if config.precision != "auto":
         return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def holds_dense_values(manifest: Manifest) -> bool:
-    """Whether the FFN values of a checkpoint still are the dense source's: factorized, neither refit nor trained."""
-    return manifest.stage == "factorize" and not manifest.config.get("refit")
 
 
 def find_teacher(config: FinetuneConfig, checkpoint: NativeCheckpoint, progress: Progress) -> Source | None:

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from factorctl import __version__
-from factorctl.checkpoint.manifest import Manifest, check_files, read_manifest
+from factorctl.checkpoint.manifest import check_files, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.memory import available_memory
@@ -70,7 +70,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
         calibration=details.get("calibration"),
         libraries=dict(manifest.libraries),
         files=len(manifest.files),
-        bytes=sum(record.size for record in manifest.files.values()),
+        bytes=manifest.total_bytes,
         layers=list(details.get("layers") or []),
     )
 
@@ -160,7 +160,7 @@ def verify_checkpoint(path: Path, *, identity: bool, progress: Progress) -> Veri
         raise UsageError(
             "--identity needs a native checkpoint", "an export is checked against its parent when it is made"
         )
-    return Verification(str(path), manifest.sha256, len(manifest.files), _total(manifest), tensors, error)
+    return Verification(str(path), manifest.sha256, len(manifest.files), manifest.total_bytes, tensors, error)
 
 
 def _identity_error(checkpoint: NativeCheckpoint, progress: Progress) -> float:
@@ -180,10 +180,6 @@ def _identity_error(checkpoint: NativeCheckpoint, progress: Progress) -> float:
             worst = max(worst, error)
             task.advance()
     return worst
-
-
-def _total(manifest: Manifest) -> int:
-    return sum(record.size for record in manifest.files.values())
 
 
 @dataclass(frozen=True)

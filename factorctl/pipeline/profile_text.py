@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from factorctl.config import ProfileConfig
 from factorctl.data.building import build_token_blocks
 from factorctl.data.sampling import ModelSampler
 from factorctl.data.spec import parse_data_spec
-from factorctl.errors import UsageError
 from factorctl.models.loading import NativeCheckpoint, load
+from factorctl.pipeline.tokenizers import load_tokenizer
 from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
 
@@ -37,7 +36,8 @@ def profile_text(
 
 
 def _text_tokens(config: ProfileConfig, checkpoint: NativeCheckpoint, wanted: int, progress: Progress) -> torch.Tensor:
-    tokenizer = load_tokenizer(checkpoint)
+    hint = "use --data random to profile without text"
+    tokenizer = load_tokenizer(checkpoint.path, hint=hint, config=checkpoint.dense.config)
     sampler = ModelSampler(
         load_model=lambda: load(checkpoint.path, top_k=checkpoint.spec.shape.num_experts, verify=False),
         model_hash=checkpoint.manifest.sha256,
@@ -61,21 +61,3 @@ def _text_tokens(config: ProfileConfig, checkpoint: NativeCheckpoint, wanted: in
         progress=progress,
     )
     return torch.from_numpy(blocks.train.reshape(-1).astype("int64"))
-
-
-def load_tokenizer(checkpoint: NativeCheckpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        UsageError: there is none, or transformers cannot read it.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            checkpoint.path, config=checkpoint.dense.config
-        )
-    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
-        raise UsageError(
-            f"{checkpoint.path} has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
-            "use --data random to profile without text",
-        ) from None
-    return tokenizer

@@ -1,4 +1,4 @@
-"""The dense model that a checkpoint was made from: where its manifest says it is, and whether it still is that one."""
+"""The dense model that a checkpoint was made from: recorded in the manifest, found again by it, and held against it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from factorctl.checkpoint.hashing import hash_file
-from factorctl.checkpoint.sources import Source, resolve
+from factorctl.checkpoint.manifest import Manifest
+from factorctl.checkpoint.sources import Source, copied_files, resolve
 from factorctl.errors import FactorctlError, UsageError
 from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    """The manifest's account of the dense model: id, kind, revision, and the hash of every file.
+
+    Only a source that cannot be fetched again by its id has its path recorded, for `finetune` to find its teacher.
+    """
+    files = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.json"), *copied_files(source.path)])
+    return {
+        "id": source.id,
+        "kind": source.kind,
+        "revision": source.revision,
+        "path": str(source.path.resolve()) if source.kind in ("local", "gguf") else None,
+        "files": {path.name: asdict(hash_file(path)) for path in dict.fromkeys(files)},
+    }
 
 
 def find_recorded_source(known: Mapping[str, Any], progress: Progress, *, wanted_for: str, hint: str) -> Source:
@@ -44,3 +60,8 @@ def has_recorded_weights(directory: Path, files: Mapping[str, Any]) -> bool:
     return bool(names) and all(
         (directory / name).is_file() and asdict(hash_file(directory / name)) == dict(files[name]) for name in names
     )
+
+
+def holds_dense_values(manifest: Manifest) -> bool:
+    """Whether the FFN values of a checkpoint still are the dense source's: factorized, neither refit nor trained."""
+    return manifest.stage == "factorize" and not manifest.config.get("refit")

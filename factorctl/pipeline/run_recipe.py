@@ -27,11 +27,12 @@ from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, parse_data_spec
 from factorctl.errors import IntegrityError, ResourceError
 from factorctl.pipeline.evaluate import evaluate
 from factorctl.pipeline.export import export
-from factorctl.pipeline.factorize import describe_source, factorize
+from factorctl.pipeline.factorize import factorize
 from factorctl.pipeline.finetune import finetune
 from factorctl.pipeline.profile import profile
 from factorctl.pipeline.provenance import library_versions
 from factorctl.pipeline.recipe import Recipe, Stage, StageConfig
+from factorctl.pipeline.recorded_source import describe_source
 from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
 

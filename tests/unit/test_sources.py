@@ -30,7 +30,7 @@ from huggingface_hub.errors import HTTPError as TransportError
 from factorctl.checkpoint import hub_source, wheel_source
 from factorctl.checkpoint.manifest import read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.checkpoint.sources import Source, resolve
+from factorctl.checkpoint.sources import Source, copied_files, resolve
 from factorctl.errors import FactorctlError, IntegrityError, ResourceError, UsageError
 from factorctl.progress import SilentProgress
 
@@ -340,7 +340,7 @@ def test_what_travels_with_a_checkpoint(dense_source: DenseSource, tmp_path: Pat
     source = Path(shutil.copytree(dense_source(), tmp_path / "source"))
     for name in ("LICENSE.txt", "vocab.bin", "tokenizer.model", "notes.md", "training_args.bin"):
         (source / name).write_text("x")
-    names = [path.name for path in resolved(source, tmp_path).copied_files()]
+    names = [path.name for path in copied_files(resolved(source, tmp_path).path)]
     assert {"LICENSE.txt", "tokenizer.model", "tokenizer.json", "generation_config.json"} <= set(names)
     assert not {"vocab.bin", "notes.md", "training_args.bin", "config.json", "model.safetensors"} & set(names)
     assert names == sorted(names)

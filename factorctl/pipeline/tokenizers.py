@@ -1,0 +1,36 @@
+"""The tokenizer of a model directory, or a word of what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from factorctl.errors import UsageError, in_one_line
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""One of them holds the vocabulary."""
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def load_tokenizer(directory: Path, *, hint: str, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in `directory`.
+
+    Args:
+        hint: what to do where it cannot be read.
+        config: the model's, where the directory's own is none that transformers knows.
+
+    Raises:
+        UsageError: there is none, or transformers cannot read it.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, config=config)
+        tokenizer("a")  # some faults show only in use
+    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
+        raise UsageError(
+            f"{directory} has no tokenizer that transformers can read: {in_one_line(error)}", hint
+        ) from error
+    return tokenizer
