@@ -60,6 +60,11 @@ class TokenBlocks:
         """Where the text came from: kind, file hashes or Hub commit, weight, and tokens and documents taken."""
         return list(self.meta["sources"])
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of the text."""
+        return {"fingerprint": self.fingerprint, "tokens": self.tokens, "sources": self.sources}
+
     def position_ids(self, part: Part, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """Positions that restart at 0 at each document and each block, [len(rows), block_length].
 
@@ -69,12 +74,6 @@ class TokenBlocks:
         starts_BL = self._begins(part, rows)
         columns_L = np.arange(self.block_length, dtype=np.int64)
         return columns_L - np.maximum.accumulate(np.where(starts_BL, columns_L, 0), axis=1)
-
-    def document_ids(self, part: Part, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-        """The number of the document within its block, from 0, of each token, [len(rows), block_length]."""
-        starts_BL = self._begins(part, rows)
-        starts_BL[:, 0] = False
-        return np.cumsum(starts_BL, axis=1, dtype=np.int64)
 
     def _begins(self, part: Part, rows: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
         """Whether a document begins at a token, [len(rows), block_length]."""

@@ -28,11 +28,3 @@ def parse_token_count(text: str, option: str = "--tokens") -> int:
     if count <= 0 or count != int(count):
         raise UsageError(f"{option} '{text}' must be a whole number of tokens above 0", hint)
     return int(count)
-
-
-def format_token_count(count: int) -> str:
-    """The short form for people: 65536 is '65.5K', 40000000 is '40M', 999 is '999'."""
-    if count < 1000:
-        return str(count)
-    suffix = next((s for s in ("B", "M") if round(count / _SUFFIXES[s], 1) >= 1), "K")
-    return f"{count / _SUFFIXES[suffix]:.1f}".removesuffix(".0") + suffix

@@ -49,10 +49,6 @@ class ShardPlan:
     def total_bytes(self) -> int:
         return sum(tensor.nbytes for shard in self.shards for tensor in shard)
 
-    @property
-    def num_tensors(self) -> int:
-        return sum(len(shard) for shard in self.shards)
-
 
 def plan_shards(layout: Layout, reader: CheckpointReader, max_shard_bytes: int) -> ShardPlan:
     """Fill shards in order, none larger than `max_shard_bytes` unless a single tensor is."""

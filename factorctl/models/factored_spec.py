@@ -68,6 +68,11 @@ class FactoredSpec:
             "fitted_a": list(self.fitted_a),
         }
 
+    def summary(self) -> dict[str, Any]:
+        """The same with what readers would otherwise work out: a manifest's `factored`."""
+        shape = self.shape
+        return {**self.to_json(), "notation": shape.notation, "active_ffn_fraction": shape.active_ffn_fraction}
+
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], *, num_layers: int, intermediate_size: int, origin: str) -> FactoredSpec:
         """Read and check; `origin` names the file in errors.

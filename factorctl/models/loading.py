@@ -16,7 +16,8 @@ from factorctl.config import ScaleRule
 from factorctl.errors import IntegrityError, UsageError, in_one_line
 from factorctl.models.building import empty_dense_model, empty_factored_model
 from factorctl.models.factored_spec import MODEL_TYPE, FactoredSpec
-from factorctl.models.families import DenseModel, dense_model, read_dense_model
+from factorctl.models.families import DenseModel, dense_model, ffn_prefix, read_dense_model
+from factorctl.models.slicing import FactoredTensors
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,12 @@ def load_dense(
     fill(model, CheckpointReader(directory), dtype=dtype, device=device)
     adopt_generation_config(model, directory)
     return model
+
+
+def read_factored_ffn(reader: CheckpointReader, layer: int) -> FactoredTensors:
+    """The stored tensors of one factored FFN, by parameter name."""
+    prefix = f"{ffn_prefix(layer)}."
+    return {name.removeprefix(prefix): reader.read(name) for name in reader.entries if name.startswith(prefix)}
 
 
 def adopt_generation_config(model: PreTrainedModel, directory: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from factorctl.checkpoint.aliases import DEMO
 from factorctl.checkpoint.publishing import write_file
 from factorctl.checkpoint.sources import resolve
 from factorctl.errors import ResourceError
@@ -23,10 +24,10 @@ from factorctl.pipeline.recipe import Recipe, parse_recipe
 from factorctl.pipeline.run_recipe import StageOutcome, run_recipe
 from factorctl.pipeline.tokenizers import load_tokenizer
 from factorctl.pipeline.workspace import cache_directory
+from factorctl.profiling.sampling_statistics import Interval
 from factorctl.progress import Progress, SilentProgress
 
 NAME = "demo"
-MODEL = "demo"
 HELD_OUT_EVERY = 8
 PROMPT = "The with statement is used to"
 SAMPLE_TOKENS = 40
@@ -42,15 +43,12 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Speedup:
-    """dense / model in one phase of one regime, with its 95% interval and the roofline's ceiling."""
+class Speedup(Interval):
+    """dense / model in one phase of one regime, with the roofline's ceiling."""
 
     phase: str
     batch: int
     tokens: int
-    median: float
-    low: float
-    high: float
     ceiling: float
 
 
@@ -92,7 +90,7 @@ def demo_recipe(texts: Path) -> Recipe:
     return parse_recipe(
         {
             "factorize": {
-                "model": MODEL,
+                "model": DEMO,
                 "experts": 6,
                 "top-k": 2,
                 "shared-fraction": 0.25,
@@ -180,7 +178,7 @@ def write_manual(directory: Path) -> None:
 
 
 def _sample(checkpoint: Path) -> Sample:
-    source = resolve(MODEL, revision=None, cache=cache_directory(), progress=SilentProgress())
+    source = resolve(DEMO, revision=None, cache=cache_directory(), progress=SilentProgress())
     tokenizer = load_tokenizer(source.path, hint="remove the cached model, and run `factorctl demo` again")
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     continued = []
@@ -192,10 +190,7 @@ def _sample(checkpoint: Path) -> Sample:
 
 
 def _speedup(row: dict[str, Any]) -> Speedup:
-    interval = row["speedup"]
-    return Speedup(
-        row["phase"], row["batch"], row["tokens"], interval["median"], interval["low"], interval["high"], row["ceiling"]
-    )
+    return Speedup(**row["speedup"], **{key: row[key] for key in ("phase", "batch", "tokens", "ceiling")})
 
 
 def _exported(result: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from factorctl.pipeline.controls import CONTROLS
 from factorctl.pipeline.evaluate_parts import Measured, active_share, measure_subject
 from factorctl.pipeline.evaluate_plan import EvalPlan, plan_evaluation, resolved_config
 from factorctl.pipeline.evaluate_report import markdown
-from factorctl.pipeline.evaluate_result import EvalResult, MethodRow
+from factorctl.pipeline.evaluate_result import RESULTS_NAME, EvalResult, MethodRow
 from factorctl.pipeline.evaluate_store import PartStore
 from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
 from factorctl.profiling.hardware import look_at_hardware
@@ -26,7 +26,6 @@ from factorctl.progress import Progress
 if TYPE_CHECKING:
     from factorctl.evaluation.tasks import TaskComparison
 
-RESULTS_NAME = "results.json"
 PARTS_NAME = "parts"
 PLOT_NAME = "fidelity.png"
 

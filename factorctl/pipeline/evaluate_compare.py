@@ -9,6 +9,7 @@ from typing import Any
 
 from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.errors import UsageError
+from factorctl.pipeline.evaluate_result import RESULTS_NAME
 
 Report = Mapping[str, Any]
 
@@ -58,12 +59,12 @@ def read_report(path: Path) -> Report:
     Raises:
         UsageError: it is no report of `factorctl eval`.
     """
-    file = path / "results.json" if path.is_dir() else path
+    file = path / RESULTS_NAME if path.is_dir() else path
     if not file.is_file():
-        raise UsageError(f"{file} does not exist", "give the results.json of an evaluation, or its directory")
+        raise UsageError(f"{file} does not exist", f"give the {RESULTS_NAME} of an evaluation, or its directory")
     report = read_json_object(file)
     if not all(isinstance(report.get(key), dict) for key in ("perplexity", "tasks", "average", "controls", "config")):
-        raise UsageError(f"{file} is no report of `factorctl eval`", "give its results.json")
+        raise UsageError(f"{file} is no report of `factorctl eval`", f"give its {RESULTS_NAME}")
     return report
 
 

@@ -10,6 +10,9 @@ from factorctl.evaluation.fidelity import LayerFidelity
 from factorctl.evaluation.perplexity import PerplexityComparison
 from factorctl.profiling.hardware import Hardware
 
+RESULTS_NAME = "results.json"
+"""The report on disk."""
+
 
 @dataclass(frozen=True)
 class MethodRow:

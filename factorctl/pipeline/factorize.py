@@ -28,7 +28,7 @@ from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
 from factorctl.models.building import empty_dense_model
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel, ffn_prefix, layer_prefix, read_dense_model
-from factorctl.models.loading import native_config, stored_tensors
+from factorctl.models.loading import native_config, read_factored_ffn, stored_tensors
 from factorctl.models.strategies import StrategyProvenance, get_strategy
 from factorctl.pipeline.calibration_data import calibration_blocks
 from factorctl.pipeline.devices import storage_dtype, torch_device
@@ -282,9 +282,7 @@ def _write_layers(
                 builder.write_shard(layer + 1, _layer_tensors(plan, reader, layer, factored), record)
             elif factory.stream is not None:
                 written = CheckpointReader.of_file(builder.shard_path(layer + 1))
-                prefix = f"{ffn_prefix(layer)}."
-                tensors = {n.removeprefix(prefix): written.read(n) for n in written.entries if n.startswith(prefix)}
-                factory.replay(layer, tensors, record)
+                factory.replay(layer, read_factored_ffn(written, layer), record)
             records.append(record)
             task.advance(layer=layer)
     return records
@@ -347,24 +345,17 @@ def _manifest(
     blocks: TokenBlocks | None,
     records: list[dict[str, Any]],
 ) -> Manifest:
-    calibration = None
-    if blocks is not None:
-        calibration = {"fingerprint": blocks.fingerprint, "tokens": blocks.tokens, "sources": blocks.sources}
     return Manifest(
         kind="native",
         stage="factorize",
         tool_version=__version__,
         source={**source, "model_type": plan.dense.family.model_type},
-        factored={
-            **spec.to_json(),
-            "notation": spec.shape.notation,
-            "active_ffn_fraction": spec.shape.active_ffn_fraction,
-        },
+        factored=spec.summary(),
         config=resolved_config(plan.config),
         details={
             "strategy": {**asdict(plan.provenance), "options": dict(plan.config.strategy_options)},
             "identity_error": max(record["identity_error"] for record in records),
-            "calibration": calibration,
+            "calibration": None if blocks is None else blocks.record,
             "layers": records,
         },
         libraries=library_versions(),

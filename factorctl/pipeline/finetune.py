@@ -19,7 +19,7 @@ from factorctl.data.blocks import TokenBlocks
 from factorctl.errors import UsageError
 from factorctl.pipeline.finetune_model import build_distiller, make_accelerator, start_trackers, training_blocks
 from factorctl.pipeline.finetune_output import finetuned_manifest, publish_checkpoint, trained_tensors
-from factorctl.pipeline.finetune_plan import FinetunePlan, plan_finetune, resolved_config
+from factorctl.pipeline.finetune_plan import RUN_NAME, FinetunePlan, plan_finetune, resolved_config
 from factorctl.progress import Progress, SilentProgress
 from factorctl.training.batches import Batches
 from factorctl.training.distiller import Distiller
@@ -32,7 +32,6 @@ from factorctl.training.out_of_memory import memory_bytes, memory_explained
 from factorctl.training.plotting import draw_training
 from factorctl.training.state import Progressed, newest_state, remove_states, restore_state
 
-RUN_FILE = "run.json"
 REHEARSED_STEPS = 3
 
 
@@ -236,7 +235,7 @@ def open_run(plan: FinetunePlan, wanted: dict[str, Any], progress: Progress) -> 
     Raises:
         UsageError: nothing to resume, another run than the one asked for, or an unfinished one in the way.
     """
-    file = plan.run / RUN_FILE
+    file = plan.run / RUN_NAME
     if plan.config.resume:
         if not file.is_file():
             raise UsageError(

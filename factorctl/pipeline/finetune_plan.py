@@ -33,6 +33,8 @@ from factorctl.training.presets import Recipe, batch_tokens_of, recipe_of
 from factorctl.training.sharding import sharding_asked_for
 from factorctl.training.teacher import require_cuda_for
 
+RUN_NAME = "run.json"
+"""Says, in the training directory, what the run is."""
 _PLACES = frozenset({"out", "workspace", "overwrite", "resume", "track", "save_every", "checkpoint", "max_epochs"})
 """Parts of the configuration that decide where things go, not what they are."""
 _HOW = frozenset({"micro_batch", "gradient_checkpointing", "compile"})
@@ -114,11 +116,16 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
         memory={},
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         out=out,
-        run=out.with_name(f"{out.name}.training"),
+        run=training_directory(out),
     )
     plan = replace(plan, memory=expected_memory(plan, model))
     _require_resources(plan)
     return plan
+
+
+def training_directory(out: Path) -> Path:
+    """Where states, metrics and picture of the run that makes `out` lie."""
+    return out.with_name(f"{out.name}.training")
 
 
 def target_spec(base: FactoredSpec, config: FinetuneConfig, recipe: Recipe) -> FactoredSpec:

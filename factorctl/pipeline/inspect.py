@@ -19,10 +19,9 @@ from factorctl.memory import available_memory
 from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.models.building import empty_factored_model, filled_ffn
 from factorctl.models.dense_ffn import IDENTITY_TOLERANCE, cast_ffn, dense_output
-from factorctl.models.families import ffn_prefix
-from factorctl.models.loading import NativeCheckpoint, open_checkpoint, stored_tensors
+from factorctl.models.loading import NativeCheckpoint, open_checkpoint, read_factored_ffn, stored_tensors
 from factorctl.models.path_choice import processor_name
-from factorctl.models.slicing import FactoredTensors, unslice_ffn
+from factorctl.models.slicing import unslice_ffn
 from factorctl.pipeline.provenance import library_versions
 from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
@@ -93,7 +92,7 @@ def inspect_layer(path: Path, layer: int) -> LayerInspection:
         raise UsageError(
             f"--layer {layer} is not in this model", f"it has layers 0 to {checkpoint.dense.num_layers - 1}"
         )
-    tensors = ffn_tensors(checkpoint, layer)
+    tensors = read_factored_ffn(CheckpointReader(path), layer)
     shape = checkpoint.spec.shape
     down_F = tensors["down"].float().square().sum(0)
     routed_N = down_F[shape.shared_size :].view(shape.num_experts, -1).sum(1) / down_F.sum()
@@ -121,12 +120,6 @@ def inspect_layer(path: Path, layer: int) -> LayerInspection:
         groups.insert(0, shared)
     records = checkpoint.manifest.details.get("layers") or []
     return LayerInspection(str(path), layer, dict(records[layer]) if layer < len(records) else {}, groups)
-
-
-def ffn_tensors(checkpoint: NativeCheckpoint, layer: int) -> FactoredTensors:
-    """The stored tensors of one factored FFN, by parameter name."""
-    reader, prefix = CheckpointReader(checkpoint.path), f"{ffn_prefix(layer)}."
-    return {name.removeprefix(prefix): reader.read(name) for name in reader.entries if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)
@@ -165,11 +158,11 @@ def verify_checkpoint(path: Path, *, identity: bool, progress: Progress) -> Veri
 
 def _identity_error(checkpoint: NativeCheckpoint, progress: Progress) -> float:
     """Largest relative error over the layers of all experts on against the same neurons as one dense FFN."""
-    dense, worst = checkpoint.dense, 0.0
+    dense, reader, worst = checkpoint.dense, CheckpointReader(checkpoint.path), 0.0
     all_on = checkpoint.spec.with_top_k(checkpoint.spec.shape.num_experts)
     with progress.stage("Running all experts", total=dense.num_layers, unit="layer") as task, torch.no_grad():
         for layer in range(dense.num_layers):
-            tensors = ffn_tensors(checkpoint, layer)
+            tensors = read_factored_ffn(reader, layer)
             x_TD = torch.randn(64, dense.hidden_size, generator=torch.Generator().manual_seed(layer))
             ours_TD = filled_ffn(dense, all_on, layer, tensors, dtype=torch.float32)(x_TD)
             whole = cast_ffn(unslice_ffn(tensors, checkpoint.spec.shape), torch.float32)

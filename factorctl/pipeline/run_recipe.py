@@ -26,9 +26,11 @@ from factorctl.data.identity import identify_sources
 from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, parse_data_spec
 from factorctl.errors import IntegrityError, ResourceError
 from factorctl.pipeline.evaluate import evaluate
+from factorctl.pipeline.evaluate_result import RESULTS_NAME
 from factorctl.pipeline.export import export
 from factorctl.pipeline.factorize import factorize
 from factorctl.pipeline.finetune import finetune
+from factorctl.pipeline.finetune_plan import RUN_NAME, training_directory
 from factorctl.pipeline.profile import profile
 from factorctl.pipeline.provenance import library_versions
 from factorctl.pipeline.recipe import Recipe, Stage, StageConfig
@@ -161,7 +163,7 @@ def _folder_identity(folder: Path | None) -> dict[str, Any] | None:
 
 def _place_of(stage: Stage, directory: Path) -> _Place:
     output = directory / {"factorize": "factorized", "finetune": "finetuned"}.get(stage.label, stage.label)
-    report = {"eval": "results.json", "profile": "profile.json"}.get(stage.name, MANIFEST_NAME)
+    report = {"eval": RESULTS_NAME, "profile": "profile.json"}.get(stage.name, MANIFEST_NAME)
     return _Place(output, output / report)
 
 
@@ -213,7 +215,7 @@ def _placed(config: StageConfig, place: _Place, checkpoint: Path | None, begun_b
     if isinstance(config, FactorizeConfig):
         return replace(config, out=out, overwrite=is_artefact(out))
     if isinstance(config, FinetuneConfig):
-        unfinished = begun_before and (out.with_name(f"{out.name}.training") / "run.json").is_file()
+        unfinished = begun_before and (training_directory(out) / RUN_NAME).is_file()
         return replace(config, checkpoint=checkpoint, out=out, resume=unfinished, overwrite=not unfinished)
     if isinstance(config, EvalConfig):
         report = out / "eval.md"

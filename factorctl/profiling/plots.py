@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from factorctl.profiling.report import ProfileResult
 
-LOSING, WINNING, MUTED = "#c0392b", "#1f77b4", "#b0b0b0"
+LOSING, WINNING = "#c0392b", "#1f77b4"
 PARTS = {
     "ffn": "FFN",
     "router": "router",

@@ -73,14 +73,11 @@ def test_positions_restart_at_documents_and_blocks(text: str, cache: Path) -> No
     blocks = build(text, cache)
     for part, array in (("train", blocks.train), ("heldout", blocks.heldout)):
         rows = np.arange(len(array))[::-1]
-        positions, numbers = blocks.position_ids(part, rows), blocks.document_ids(part, rows)  # type: ignore[arg-type]
-        for row, position_L, number_L in zip(rows, positions, numbers, strict=True):
-            position, number = -1, 0
+        for row, position_L in zip(rows, blocks.position_ids(part, rows), strict=True):  # type: ignore[arg-type]
+            position = -1
             for column, token in enumerate(array[row].tolist()):
-                begins = token == BOS
-                position = 0 if begins else position + 1
-                number += begins and column > 0
-                assert (position_L[column], number_L[column]) == (position, number)
+                position = 0 if token == BOS else position + 1
+                assert position_L[column] == position
 
 
 def test_positions_alone_keep_attention_inside_documents(text: str, cache: Path) -> None:
@@ -93,7 +90,8 @@ def test_positions_alone_keep_attention_inside_documents(text: str, cache: Path)
     model = LlamaForCausalLM(config).eval()
     ids = torch.from_numpy(blocks.train[:4].astype(np.int64))
     rows = np.arange(4)
-    positions, numbers = blocks.position_ids("train", rows), blocks.document_ids("train", rows)
+    positions = blocks.position_ids("train", rows)
+    numbers = np.cumsum((positions == 0) & (np.arange(positions.shape[1]) > 0), axis=1)
     with torch.no_grad():
         packed = model(input_ids=ids, position_ids=torch.from_numpy(positions), use_cache=False).logits
         assert numbers.max() > 0

@@ -14,7 +14,7 @@ from factorctl.data.spec import (
     format_suffix,
     parse_data_spec,
 )
-from factorctl.data.token_counts import format_token_count, parse_token_count
+from factorctl.data.token_counts import parse_token_count
 from factorctl.errors import ExitCode, UsageError
 
 
@@ -132,18 +132,3 @@ def test_token_count(text: str, count: int) -> None:
 def test_token_count_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"--calibration-tokens '.*number of tokens[^\n]*\nHint: .*64K"):
         parse_token_count(text, "--calibration-tokens")
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (999, "999"),
-        (1000, "1K"),
-        (65_536, "65.5K"),
-        (999_950, "1M"),
-        (40_000_000, "40M"),
-        (1_500_000_000, "1.5B"),
-    ],
-)
-def test_format_token_count(count: int, text: str) -> None:
-    assert format_token_count(count) == text
