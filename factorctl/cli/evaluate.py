@@ -6,21 +6,22 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from factorctl.cli.options import (
-    DEFAULT_WORKSPACE_OPTION,
     DeviceOpt,
     DryRunOpt,
     DTypeOpt,
     FormatOpt,
+    OutputFormat,
     QuietOpt,
     SeedOpt,
+    TextFieldOpt,
     WorkspaceOpt,
 )
-from factorctl.config import Controls, EvalConfig
+from factorctl.config import DEFAULT_WORKSPACE, Controls, EvalConfig
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--data", help="Text for perplexity: files, folder, Hub dataset; may be repeated."),
     ] = None,
-    text_field: Annotated[
-        str | None, typer.Option("--text-field", help="Field of JSON and parquet rows that holds the text.")
-    ] = None,
+    text_field: TextFieldOpt = None,
     data_tokens: Annotated[str, typer.Option("--data-tokens", help="Tokens taken from each text: 100K.")] = "100K",
     document_tokens: Annotated[
         int | None, typer.Option("--document-tokens", help="Tokens from the beginning of each document. [default: all]")
@@ -107,7 +106,7 @@ def evaluate(
         Path | None,
         typer.Option("--out", "-o", help="Directory of results.json, answers and picture. [default: in the workspace]"),
     ] = None,
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
@@ -195,7 +194,7 @@ def _table(table: ReportTable) -> Table:
     return rows_table(table.title, table.columns, table.rows)
 
 
-def _show_result(result: EvalResult, output: Any) -> None:
+def _show_result(result: EvalResult, output: OutputFormat) -> None:
     from factorctl.cli.render import show
     from factorctl.pipeline.evaluate_report import report_tables
 
@@ -210,8 +209,8 @@ def _show_result(result: EvalResult, output: Any) -> None:
     show(result, output=output, tables=[_table(table) for table in tables], closing=[*closing, *written])
 
 
-def _show_plan(plan: EvalPlan, output: Any) -> None:
-    from factorctl.cli.render import facts_table, gigabytes, show
+def _show_plan(plan: EvalPlan, output: OutputFormat) -> None:
+    from factorctl.cli.render import gigabytes, show_plan
     from factorctl.pipeline.evaluate_plan import expected_seconds
 
     parts = [part for subject in plan.subjects for part in plan.parts(subject)]
@@ -231,17 +230,17 @@ def _show_plan(plan: EvalPlan, output: Any) -> None:
         "seconds": round(expected_seconds(plan)),
         "out": str(plan.out),
     }
-    shown = facts | {
+    words = facts | {
         "texts": ", ".join(f"{text.name}: {text.tokens:,} tokens" for text in plan.texts) or "none",
         "tasks": ", ".join(f"{name}: {count:,}" for name, count in dict(facts["tasks"]).items()) or "none",  # type: ignore[call-overload]
         "controls": ", ".join(plan.controls) or "none",
         "memory_bytes": gigabytes(plan.memory_bytes),
         "seconds": f"about {facts['seconds']}",
     }
-    show(facts, output=output, tables=[facts_table("Plan (nothing is written)", shown)])
+    show_plan(facts, words, output=output)
 
 
-def _show_comparison(paths: list[Path], output: Any) -> None:
+def _show_comparison(paths: list[Path], output: OutputFormat) -> None:
     from factorctl.cli.render import rows_table, show
     from factorctl.pipeline.evaluate_compare import compare_reports
 

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from factorctl.cli.options import (
-    DEFAULT_WORKSPACE_OPTION,
     CheckpointArg,
     DeviceOpt,
     DryRunOpt,
     DTypeOpt,
     FormatOpt,
     OutOpt,
+    OutputFormat,
     OverwriteOpt,
     QuietOpt,
     SeedOpt,
     WorkspaceOpt,
 )
-from factorctl.config import ExportConfig, ExportTarget
+from factorctl.config import DEFAULT_WORKSPACE, ExportConfig, ExportTarget
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def export(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a repository that --push creates private.")] = False,
     out: OutOpt = None,
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
@@ -123,8 +123,8 @@ def parse_bytes(text: str, option: str) -> int:
     return size
 
 
-def _show_plan(plan: ExportPlan, output: str) -> None:
-    from factorctl.cli.render import facts_table, gigabytes, show
+def _show_plan(plan: ExportPlan, output: OutputFormat) -> None:
+    from factorctl.cli.render import gigabytes, show_plan
 
     facts: dict[str, object] = {
         "checkpoint": str(plan.job.checkpoint.path),
@@ -137,11 +137,11 @@ def _show_plan(plan: ExportPlan, output: str) -> None:
         "memory_bytes": plan.memory_bytes,
         "out": str(plan.out),
     }
-    shown = {**facts, "disk_bytes": gigabytes(plan.disk_bytes), "memory_bytes": gigabytes(plan.memory_bytes)}
-    show(facts, output=output, tables=[facts_table("Plan (nothing is written)", shown)])  # type: ignore[arg-type]
+    words = {**facts, "disk_bytes": gigabytes(plan.disk_bytes), "memory_bytes": gigabytes(plan.memory_bytes)}
+    show_plan(facts, words, output=output)
 
 
-def _show_result(result: ExportResult, output: str) -> None:
+def _show_result(result: ExportResult, output: OutputFormat) -> None:
     from factorctl.cli.render import facts_table, gigabytes, show
 
     facts: dict[str, object] = {
@@ -167,7 +167,7 @@ def _show_result(result: ExportResult, output: str) -> None:
     if result.commit is not None:
         facts["pushed as"] = result.commit
     table = facts_table(f"Exported {result.notation}", facts)
-    show(result, output=output, tables=[table], closing=_next_steps(result))  # type: ignore[arg-type]
+    show(result, output=output, tables=[table], closing=_next_steps(result))
 
 
 def _next_steps(result: ExportResult) -> list[str]:

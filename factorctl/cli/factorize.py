@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from factorctl.cli.options import (
-    DEFAULT_WORKSPACE_OPTION,
     DeviceOpt,
     DryRunOpt,
     DTypeOpt,
     FormatOpt,
     OutOpt,
+    OutputFormat,
     OverwriteOpt,
     QuietOpt,
     SeedOpt,
     WorkspaceOpt,
-    key_values,
 )
-from factorctl.config import FactorizeConfig, Gate, RouterInit, ScaleRule
+from factorctl.config import DEFAULT_WORKSPACE, FactorizeConfig, Gate, RouterInit, ScaleRule
+from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
     from factorctl.pipeline.factorize import FactorizePlan, FactorizeResult
@@ -64,7 +64,7 @@ def factorize(
     ] = "64K",
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")] = None,
     out: OutOpt = None,
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
@@ -116,8 +116,25 @@ def factorize(
         _show_result(pipeline.factorize(config, progress), output)
 
 
-def _show_plan(plan: FactorizePlan, output: str) -> None:
-    from factorctl.cli.render import facts_table, gigabytes, show
+def key_values(pairs: list[str]) -> dict[str, str]:
+    """`--option key=value`, repeated, as a mapping.
+
+    Raises:
+        UsageError: a pair without '=', or a key given twice.
+    """
+    result: dict[str, str] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise UsageError(f"--option {pair!r} is no KEY=VALUE", "for example --option by=activations")
+        if key in result:
+            raise UsageError(f"--option {key} is given twice")
+        result[key] = value
+    return result
+
+
+def _show_plan(plan: FactorizePlan, output: OutputFormat) -> None:
+    from factorctl.cli.render import gigabytes, show_plan
 
     shape = plan.spec.shape
     facts: dict[str, object] = {
@@ -137,16 +154,16 @@ def _show_plan(plan: FactorizePlan, output: str) -> None:
         "seconds": round(plan.expected_seconds(), 1),
         "out": str(plan.out),
     }
-    shown = {
+    words = {
         **facts,
         "disk_bytes": gigabytes(plan.disk_bytes),
         "memory_bytes": gigabytes(plan.memory_bytes),
         "seconds": f"about {facts['seconds']:.0f}",
     }
-    show(facts, output=output, tables=[facts_table("Plan (nothing is written)", shown)])  # type: ignore[arg-type]
+    show_plan(facts, words, output=output)
 
 
-def _show_result(result: FactorizeResult, output: str) -> None:
+def _show_result(result: FactorizeResult, output: OutputFormat) -> None:
     from factorctl.cli.render import facts_table, gigabytes, show
 
     facts: dict[str, object] = {
@@ -168,4 +185,4 @@ def _show_result(result: FactorizeResult, output: str) -> None:
         f"Next: factorctl inspect {result.checkpoint}",
         f"      factorctl verify {result.checkpoint}",
     ]
-    show(result, output=output, tables=[facts_table(f"Factorized {result.source}", facts)], closing=closing)  # type: ignore[arg-type]
+    show(result, output=output, tables=[facts_table(f"Factorized {result.source}", facts)], closing=closing)

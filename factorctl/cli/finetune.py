@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 from factorctl.cli.options import (
-    DEFAULT_WORKSPACE_OPTION,
     CheckpointArg,
     DeviceOpt,
     DryRunOpt,
     DTypeOpt,
     FormatOpt,
     OutOpt,
+    OutputFormat,
     OverwriteOpt,
     QuietOpt,
     SeedOpt,
+    TextFieldOpt,
+    TopKOpt,
     WorkspaceOpt,
 )
 from factorctl.config import (
+    DEFAULT_WORKSPACE,
     FinetuneConfig,
     Gate,
     OptimizerName,
@@ -39,16 +42,12 @@ if TYPE_CHECKING:
 def finetune(
     checkpoint: CheckpointArg = None,
     tokens: Annotated[str, typer.Option("--tokens", help="Tokens to train on: 60K, 40M, 1.5B.")] = "40M",
-    top_k: Annotated[
-        int | None, typer.Option("--top-k", "-k", help="Experts active per token. [default: the checkpoint's]")
-    ] = None,
+    top_k: TopKOpt = None,
     data: Annotated[
         str | None,
         typer.Option("--data", help="Files, folder, Hub dataset, or self; A=0.7,B=0.3. [default: a Hub sample]"),
     ] = None,
-    text_field: Annotated[
-        str | None, typer.Option("--text-field", help="Field of JSON and parquet rows that holds the text.")
-    ] = None,
+    text_field: TextFieldOpt = None,
     preset: Annotated[
         PresetName, typer.Option("--preset", help="default: our best; factorllm: the paper's recipe.")
     ] = "default",
@@ -106,7 +105,7 @@ def finetune(
         list[str] | None, typer.Option("--track", help="Also log to tensorboard, wandb or trackio; may be repeated.")
     ] = None,
     out: OutOpt = None,
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",
@@ -211,12 +210,12 @@ def loss_weights(pairs: list[str]) -> dict[str, float]:
     return weights
 
 
-def _show_rehearsal(found: Rehearsal, output: Any) -> None:
+def _show_rehearsal(found: Rehearsal, output: OutputFormat) -> None:
     from dataclasses import asdict
 
-    from factorctl.cli.render import facts_table, gigabytes, show
+    from factorctl.cli.render import gigabytes, show_plan
 
-    facts: dict[str, object] = {
+    words = {
         "from": found.checkpoint,
         "notation": found.notation,
         "preset": found.preset,
@@ -228,10 +227,10 @@ def _show_rehearsal(found: Rehearsal, output: Any) -> None:
         "time": f"about {_duration(found.seconds)}",
         "out": found.out,
     }
-    show(asdict(found), output=output, tables=[facts_table("Plan (nothing is written)", facts)])
+    show_plan(asdict(found), words, output=output)
 
 
-def _show_result(result: FinetuneResult, output: Any) -> None:
+def _show_result(result: FinetuneResult, output: OutputFormat) -> None:
     from factorctl.cli.render import facts_table, gigabytes, rows_table, show
 
     perplexities = rows_table(

@@ -6,14 +6,15 @@ from typing import Annotated
 
 import typer
 
-from factorctl.cli.options import DEFAULT_WORKSPACE_OPTION, CheckpointArg, FormatOpt, QuietOpt, WorkspaceOpt
+from factorctl.cli.options import CheckpointArg, FormatOpt, QuietOpt, WorkspaceOpt
+from factorctl.config import DEFAULT_WORKSPACE
 from factorctl.errors import ExitCode
 
 
 def inspect(
     checkpoint: CheckpointArg = None,
     layer: Annotated[int | None, typer.Option("--layer", help="Show one layer's experts: sizes and shares.")] = None,
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
     output: FormatOpt = "text",
 ) -> None:
     """Say what a checkpoint is, what it was made from and how."""
@@ -66,7 +67,7 @@ def verify(
     identity: Annotated[
         bool, typer.Option("--identity", help="Also run every layer with all experts on against its dense form.")
     ] = False,
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
     output: FormatOpt = "text",
     quiet: QuietOpt = False,
 ) -> None:
@@ -107,7 +108,7 @@ def plugins(output: FormatOpt = "text") -> None:
         raise typer.Exit(ExitCode.FAILED)
 
 
-def doctor(workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION, output: FormatOpt = "text") -> None:
+def doctor(workspace: WorkspaceOpt = DEFAULT_WORKSPACE, output: FormatOpt = "text") -> None:
     """Report versions, devices, free disk and memory, and whether the hub can be reached."""
     from factorctl.cli.render import facts_table, gigabytes, show
     from factorctl.pipeline.inspect import diagnose

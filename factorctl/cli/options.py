@@ -1,4 +1,4 @@
-"""Option types that several commands share: one spelling, one help text."""
+"""Types of options that several commands share: one spelling, one help text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from factorctl.config import DEFAULT_WORKSPACE, Device, DTypeName
-from factorctl.errors import UsageError
+from factorctl.config import Device, DTypeName
 
 OutputFormat = Literal["text", "json"]
 
@@ -21,25 +20,12 @@ DeviceOpt = Annotated[Device, typer.Option("--device", help="Where to compute.")
 DTypeOpt = Annotated[DTypeName, typer.Option("--dtype", help="auto keeps the source's dtype.")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace the output once the new one is whole.")]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
+TextFieldOpt = Annotated[
+    str | None, typer.Option("--text-field", help="Field of JSON and parquet rows that holds the text.")
+]
+TopKOpt = Annotated[
+    int | None, typer.Option("--top-k", "-k", help="Experts active per token. [default: the checkpoint's]")
+]
 CheckpointArg = Annotated[
     Path | None, typer.Argument(metavar="[CKPT]", help="A checkpoint directory. [default: the newest in the workspace]")
 ]
-
-DEFAULT_WORKSPACE_OPTION = DEFAULT_WORKSPACE
-
-
-def key_values(pairs: list[str]) -> dict[str, str]:
-    """`--option key=value`, repeated, as a mapping.
-
-    Raises:
-        UsageError: a pair without '=', or a key given twice.
-    """
-    result: dict[str, str] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise UsageError(f"--option {pair!r} is no KEY=VALUE", "for example --option by=activations")
-        if key in result:
-            raise UsageError(f"--option {key} is given twice")
-        result[key] = value
-    return result

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from factorctl.cli.options import (
-    DEFAULT_WORKSPACE_OPTION,
     CheckpointArg,
     DeviceOpt,
     DTypeOpt,
     FormatOpt,
     QuietOpt,
     SeedOpt,
+    TextFieldOpt,
+    TopKOpt,
     WorkspaceOpt,
 )
-from factorctl.config import ProfileConfig, ScaleRule
+from factorctl.config import DEFAULT_WORKSPACE, ProfileConfig, ScaleRule
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,18 +35,14 @@ def profile(
     seconds: Annotated[
         float, typer.Option("--seconds", help="Begin no further round of a regime after this long.")
     ] = 60.0,
-    top_k: Annotated[
-        int | None, typer.Option("--top-k", "-k", help="Experts active per token. [default: the checkpoint's]")
-    ] = None,
+    top_k: TopKOpt = None,
     scale: Annotated[
         ScaleRule | None, typer.Option("--scale", help="Needed with --top-k where scales were fitted.")
     ] = None,
     data: Annotated[
         str, typer.Option("--data", help="Text that decides the routing: files, Hub dataset, self, or random tokens.")
     ] = "self",
-    text_field: Annotated[
-        str | None, typer.Option("--text-field", help="Field of JSON and parquet rows that holds the text.")
-    ] = None,
+    text_field: TextFieldOpt = None,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time it, or only count.")] = True,
     sweep_k: Annotated[bool, typer.Option("--sweep-k", help="Also count FLOPs at every number of experts.")] = False,
     tune: Annotated[
@@ -59,7 +56,7 @@ def profile(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the JSON report with all samples here.")
     ] = None,
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
     seed: SeedOpt = 0,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = "auto",

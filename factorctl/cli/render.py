@@ -116,6 +116,11 @@ def show(result: Any, *, output: OutputFormat, tables: Sequence[Table] = (), clo
         console.print(line, highlight=False)
 
 
+def show_plan(plan: Mapping[str, object], words: Mapping[str, object], *, output: OutputFormat) -> None:
+    """What `--dry-run` found: `plan` as JSON, or the same in `words`."""
+    show(plan, output=output, tables=[facts_table("Plan (nothing is written)", words)])
+
+
 def facts_table(title: str, facts: Mapping[str, object]) -> Table:
     """Two columns: what, and its value."""
     table = Table(title=title, title_justify="left", show_header=False)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from factorctl.cli.options import DEFAULT_WORKSPACE_OPTION, FormatOpt, QuietOpt, WorkspaceOpt
+from factorctl.cli.options import FormatOpt, OutputFormat, QuietOpt, WorkspaceOpt
+from factorctl.config import DEFAULT_WORKSPACE
 
 if TYPE_CHECKING:
     from factorctl.pipeline.demo import DemoResult
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML file with a table for each stage.")],
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which stages would run; run none.")] = False,
     output: FormatOpt = "text",
     quiet: QuietOpt = False,
@@ -38,7 +39,7 @@ def run(
 
 
 def demo(
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE_OPTION,
+    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
     output: FormatOpt = "text",
     quiet: QuietOpt = False,
 ) -> None:
@@ -52,15 +53,15 @@ def demo(
     _show_demo(run_demo(workspace, progress_listener(quiet=quiet)), output)
 
 
-def _show_run(result: RunResult, output: str) -> None:
+def _show_run(result: RunResult, output: OutputFormat) -> None:
     from factorctl.cli.render import rows_table, show
 
     rows = [[outcome.stage, outcome.status, f"{outcome.seconds:.0f} s", outcome.output] for outcome in result.stages]
     table = rows_table(f"Recipe {result.name}", ["stage", "status", "time", "result"], rows)
-    show(result, output=output, tables=[table])  # type: ignore[arg-type]
+    show(result, output=output, tables=[table])
 
 
-def _show_demo(result: DemoResult, output: str) -> None:
+def _show_demo(result: DemoResult, output: OutputFormat) -> None:
     from factorctl.cli.render import facts_table, gigabytes, rows_table, show
 
     facts: dict[str, object] = {
@@ -98,4 +99,4 @@ def _show_demo(result: DemoResult, output: str) -> None:
         "A minute of training recovers a part; quality grows with tokens: factorctl finetune --tokens 40M",
         f"Next: factorctl eval {result.checkpoint} --controls --data YOUR_TEXT",
     ]
-    show(result, output=output, tables=tables, closing=closing)  # type: ignore[arg-type]
+    show(result, output=output, tables=tables, closing=closing)
