@@ -122,8 +122,31 @@ def _listing(values: list[int]) -> str:
     return " or ".join(str(value) for value in values) if values else "another number of experts"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """What every verb takes."""
+
+    out: Path | None = None
+    """Where the result goes; None means a name in the workspace, and for `profile` no file."""
+    workspace: Path = DEFAULT_WORKSPACE
+    seed: int = 0
+    device: Device = "auto"
+    dtype: DTypeName = "auto"
+    """Storage dtype of what is made, compute dtype of what is measured; auto keeps the one that is stored, but measures
+    in float32 where bfloat16 would only be emulated."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed {self.seed} is out of range", "choose a number from 0 to 4294967295")
+
+
+def _require_positive(option: str, number: int | None, hint: str | None = None) -> None:
+    if number is not None and number < 1:
+        raise UsageError(f"{option} {number} is no positive number", hint)
+
+
 @dataclass(frozen=True)
-class FactorizeConfig:
+class FactorizeConfig(CommonConfig):
     """`factorctl factorize`."""
 
     model: str
@@ -141,13 +164,11 @@ class FactorizeConfig:
     calibration: str = "self"
     calibration_tokens: int = 65_536
     revision: str | None = None
-    out: Path | None = None
-    workspace: Path = DEFAULT_WORKSPACE
-    seed: int = 0
-    device: Device = "auto"
-    dtype: DTypeName = "auto"
-    """Storage dtype; auto keeps the source's, so that no weight value changes."""
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive("--calibration-tokens", self.calibration_tokens, "try 64K")
 
 
 PresetName = Literal["default", "factorllm"]
@@ -159,7 +180,7 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(CommonConfig):
     """`factorctl finetune`. What is None takes the preset's or the checkpoint's value."""
 
     tokens: int
@@ -202,12 +223,6 @@ class FinetuneConfig:
     """Tokens between two saved states; None means a tenth of all."""
     resume: bool = False
     track: tuple[Tracker, ...] = ()
-    out: Path | None = None
-    workspace: Path = DEFAULT_WORKSPACE
-    seed: int = 0
-    device: Device = "auto"
-    dtype: DTypeName = "auto"
-    """Storage dtype of the result; auto keeps the checkpoint's."""
     overwrite: bool = False
 
 
@@ -215,7 +230,7 @@ ExportTarget = Literal["hf", "gguf", "dense", "bnb-4bit", "bnb-8bit"]
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(CommonConfig):
     """`factorctl export`."""
 
     checkpoint: Path | None = None
@@ -233,16 +248,11 @@ class ExportConfig:
     push: str | None = None
     """Hub repository that the finished export is uploaded to."""
     private: bool = False
-    out: Path | None = None
-    workspace: Path = DEFAULT_WORKSPACE
-    seed: int = 0
-    device: Device = "auto"
-    dtype: DTypeName = "auto"
     overwrite: bool = False
 
 
 @dataclass(frozen=True)
-class ProfileConfig:
+class ProfileConfig(CommonConfig):
     """`factorctl profile`."""
 
     checkpoint: Path | None = None
@@ -269,28 +279,21 @@ class ProfileConfig:
     html: Path | None = None
     plots: Path | None = None
     """Directory for the PNG files."""
-    out: Path | None = None
-    """File for the JSON report with all samples."""
-    workspace: Path = DEFAULT_WORKSPACE
-    seed: int = 0
-    device: Device = "auto"
-    dtype: DTypeName = "auto"
-    """Compute dtype; auto keeps the checkpoint's, but float32 instead of bfloat16 where a CPU only emulates it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for option, values in (("--batch", self.batch), ("--prompt", self.prompt), ("--rounds", (self.rounds,))):
             if not values or min(values) < 1:
                 listed = ",".join(str(value) for value in values) or "nothing"
                 raise UsageError(f"{option} {listed} holds no positive numbers only", f"for example {option} 1,8")
-        if self.decode_tokens < 1:
-            raise UsageError(f"--decode-tokens {self.decode_tokens} is no positive number", "try 8")
+        _require_positive("--decode-tokens", self.decode_tokens, "try 8")
 
 
 Controls = Literal["none", "fast", "all"]
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(CommonConfig):
     """`factorctl eval`."""
 
     checkpoint: str | None = None
@@ -329,25 +332,13 @@ class EvalConfig:
     report: Path | None = None
     """File for the Markdown report."""
     resume: bool = False
-    out: Path | None = None
-    workspace: Path = DEFAULT_WORKSPACE
-    seed: int = 0
-    device: Device = "auto"
-    dtype: DTypeName = "auto"
-    """Compute dtype of every model; auto takes the checkpoint's, but float32 where a CPU only emulates bfloat16."""
 
     def __post_init__(self) -> None:
-        numbers = {
-            "--limit": self.limit,
-            "--data-tokens": self.data_tokens,
-            "--document-tokens": self.document_tokens,
-            "--calibration-tokens": self.calibration_tokens,
-            "--batch-size": None if self.batch_size == "auto" else self.batch_size,
-        }
-        for option, number in numbers.items():
-            if number is not None and number < 1:
-                raise UsageError(f"{option} {number} is no positive number")
+        super().__post_init__()
+        _require_positive("--limit", self.limit)
+        _require_positive("--data-tokens", self.data_tokens)
+        _require_positive("--document-tokens", self.document_tokens)
+        _require_positive("--calibration-tokens", self.calibration_tokens)
+        _require_positive("--batch-size", None if self.batch_size == "auto" else self.batch_size)
         if self.few_shot is not None and self.few_shot < 0:
             raise UsageError(f"--few-shot {self.few_shot} is out of range", "choose 0 or more examples")
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"--seed {self.seed} is out of range", "choose a number from 0 to 4294967295")

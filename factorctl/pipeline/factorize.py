@@ -102,10 +102,6 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
         UsageError: an option does not fit the model, the strategy or the output.
         ResourceError: disk or memory do not suffice.
     """
-    if config.calibration_tokens <= 0:
-        raise UsageError(f"--calibration-tokens {config.calibration_tokens} is no positive number", "try 64K")
-    if not 0 <= config.seed < 2**32:
-        raise UsageError(f"--seed {config.seed} is out of range", "choose a number from 0 to 4294967295")
     strategy, provenance = get_strategy(config.strategy)
     check_option_names(strategy, config.strategy_options)
     needs = strategy.needs(config.strategy_options)
