@@ -2,6 +2,6 @@
 
 `spec` parses what the user wrote and `token_counts` reads 64K; both import nothing heavy.
 `building.build_token_blocks` makes the cached blocks for calibration and training, `tokenizing.tokenize_documents` the
-documents for perplexity, `sampling.ModelSampler` the text of `self`, and `order.BlockOrder` the order in which a
+documents for perplexity, `sampling.ModelSampler` the text of `self`, and `block_order.BlockOrder` the order in which a
 trainer visits blocks.
 """

@@ -6,9 +6,7 @@ from factorctl.checkpoint.builder import ArtefactBuilder
 from factorctl.errors import IntegrityError
 from factorctl.exporting.comparison import compare_candidates
 from factorctl.exporting.features import features_of
-from factorctl.exporting.gguf_tensors import GgufLayout
-from factorctl.exporting.gguf_tokenizer import read_tokenizer
-from factorctl.exporting.gguf_writing import (
+from factorctl.exporting.gguf_file import (
     GGUF_NAME,
     MODELFILE,
     check_gguf,
@@ -17,6 +15,8 @@ from factorctl.exporting.gguf_writing import (
     planned_bytes,
     write_gguf,
 )
+from factorctl.exporting.gguf_tensors import GgufLayout
+from factorctl.exporting.gguf_tokenizer import read_tokenizer
 from factorctl.exporting.jobs import ExportJob, Verified
 from factorctl.exporting.llama_cpp import ask_llama_cpp, has_llama_cpp, llama_cpp_name, require_llama_cpp
 from factorctl.exporting.native_reference import NativeReference

@@ -14,7 +14,7 @@ from factorctl.config import EvalConfig
 from factorctl.evaluation.fidelity_plot import draw_fidelity
 from factorctl.evaluation.perplexity import compare_text
 from factorctl.pipeline.controls import CONTROLS
-from factorctl.pipeline.evaluate_parts import Measured, active_share, measure_subject
+from factorctl.pipeline.evaluate_measure import Measured, active_share, measure_subject
 from factorctl.pipeline.evaluate_plan import EvalPlan, plan_evaluation, resolved_config
 from factorctl.pipeline.evaluate_report import markdown
 from factorctl.pipeline.evaluate_result import RESULTS_NAME, EvalResult, MethodRow

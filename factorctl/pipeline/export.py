@@ -23,8 +23,8 @@ from factorctl.exporting.architectures import becomes_mixture, needs_router_scal
 from factorctl.exporting.card import CardFacts, export_card, licence_of
 from factorctl.exporting.folding import scale_rounding
 from factorctl.exporting.forms import cast_to, form_for, is_untouched, remarks, stored_dtype
+from factorctl.exporting.gguf_file import GGUF_NAME
 from factorctl.exporting.gguf_writer import GgufWriter
-from factorctl.exporting.gguf_writing import GGUF_NAME
 from factorctl.exporting.hard_gate import FP16_MAX_SHIFT, MAX_SHIFT, RouterScaling, choose_shifts
 from factorctl.exporting.jobs import ExportJob, Verified, Writer
 from factorctl.exporting.native_reference import NativeReference, native_reference

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from factorctl.data.block_order import BlockOrder
 from factorctl.data.blocks import Part, TokenBlocks
-from factorctl.data.order import BlockOrder
 from factorctl.errors import UsageError
 
 MICRO_TOKENS = {"cpu": 4096, "cuda": 16_384}

@@ -18,7 +18,7 @@ from factorctl.data.sampling import sample_documents
 from factorctl.evaluation.perplexity import TextDocument, score_text
 from factorctl.models.loading import load_dense
 from factorctl.pipeline import evaluate as pipeline
-from factorctl.pipeline import evaluate_parts
+from factorctl.pipeline import evaluate_measure
 from factorctl.pipeline.control_models import fine_shape
 from factorctl.pipeline.controls import CONTROLS
 from factorctl.progress import SilentProgress
@@ -27,7 +27,7 @@ from factorctl.progress import SilentProgress
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes half a second each time and is not what these tests are about."""
-    monkeypatch.setattr(evaluate_parts, "_release_memory", lambda: None)
+    monkeypatch.setattr(evaluate_measure, "_release_memory", lambda: None)
     monkeypatch.setattr(pipeline, "draw_fidelity", lambda *_, **__: b"")
 
 

@@ -17,7 +17,7 @@ from factorctl.config import EvalConfig
 from factorctl.errors import ExitCode, IntegrityError, UsageError
 from factorctl.evaluation.tasks import definitions
 from factorctl.exporting.reports import report_tables
-from factorctl.pipeline import evaluate_parts
+from factorctl.pipeline import evaluate_measure
 from factorctl.pipeline.controls import CONTROLS
 
 PROMISED = {
@@ -29,7 +29,7 @@ PROMISED = {
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes half a second each time and is not what these tests are about."""
-    monkeypatch.setattr(evaluate_parts, "_release_memory", lambda: None)
+    monkeypatch.setattr(evaluate_measure, "_release_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from helpers import calibrated, factorize_quietly, weights_only
 from factorctl.config import EvalConfig
 from factorctl.evaluation.perplexity import score_text
 from factorctl.pipeline import evaluate as pipeline
-from factorctl.pipeline import evaluate_parts, evaluate_plan
+from factorctl.pipeline import evaluate_measure, evaluate_plan
 from factorctl.pipeline.evaluate import evaluate
 from factorctl.pipeline.evaluate_result import EvalResult
 from factorctl.progress import SilentProgress
@@ -23,7 +23,7 @@ from factorctl.progress import SilentProgress
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes half a second each time and is not what these tests are about."""
-    monkeypatch.setattr(evaluate_parts, "_release_memory", lambda: None)
+    monkeypatch.setattr(evaluate_measure, "_release_memory", lambda: None)
     monkeypatch.setattr(pipeline, "draw_fidelity", lambda *_, **__: b"")
 
 
@@ -75,12 +75,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 ) -> None:
     options: dict[str, Any] = {"data": (str(text),), "tasks": ("piqa",), "task_data": bench}
     whole = run(checkpoint, tmp_path / "whole", **options)
-    monkeypatch.setattr(evaluate_parts, "score_text", Interrupting(at=2))
+    monkeypatch.setattr(evaluate_measure, "score_text", Interrupting(at=2))
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, tmp_path / "out", **options)
     assert not (tmp_path / "out" / "results.json").exists()
     counting = Interrupting(at=-1)
-    monkeypatch.setattr(evaluate_parts, "score_text", counting)
+    monkeypatch.setattr(evaluate_measure, "score_text", counting)
     resumed = run(checkpoint, tmp_path / "out", resume=True, **options)
     assert counting.calls == 1, "the dense model's text and task were finished"
     assert resumed.parts == {"computed": 3, "reused": 2}

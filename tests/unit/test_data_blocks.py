@@ -16,10 +16,10 @@ from data_support import BOS, EOS, WORDS, build, document_text, make_tokenizer, 
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from factorctl.data import block_files, building
+from factorctl.data.block_order import BlockOrder
 from factorctl.data.blocks import open_token_blocks
 from factorctl.data.documents import Document
 from factorctl.data.identity import tokenizer_fingerprint
-from factorctl.data.order import BlockOrder
 from factorctl.data.spec import parse_data_spec
 from factorctl.data.tokenizing import tokenize_documents
 from factorctl.errors import IntegrityError, ResourceError, UsageError

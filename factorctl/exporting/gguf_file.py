@@ -1,4 +1,4 @@
-"""Writing a GGUF file tensor by tensor, with the metadata that llama.cpp's graphs read."""
+"""A GGUF file, written tensor by tensor with the metadata that llama.cpp's graphs read, and read back."""
 
 from __future__ import annotations
 
