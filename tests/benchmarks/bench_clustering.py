@@ -10,29 +10,24 @@ F = 1536, not for F = 14336.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
-import re
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from factorctl_plugins import balanced_kmeans
 from factorctl_plugins.clustered import Clustered, gate_directions
 from factorctl_plugins.seeding import layer_generator
+from reporting import header, report_path, write_report
 from scipy.optimize import linear_sum_assignment
 
 from factorctl.contracts import DenseFFN, LayerStats, PartitionSpec, validate
 
-REPORTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 LIBRARIES = ("factorctl", "torch", "POT", "numpy", "scipy")
 BAR_SECONDS = 90
 BAR_RATIO = 1.02
@@ -60,10 +55,7 @@ def main() -> int:
         time_split(case, make, arguments) for case, make in cases(arguments.neurons, arguments.hidden_size).items()
     ]
     ratios = {num_experts: exact_ratio(num_experts) for num_experts in (8, 24, 64)}
-    report = render(arguments, load, timings, ratios)
-    print(report)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(report, encoding="utf-8")
+    write_report(arguments.out, render(arguments, load, timings, ratios))
     met = all(max(timing.seconds) < BAR_SECONDS for timing in timings) and max(ratios.values()) <= BAR_RATIO
     return 0 if met else 1
 
@@ -75,8 +67,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=64, help="N (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="times that each layer is split (default: %(default)s)")
-    name = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-clustering-{slug(cpu_model())}.md"
-    parser.add_argument("--out", type=Path, default=REPORTS / name, help="the report (default: docs/benchmarks/...)")
+    parser.add_argument("--out", type=Path, default=report_path("clustering"), help="default: %(default)s")
     return parser.parse_args(words)
 
 
@@ -172,14 +163,10 @@ def render(arguments: argparse.Namespace, load: float, timings: list[Timing], ra
         for timing in timings
     )
     ratio_rows = "\n".join(f"| {num_experts} | {ratio:.9f} |" for num_experts, ratio in ratios.items())
-    versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
-    cores = os.cpu_count() or 1
-    busy = " (other work shares the cores: wall times are upper bounds)" if load + arguments.threads > cores + 1 else ""
-    return f"""# Balanced clustering, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}
-
-- CPU: {cpu_model()}, {cores} cores, {arguments.threads} torch threads; load average {load:.1f} at the start{busy}
-- Python {platform.python_version()}, {versions}
-- Command: `python {shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])}`
+    is_shared = load + arguments.threads > (os.cpu_count() or 1) + 1
+    busy = ": other work shared the cores, wall times are upper bounds" if is_shared else ""
+    return f"""{header("Balanced clustering", libraries=LIBRARIES)}
+{arguments.threads} torch threads; load average {load:.1f} at the start{busy}.
 
 ## Time to split one layer
 
@@ -198,15 +185,6 @@ F = 1536, D = 576, k-means++ centres, against scipy's `linear_sum_assignment`. T
 |---|---|
 {ratio_rows}
 """
-
-
-def cpu_model() -> str:
-    names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    return names[0].strip() if names else platform.machine()
-
-
-def slug(words: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 if __name__ == "__main__":

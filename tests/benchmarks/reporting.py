@@ -12,13 +12,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from factorctl.models.path_choice import processor_name
+
 LIBRARIES = ("factorctl", "torch", "transformers", "numpy")
-
-
-def cpu_model() -> str:
-    """The processor's name as Linux gives it."""
-    names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    return names[0].strip() if names else platform.machine()
 
 
 def slug(words: str) -> str:
@@ -28,7 +24,7 @@ def slug(words: str) -> str:
 
 def report_path(topic: str) -> Path:
     """docs/benchmarks/<date>-<topic>-<cpu>.md."""
-    name = f"{datetime.date.today().isoformat()}-{topic}-{slug(cpu_model())}.md"
+    name = f"{datetime.date.today().isoformat()}-{topic}-{slug(processor_name())}.md"
     return Path(__file__).parents[2] / "docs" / "benchmarks" / name
 
 
@@ -39,7 +35,7 @@ def header(title: str, *, libraries: Sequence[str] = LIBRARIES) -> str:
     command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     return f"""# {title}
 
-{datetime.date.today().isoformat()}, {cpu_model()}, {os.cpu_count()} cores, load average at the end {load}.
+{datetime.date.today().isoformat()}, {processor_name()}, {os.cpu_count()} cores, load average at the end {load}.
 Python {platform.python_version()}, {versions}.
 
     {command}
