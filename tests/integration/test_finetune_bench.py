@@ -18,13 +18,14 @@ DRIVER = Path(__file__).parents[1] / "benchmarks" / "bench_training.py"
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    monkeypatch.syspath_prepend(str(DRIVER.parent))
     spec = importlib.util.spec_from_file_location("bench_training", DRIVER)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "bench_training", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "REPORTS", tmp_path / "reports")
+    monkeypatch.setattr(module, "report_path", lambda topic: tmp_path / "reports" / f"{topic}.md")
     return module
 
 
