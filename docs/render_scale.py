@@ -18,7 +18,7 @@ from factorctl.config import FinetuneConfig, factor_shape
 from factorctl.models.building import empty_dense_model, empty_factored_model, factored_ffns
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel, dense_model
-from factorctl.pipeline.factorize import peak_bytes, shard_of
+from factorctl.pipeline.factorize_plan import peak_bytes, shard_of
 from factorctl.pipeline.finetune_plan import expected_memory
 from factorctl.profiling.flops import count_flops
 from factorctl.profiling.sizes import ModelSizes

@@ -279,7 +279,7 @@ def test_no_disk_space(dense_source: DenseSource, out: Path, monkeypatch: pytest
 
 
 def test_not_enough_memory(dense_source: DenseSource, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("factorctl.pipeline.factorize.available_memory", lambda: 100_000_000)
+    monkeypatch.setattr("factorctl.pipeline.factorize_plan.available_memory", lambda: 100_000_000)
     outcome = factorize(dense_source(), out)
     assert_refused(outcome, ExitCode.RESOURCES, out, "GB of memory are needed; 0.1 GB are available")
 

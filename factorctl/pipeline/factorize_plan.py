@@ -1,0 +1,160 @@
+"""What `factorize` decides before it loads a weight: sizes, strategy, what is calibrated, memory, disk and time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
+from factorctl.checkpoint.reader import CheckpointReader, TensorEntry
+from factorctl.checkpoint.sources import Source, resolve
+from factorctl.config import FactorizeConfig, factor_shape
+from factorctl.contracts import PartitionStrategy, Stat, check_option_names
+from factorctl.errors import UsageError
+from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
+from factorctl.models.building import empty_dense_model
+from factorctl.models.factored_spec import FactoredSpec
+from factorctl.models.families import DenseModel, read_dense_model
+from factorctl.models.loading import stored_tensors
+from factorctl.models.strategies import StrategyProvenance, get_strategy
+from factorctl.pipeline.devices import storage_dtype, torch_device
+from factorctl.pipeline.time_estimate import factorize_seconds
+from factorctl.pipeline.workspace import cache_directory, output_path
+from factorctl.progress import Progress
+
+
+@dataclass(frozen=True)
+class FactorizePlan:
+    """Everything that is decided before the first weight is read."""
+
+    config: FactorizeConfig
+    out: Path
+    source: Source
+    dense: DenseModel
+    spec: FactoredSpec
+    strategy: PartitionStrategy
+    provenance: StrategyProvenance
+    needs: frozenset[Stat]
+    calibrates: bool
+    compressed: bool
+    disk_bytes: int
+    memory_bytes: int
+
+    def expected_seconds(self) -> float:
+        """About how long the run will take; measures this machine for half a second."""
+        reader = CheckpointReader(self.source.path)
+        return factorize_seconds(
+            self.config,
+            self.spec.shape,
+            hidden_size=self.dense.hidden_size,
+            num_layers=self.dense.num_layers,
+            parameters=sum(math.prod(entry.shape) for entry in reader.entries.values()),
+            source_bytes=sum(entry.nbytes for entry in reader.entries.values()),
+            calibrates=self.calibrates,
+            compressed=self.compressed,
+            device=torch_device(self.config.device),
+        )
+
+
+def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan:
+    """Resolve and check all that can be checked without reading weights.
+
+    Raises:
+        UsageError: an option does not fit the model, the strategy or the output.
+        ResourceError: disk or memory do not suffice.
+    """
+    strategy, provenance = get_strategy(config.strategy)
+    check_option_names(strategy, config.strategy_options)
+    needs = strategy.needs(config.strategy_options)
+    source = resolve(config.model, revision=config.revision, cache=cache_directory(), progress=progress)
+    if source.note:
+        progress.note(source.note)
+    dense = read_dense_model(source.path)
+    shape = factor_shape(
+        dense.intermediate_size,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        shared_fraction=config.shared_fraction,
+    )
+    out = output_path(config.out, config.workspace, config.model, shape.notation)
+    refuse_existing(out, overwrite=config.overwrite)
+    if shape.shared_size:
+        needs = needs | {Stat.IMPORTANCE}
+    compressed = config.router == "analytic" or config.scale == "fitted" or config.refit
+    reader = CheckpointReader(source.path)
+    stored_tensors(empty_dense_model(dense), reader)
+    plan = FactorizePlan(
+        config=config,
+        out=out,
+        source=source,
+        dense=dense,
+        spec=FactoredSpec(shape, config.gate, config.scale),
+        strategy=strategy,
+        provenance=provenance,
+        needs=needs,
+        calibrates=compressed or bool(needs),
+        compressed=compressed,
+        disk_bytes=sum(math.prod(e.shape) * (stored_dtype(config, e).itemsize) for e in reader.entries.values()),
+        memory_bytes=0,
+    )
+    plan = replace(plan, memory_bytes=estimate_memory(plan, reader))
+    require_resources(plan)
+    return plan
+
+
+def estimate_memory(plan: FactorizePlan, reader: CheckpointReader) -> int:
+    """Peak resident bytes of the planned run."""
+    shards: dict[str, int] = {}
+    for name, entry in reader.entries.items():
+        shard = shard_of(name)
+        shards[shard] = shards.get(shard, 0) + entry.nbytes
+    tokens = plan.config.calibration_tokens if plan.calibrates else 0
+    return peak_bytes(plan.dense, max(shards.values()), calibration_tokens=tokens, refit=plan.config.refit)
+
+
+def shard_of(name: str) -> str:
+    """What is held at once: a decoder layer, or everything outside of them."""
+    return ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else "rest"
+
+
+def peak_bytes(dense: DenseModel, largest_shard: int, *, calibration_tokens: int, refit: bool) -> int:
+    """The process, the largest shard in three forms, and the calibration stream.
+
+    A layer is held as read, as factored and as the bytes to be written; its FFN once more in float32 for the check.
+    """
+    ffn_float32 = 3 * dense.intermediate_size * dense.hidden_size * 4
+    total = PROCESS_BYTES + 3 * largest_shard + 2 * ffn_float32
+    if calibration_tokens:
+        total += 6 * calibration_tokens * dense.hidden_size * 4 + 2 * ffn_float32
+        total += 4 * 4096 * dense.intermediate_size * 4
+    if refit:
+        total += 4 * dense.intermediate_size**2 * 8
+    return total
+
+
+def require_resources(plan: FactorizePlan) -> None:
+    """Refuse before the work starts what disk or memory cannot hold."""
+    require_disk_space(plan.out.parent, plan.disk_bytes)
+    hint = (
+        "lower --calibration-tokens, or choose options that need no calibration "
+        "(--router random, no --refit, no --shared-fraction)"
+    )
+    require_memory(plan.memory_bytes, available_memory(), hint=hint)
+
+
+def stored_dtype(config: FactorizeConfig, entry: TensorEntry) -> torch.dtype:
+    """The dtype in which a tensor of the source is stored.
+
+    Raises:
+        UsageError: the source holds integers, which only a quantised model's weights are.
+    """
+    if not entry.dtype.is_floating_point:
+        raise UsageError(
+            f"tensor {entry.name} in {entry.file} is stored as {str(entry.dtype).removeprefix('torch.')}: "
+            "quantised weights cannot be cut into experts",
+            "give the unquantised checkpoint",
+        )
+    return storage_dtype(config.dtype, entry.dtype)
