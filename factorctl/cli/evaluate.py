@@ -127,7 +127,7 @@ def evaluate(
         factorctl eval --compare runs/a-eval/results.json runs/b-eval/results.json
     """
     from factorctl.cli.render import progress_listener
-    from factorctl.data.token_counts import parse_token_count
+    from factorctl.token_counts import parse_token_count
 
     if compare is not None:
         _show_comparison(list(compare), output)

@@ -24,7 +24,8 @@ from factorctl.config import DEFAULT_WORKSPACE, ExportConfig, ExportTarget
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from factorctl.pipeline.export import ExportPlan, ExportResult
+    from factorctl.pipeline.export import ExportResult
+    from factorctl.pipeline.export_plan import ExportPlan
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|K|M|G|T)B?", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -84,7 +85,8 @@ def export(
         factorctl export runs/demo-1R4E2K --to gguf --quant q8_0
     """
     from factorctl.cli.render import progress_listener
-    from factorctl.pipeline import export as pipeline
+    from factorctl.pipeline.export import export as run_export
+    from factorctl.pipeline.export_plan import plan_export
 
     config = ExportConfig(
         checkpoint=checkpoint,
@@ -105,9 +107,9 @@ def export(
     )
     progress = progress_listener(quiet=quiet)
     if dry_run:
-        _show_plan(pipeline.plan_export(config, progress), output)
+        _show_plan(plan_export(config, progress), output)
     else:
-        _show_result(pipeline.export(config, progress), output)
+        _show_result(run_export(config, progress), output)
 
 
 def parse_bytes(text: str, option: str) -> int:

@@ -22,7 +22,8 @@ from factorctl.config import DEFAULT_WORKSPACE, FactorizeConfig, Gate, RouterIni
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from factorctl.pipeline.factorize import FactorizePlan, FactorizeResult
+    from factorctl.pipeline.factorize import FactorizeResult
+    from factorctl.pipeline.factorize_plan import FactorizePlan
 
 
 def factorize(
@@ -85,8 +86,9 @@ def factorize(
         factorctl factorize meta/TinyLlama --experts 8 --shared-fraction 0.25 --refit --calibration notes.jsonl
     """
     from factorctl.cli.render import progress_listener
-    from factorctl.data.token_counts import parse_token_count
-    from factorctl.pipeline import factorize as pipeline
+    from factorctl.pipeline.factorize import factorize as run_factorize
+    from factorctl.pipeline.factorize_plan import plan_factorize
+    from factorctl.token_counts import parse_token_count
 
     config = FactorizeConfig(
         model=model,
@@ -111,9 +113,9 @@ def factorize(
     )
     progress = progress_listener(quiet=quiet)
     if dry_run:
-        _show_plan(pipeline.plan_factorize(config, progress), output)
+        _show_plan(plan_factorize(config, progress), output)
     else:
-        _show_result(pipeline.factorize(config, progress), output)
+        _show_result(run_factorize(config, progress), output)
 
 
 def key_values(pairs: list[str]) -> dict[str, str]:

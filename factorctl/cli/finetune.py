@@ -126,8 +126,8 @@ def finetune(
         factorctl finetune --preset factorllm --top-k 2 --tokens 10M --data self
     """
     from factorctl.cli.render import progress_listener
-    from factorctl.data.token_counts import parse_token_count as count
     from factorctl.pipeline import finetune as pipeline
+    from factorctl.token_counts import parse_token_count as count
 
     config = FinetuneConfig(
         checkpoint=checkpoint,

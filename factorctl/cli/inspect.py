@@ -88,23 +88,20 @@ def verify(
 
 def plugins(output: FormatOpt = "text") -> None:
     """List partition strategies, their options and references, and the model aliases. Names broken plugins."""
-    from dataclasses import asdict
-
-    from factorctl.checkpoint.aliases import ALIASES
     from factorctl.cli.render import rows_table, show
-    from factorctl.models.strategies import available
+    from factorctl.pipeline.inspect import list_plugins
 
-    found = available()
+    found = list_plugins()
     rows = [
         [info.name, f"{info.distribution} {info.version}", ", ".join(info.options), info.error or info.reference]
-        for info in found
+        for info in found.strategies
     ]
     tables = [
         rows_table("Partition strategies", ["name", "from", "options", "reference, or what is wrong with it"], rows),
-        rows_table("Model aliases", ["alias", "stands for"], [[name, target] for name, target in ALIASES.items()]),
+        rows_table("Model aliases", ["alias", "stands for"], list(found.aliases.items())),
     ]
-    show({"strategies": [asdict(info) for info in found], "aliases": dict(ALIASES)}, output=output, tables=tables)
-    if any(info.error for info in found):
+    show(found, output=output, tables=tables)
+    if any(info.error for info in found.strategies):
         raise typer.Exit(ExitCode.FAILED)
 
 

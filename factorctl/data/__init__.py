@@ -1,6 +1,6 @@
 """DATA to token blocks: local files, Hub datasets, or text sampled from the model.
 
-`spec` parses what the user wrote and `token_counts` reads 64K; both import nothing heavy.
+`spec` parses what the user wrote and imports nothing heavy.
 `building.build_token_blocks` makes the cached blocks for calibration and training, `tokenizing.tokenize_documents` the
 documents for perplexity, `sampling.ModelSampler` the text of `self`, and `block_order.BlockOrder` the order in which a
 trainer visits blocks.

@@ -1,4 +1,4 @@
-"""`inspect`, `verify` and `doctor`: what is here, is it whole, can this machine run it."""
+"""`inspect`, `verify`, `plugins` and `doctor`: what is here, is it whole, what can be chosen, what this machine has."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from factorctl import __version__
+from factorctl.checkpoint.aliases import ALIASES
 from factorctl.checkpoint.manifest import check_files, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.errors import IntegrityError, UsageError
@@ -22,6 +23,7 @@ from factorctl.models.dense_ffn import IDENTITY_TOLERANCE, cast_ffn, dense_outpu
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint, read_factored_ffn, stored_tensors
 from factorctl.models.path_choice import processor_name
 from factorctl.models.slicing import unslice_ffn
+from factorctl.models.strategies import StrategyInfo, available
 from factorctl.pipeline.provenance import library_versions
 from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
@@ -173,6 +175,20 @@ def _identity_error(checkpoint: NativeCheckpoint, progress: Progress) -> float:
             worst = max(worst, error)
             task.advance()
     return worst
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """What can be chosen by name."""
+
+    strategies: list[StrategyInfo]
+    aliases: dict[str, str]
+    """Short name of a model -> what it stands for."""
+
+
+def list_plugins() -> Plugins:
+    """Every installed strategy, broken ones with their fault, and the model aliases."""
+    return Plugins(available(), dict(ALIASES))
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from factorctl.config import EvalConfig, ExportConfig, FactorizeConfig, FinetuneConfig, ProfileConfig
-from factorctl.data.token_counts import parse_token_count
 from factorctl.errors import UsageError, did_you_mean
+from factorctl.token_counts import parse_token_count
 
 StageName = Literal["factorize", "finetune", "eval", "profile", "export"]
 StageConfig = FactorizeConfig | FinetuneConfig | EvalConfig | ProfileConfig | ExportConfig

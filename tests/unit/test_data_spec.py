@@ -14,8 +14,8 @@ from factorctl.data.spec import (
     format_suffix,
     parse_data_spec,
 )
-from factorctl.data.token_counts import parse_token_count
 from factorctl.errors import ExitCode, UsageError
+from factorctl.token_counts import parse_token_count
 
 
 def test_self() -> None:

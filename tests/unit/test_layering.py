@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = {
-    "contracts": 0, "config": 0, "errors": 0, "memory": 0, "progress": 0,
+    "contracts": 0, "config": 0, "errors": 0, "memory": 0, "progress": 0, "token_counts": 0,
     "models": 1, "checkpoint": 1, "data": 1,
     "calibration": 2, "training": 2, "evaluation": 2, "profiling": 2, "exporting": 2,
     "pipeline": 3,
@@ -21,7 +21,7 @@ LAYERS = {
 }  # fmt: skip
 """Part of factorctl -> layer. A part imports only from layers below its own."""
 
-SIDEWAYS = {("models", "checkpoint"), ("contracts", "errors"), ("config", "errors"), ("memory", "errors")}
+SIDEWAYS = {("models", "checkpoint")} | {(part, "errors") for part in ("contracts", "config", "memory", "token_counts")}
 """Imports within a layer that are meant: models are made from what is on disk; the ground layer shares its errors."""
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "lm_eval", "matplotlib", "scipy", "ot", "gguf"}
@@ -41,10 +41,15 @@ def part_of(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
-def imports(path: Path, *, only_at_import: bool = False) -> Iterator[str]:
-    """Every module that the file names; `factorctl.models.loading.load` counts as what it is imported from."""
+def imports(path: Path, *, only_at_import: bool = False, run: bool = False) -> Iterator[str]:
+    """Every module that the file names; `factorctl.models.loading.load` counts as what it is imported from.
+
+    Args:
+        only_at_import: leave out what functions import.
+        run: leave out what is there for type checkers only.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = _run_at_import(tree) if only_at_import else ast.walk(tree)
+    nodes = _run(tree, functions=not only_at_import) if only_at_import or run else ast.walk(tree)
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -61,15 +66,15 @@ def imports(path: Path, *, only_at_import: bool = False) -> Iterator[str]:
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _run_at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that run when the module is imported: not in functions, not under TYPE_CHECKING."""
+def _run(node: ast.AST, *, functions: bool) -> Iterator[ast.AST]:
+    """The nodes that run, when the module is imported or later in its functions: not those under TYPE_CHECKING."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        if not functions and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             continue
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             continue
         yield child
-        yield from _run_at_import(child)
+        yield from _run(child, functions=functions)
 
 
 def test_every_part_has_a_layer() -> None:
@@ -89,6 +94,15 @@ def test_a_layer_imports_only_from_below(path: Path) -> None:
         assert there in LAYERS, f"{name_of(path)} imports {module}"
         allowed = LAYERS[there] < LAYERS[here] or (here, there) in SIDEWAYS
         assert allowed, f"{name_of(path)} (layer {LAYERS[here]}) imports {module} (layer {LAYERS[there]})"
+
+
+@pytest.mark.parametrize("path", files("factorctl/cli"), ids=name_of)
+def test_the_command_line_reaches_no_deeper_than_the_pipeline(path: Path) -> None:
+    """Types of what the pipeline returns may come from where they are defined."""
+    for module in imports(path, run=True):
+        there = part_of(module)
+        if module.split(".")[0] == "factorctl" and there not in ("", "cli", "pipeline"):
+            assert LAYERS[there] == 0, f"{name_of(path)} imports {module}"
 
 
 @pytest.mark.parametrize("path", files("plugins"), ids=name_of)
@@ -113,7 +127,7 @@ def test_the_command_line_loads_nothing_heavy_at_import(path: Path) -> None:
     assert not roots & HEAVY, name_of(path)
 
 
-@pytest.mark.parametrize("name", ["contracts", "config", "errors", "memory", "progress"])
+@pytest.mark.parametrize("name", [name for name, layer in LAYERS.items() if layer == 0])
 def test_the_ground_layer_loads_nothing_heavy_at_import(name: str) -> None:
     assert not {m.split(".")[0] for m in imports(ROOT / f"factorctl/{name}.py", only_at_import=True)} & HEAVY
 
