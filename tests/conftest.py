@@ -1,4 +1,4 @@
-"""What every test gets: a cache of its own, and tiny dense checkpoints that are made once per process."""
+"""What tests share: a cache of their own, and tiny models and texts that are made once per process."""
 
 from __future__ import annotations
 
@@ -58,6 +58,57 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from helpers import make_text
 
     return make_text(tmp_path_factory.mktemp("text") / "words.txt")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eighty documents of twenty such words, one a line."""
+    from helpers import make_documents
+
+    return make_documents(tmp_path_factory.mktemp("text") / "words.jsonl")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1R4E2K of a tiny Llama: a random router, dense values; to read, never to write into."""
+    from helpers import factorize_quietly, weights_only
+
+    out = tmp_path_factory.mktemp("made") / "tiny-1R4E2K"
+    factorize_quietly(weights_only(dense_source(), out, top_k=2))
+    return out
+
+
+@pytest.fixture(scope="session")
+def refitted(dense_source: DenseSource, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With shared neurons, an analytic router, fitted scale and refit: its values are no longer the dense ones."""
+    from helpers import calibrated, factorize_quietly
+
+    out = tmp_path_factory.mktemp("made") / "refitted"
+    factorize_quietly(calibrated(dense_source(), out, text_file, top_k=2))
+    return out
+
+
+@pytest.fixture(scope="session")
+def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of two small tasks, for `--task-data`."""
+    from eval_support import write_tasks
+
+    return write_tasks(tmp_path_factory.mktemp("tasks") / "tasks")
+
+
+@pytest.fixture
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the models of an evaluation garbage is collected: half a second each time."""
+    monkeypatch.setattr("factorctl.pipeline.evaluate_measure._release_memory", lambda: None)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all else here does; test_training_recipe.py and test_evaluation_routing.py draw."""
+    monkeypatch.setattr("factorctl.pipeline.evaluate.draw_fidelity", lambda *_, **__: b"")
+    monkeypatch.setattr(
+        "factorctl.pipeline.finetune.draw_training", lambda run, *_: (run / "training.png").write_bytes(b"")
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,4 +1,4 @@
-"""Small evaluations: text, task files, and a run with sizes that fit tiny models."""
+"""Small evaluations: task files, and a run with sizes that fit tiny models."""
 
 from __future__ import annotations
 
@@ -15,13 +15,6 @@ from factorctl.pipeline.evaluate_result import EvalResult
 from factorctl.progress import SilentProgress
 
 SIZES: dict[str, Any] = {"window": 32, "stride": 16, "data_tokens": 600, "calibration_tokens": 1024, "device": "cpu"}
-
-
-def write_text(path: Path, *, seed: int = 0, documents: int = 30) -> Path:
-    draw = random.Random(seed)
-    rows = [{"text": "".join(draw.choices(LETTERS + " ", k=draw.randint(20, 90)))} for _ in range(documents)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def write_tasks(directory: Path, *, documents: int = 12) -> Path:

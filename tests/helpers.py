@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from factorctl.config import FactorizeConfig
+from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.pipeline.factorize import FactorizeResult, factorize
 from factorctl.progress import SilentProgress
 
@@ -91,10 +94,32 @@ def make_text(path: Path, *, words: int = 1000, seed: int = 0) -> Path:
     return path
 
 
+def make_documents(path: Path, *, documents: int = 80, seed: int = 0) -> Path:
+    """A .jsonl file of documents of twenty such words."""
+    draw = random.Random(seed)
+    texts = [" ".join("".join(draw.choices(LETTERS, k=5)) for _ in range(20)) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
 def some_ids(rows: int = 2, length: int = 24, seed: int = 0) -> torch.Tensor:
     """Ids of letters, [rows, length]."""
     first, last = len(SPECIAL), len(SPECIAL) + len(LETTERS)
     return torch.randint(first, last, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def spy_on_routers(monkeypatch: pytest.MonkeyPatch) -> set[tuple[torch.dtype, torch.dtype]]:
+    """The dtypes of every router's input and logits, from here on."""
+    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+    genuine = FactoredFFN.router_logits
+
+    def spy(ffn: FactoredFFN, x_TD: torch.Tensor) -> torch.Tensor:
+        logits_TN = genuine(ffn, x_TD)
+        seen.add((x_TD.dtype, logits_TN.dtype))
+        return logits_TN
+
+    monkeypatch.setattr(FactoredFFN, "router_logits", spy)
+    return seen
 
 
 def weights_only(source: Path, out: Path, **changes: Any) -> FactorizeConfig:

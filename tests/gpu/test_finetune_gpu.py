@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,13 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DenseSource
-from helpers import LETTERS, calibrated, directory_bytes, factorize_quietly, weights_only
+from helpers import directory_bytes, spy_on_routers
 
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import FinetuneConfig
 from factorctl.errors import ResourceError
-from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.pipeline.finetune import FinetuneResult, finetune, rehearse
 from factorctl.progress import SilentProgress
 from factorctl.training import optimizers
@@ -30,32 +26,9 @@ from factorctl.training.twin_ffn import TwinFFN
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    draw = random.Random(0)
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    texts = [" ".join("".join(draw.choices(LETTERS, k=5)) for _ in range(20)) for _ in range(80)]
-    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
-    return path
-
-
-@pytest.fixture(scope="module")
-def base(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("base") / "tiny-1R4E2K"
-    factorize_quietly(weights_only(dense_source(), out, top_k=2))
-    return out
-
-
-@pytest.fixture(scope="module")
-def refit_base(dense_source: DenseSource, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("base") / "refit"
-    factorize_quietly(calibrated(dense_source(), out, text_file, top_k=2))
-    return out
-
-
-def config(base: Path, text: Path, out: Path, **changes: Any) -> FinetuneConfig:
+def config(checkpoint: Path, text: Path, out: Path, **changes: Any) -> FinetuneConfig:
     sizes = {"block_length": 32, "batch_tokens": 128, "heldout_tokens": 128}
-    plain = FinetuneConfig(tokens=640, checkpoint=base, data=str(text), device="cuda", out=out, **sizes)
+    plain = FinetuneConfig(tokens=640, checkpoint=checkpoint, data=str(text), device="cuda", out=out, **sizes)
     return dataclasses.replace(plain, **changes)
 
 
@@ -63,48 +36,40 @@ def tune(config: FinetuneConfig) -> FinetuneResult:
     return finetune(config, SilentProgress())
 
 
-def test_float32_on_a_gpu_is_the_cpu_up_to_rounding(base: Path, text: Path, tmp_path: Path) -> None:
-    here = tune(config(base, text, tmp_path / "cuda", precision="float32"))
-    there = tune(config(base, text, tmp_path / "cpu", device="cpu"))
+def test_float32_on_a_gpu_is_the_cpu_up_to_rounding(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    here = tune(config(checkpoint, text, tmp_path / "cuda", precision="float32"))
+    there = tune(config(checkpoint, text, tmp_path / "cpu", device="cpu"))
     assert here.perplexity_dense == pytest.approx(there.perplexity_dense, rel=1e-4)
     assert here.perplexity_after == pytest.approx(there.perplexity_after, rel=1e-3)
     assert here.peak_memory_bytes > 0
 
 
 def test_bfloat16_is_the_default_and_routers_stay_in_float32(
-    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
-    genuine = FactoredFFN.router_logits
-
-    def spy(self: FactoredFFN, x_TD: torch.Tensor) -> torch.Tensor:
-        logits_TN = genuine(self, x_TD)
-        dtypes.add((x_TD.dtype, logits_TN.dtype))
-        return logits_TN
-
-    monkeypatch.setattr(FactoredFFN, "router_logits", spy)
-    rough = tune(config(base, text, tmp_path / "rough"))
+    dtypes = spy_on_routers(monkeypatch)
+    rough = tune(config(checkpoint, text, tmp_path / "rough"))
     assert dtypes == {(torch.bfloat16, torch.float32)}
-    exact = tune(config(base, text, tmp_path / "exact", device="cpu"))
+    exact = tune(config(checkpoint, text, tmp_path / "exact", device="cpu"))
     assert rough.perplexity_after == pytest.approx(exact.perplexity_after, rel=0.05)
     assert CheckpointReader(tmp_path / "rough").entry("model.layers.0.mlp.gate_up").dtype == torch.float32
 
 
 @pytest.mark.parametrize("storage", ["bf16", "8bit", "4bit"])
-def test_a_quantised_teacher_teaches(refit_base: Path, text: Path, tmp_path: Path, storage: Any) -> None:
-    exact = tune(config(refit_base, text, tmp_path / "exact"))
-    rough = tune(config(refit_base, text, tmp_path / "rough", teacher_quant=storage))
+def test_a_quantised_teacher_teaches(refitted: Path, text: Path, tmp_path: Path, storage: Any) -> None:
+    exact = tune(config(refitted, text, tmp_path / "exact"))
+    rough = tune(config(refitted, text, tmp_path / "rough", teacher_quant=storage))
     assert rough.perplexity_dense == pytest.approx(exact.perplexity_dense, rel=0.3)
     assert rough.perplexity_before == pytest.approx(exact.perplexity_before, rel=1e-3), "the student is not quantised"
 
 
 def test_eight_bit_adamw_comes_back_from_a_saved_state(
-    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optimizers, "MIN_8BIT_SIZE", 0)
     changes: dict[str, Any] = {"optimizer": "adamw-8bit", "save_every": 128}
-    straight = tune(config(base, text, tmp_path / "straight", **changes))
-    broken = config(base, text, tmp_path / "broken", **changes)
+    straight = tune(config(checkpoint, text, tmp_path / "straight", **changes))
+    broken = config(checkpoint, text, tmp_path / "broken", **changes)
     with monkeypatch.context() as patch:
         genuine, calls = TrainingLoop._gradients, 0
 
@@ -126,24 +91,24 @@ def test_eight_bit_adamw_comes_back_from_a_saved_state(
     assert resumed.perplexity_after == pytest.approx(straight.perplexity_after, rel=1e-3)
 
 
-def test_compiled_layers_give_the_same_losses(base: Path, text: Path, tmp_path: Path) -> None:
-    plain = tune(config(base, text, tmp_path / "plain"))
-    compiled = tune(config(base, text, tmp_path / "compiled", compile=True))
+def test_compiled_layers_give_the_same_losses(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    plain = tune(config(checkpoint, text, tmp_path / "plain"))
+    compiled = tune(config(checkpoint, text, tmp_path / "compiled", compile=True))
     assert compiled.losses["kd"] == pytest.approx(plain.losses["kd"], rel=0.05)
 
 
-def test_everything_that_saves_memory_at_once(base: Path, text: Path, tmp_path: Path) -> None:
-    exact = tune(config(base, text, tmp_path / "exact", device="cpu"))
+def test_everything_that_saves_memory_at_once(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    exact = tune(config(checkpoint, text, tmp_path / "exact", device="cpu"))
     saving: dict[str, Any] = {"teacher_quant": "4bit", "optimizer": "adamw-8bit", "gradient_checkpointing": True}
-    lean = tune(config(base, text, tmp_path / "lean", **saving))
+    lean = tune(config(checkpoint, text, tmp_path / "lean", **saving))
     assert lean.perplexity_after == pytest.approx(exact.perplexity_after, rel=0.1)
 
 
 def test_running_out_of_memory_saves_and_says_what_to_change(
-    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The device's own error, from a layer that asks for more than there is in the third step."""
-    short = config(base, text, tmp_path / "tuned", save_every=640)
+    short = config(checkpoint, text, tmp_path / "tuned", save_every=640)
     with monkeypatch.context() as patch:
         genuine, calls = TwinFFN._study, 0
 
@@ -160,21 +125,31 @@ def test_running_out_of_memory_saves_and_says_what_to_change(
     assert tune(dataclasses.replace(short, resume=True)).steps == 5
 
 
-def test_the_rehearsal_expects_at_least_what_it_used(base: Path, text: Path, tmp_path: Path) -> None:
-    found = rehearse(config(base, text, tmp_path / "tuned"), SilentProgress())
+def test_the_rehearsal_expects_at_least_what_it_used(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    found = rehearse(config(checkpoint, text, tmp_path / "tuned"), SilentProgress())
     assert found.peak_memory_bytes < found.expected_memory_bytes
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("quant", ["none", "4bit"])
-def test_two_gpus_share_one_model(base: Path, text: Path, tmp_path: Path, quant: str) -> None:
+def test_two_gpus_share_one_model(checkpoint: Path, text: Path, tmp_path: Path, quant: str) -> None:
     """Over NCCL; the quantised teacher lies whole on each."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    alone = config(base, text, tmp_path / "alone", precision="float32", micro_batch=2, teacher_quant=quant)
+    alone = config(checkpoint, text, tmp_path / "alone", precision="float32", micro_batch=2, teacher_quant=quant)
     tune(alone)
     launcher = ["accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]
-    options = ["finetune", str(base), "--tokens", "640", "--data", str(text), "--block-length", "32", "--micro-batch"]
+    options = [
+        "finetune",
+        str(checkpoint),
+        "--tokens",
+        "640",
+        "--data",
+        str(text),
+        "--block-length",
+        "32",
+        "--micro-batch",
+    ]
     options += ["2", "--batch-tokens", "128", "--heldout-tokens", "128", "--precision", "float32", "--teacher-quant"]
     options += [quant, "--out", str(tmp_path / "two")]
     subprocess.run([sys.executable, "-m", *launcher, "-m", "factorctl", *options], check=True, env=os.environ)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DenseSource
-from eval_support import SIZES, run, write_tasks, write_text
-from helpers import calibrated, factorize_quietly, make_tokenizer, weights_only
+from eval_support import SIZES, run
+from helpers import factorize_quietly, make_tokenizer, weights_only
 from test_finetune_planted import plant
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,52 +17,19 @@ import factorctl
 from factorctl.data.sampling import sample_documents
 from factorctl.evaluation.perplexity import TextDocument, score_text
 from factorctl.models.loading import load_dense
-from factorctl.pipeline import evaluate as pipeline
-from factorctl.pipeline import evaluate_measure
 from factorctl.pipeline.control_models import fine_shape
 from factorctl.pipeline.controls import CONTROLS
 from factorctl.progress import SilentProgress
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes half a second each time and is not what these tests are about."""
-    monkeypatch.setattr(evaluate_measure, "_release_memory", lambda: None)
-    monkeypatch.setattr(pipeline, "draw_fidelity", lambda *_, **__: b"")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "words.jsonl")
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("bench") / "bench")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1R4E2K with a random router, dense values; not to be changed."""
-    out = tmp_path_factory.mktemp("made") / "tiny"
-    factorize_quietly(weights_only(dense_source(), out))
-    return out
-
-
-@pytest.fixture(scope="module")
-def refitted(dense_source: DenseSource, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared neurons, an analytic router, and values that are no longer the dense ones."""
-    out = tmp_path_factory.mktemp("made") / "refitted"
-    factorize_quietly(calibrated(dense_source(), out, text, scale="sum"))
-    return out
+pytestmark = pytest.mark.usefixtures("no_collection", "no_pictures")
 
 
 def test_at_k_equal_n_a_checkpoint_scores_exactly_as_its_source(
-    dense_source: DenseSource, text: Path, bench: Path, tmp_path: Path
+    dense_source: DenseSource, text: Path, task_files: Path, tmp_path: Path
 ) -> None:
     factorize_quietly(weights_only(dense_source(), tmp_path / "all", top_k=4))
     result = run(
-        tmp_path / "all", tmp_path / "out", data=(str(text),), tasks=("piqa", "openbookqa"), task_data=bench,
+        tmp_path / "all", tmp_path / "out", data=(str(text),), tasks=("piqa", "openbookqa"), task_data=task_files,
         controls="all",
     )  # fmt: skip
     found = result.perplexity["words"]
@@ -148,10 +115,10 @@ def test_random_and_oracle_routing_bracket_the_router(planted: tuple[Path, Path]
 
 
 def test_every_control_is_measured_at_the_same_active_neurons(
-    refitted: Path, text: Path, bench: Path, tmp_path: Path
+    refitted: Path, text: Path, task_files: Path, tmp_path: Path
 ) -> None:
     result = run(
-        refitted, tmp_path / "out", data=(str(text),), tasks=("piqa",), task_data=bench, limit=6, controls="all"
+        refitted, tmp_path / "out", data=(str(text),), tasks=("piqa",), task_data=task_files, limit=6, controls="all"
     )
     assert result.controls.keys() == CONTROLS.keys()
     active = result.active_ffn_fraction
@@ -167,7 +134,7 @@ def test_every_control_is_measured_at_the_same_active_neurons(
 
 
 def test_static_pruning_is_what_factorize_makes_at_top_k_0(
-    refitted: Path, dense_source: DenseSource, text: Path, tmp_path: Path
+    refitted: Path, dense_source: DenseSource, text_file: Path, text: Path, tmp_path: Path
 ) -> None:
     result = run(refitted, tmp_path / "out", data=(str(text),), controls="fast")
     shape = factorctl.load(refitted).model.layers[0].mlp.shape
@@ -181,7 +148,7 @@ def test_static_pruning_is_what_factorize_makes_at_top_k_0(
                 top_k=0,
                 shared_fraction=shape.active_ffn_fraction,
                 refit=refit,
-                calibration=str(text),
+                calibration=str(text_file),  # which `refitted` was calibrated on
                 calibration_tokens=1024,
             )
         )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import DenseSource
-from eval_support import run, write_tasks, write_text
-from helpers import calibrated, factorize_quietly, make_tokenizer, weights_only
+from eval_support import run
+from helpers import factorize_quietly, make_tokenizer, weights_only
 from helpers_cli import cli
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,7 +17,6 @@ from factorctl.config import EvalConfig
 from factorctl.errors import ExitCode, IntegrityError, UsageError
 from factorctl.evaluation.tasks import definitions
 from factorctl.exporting.reports import report_tables
-from factorctl.pipeline import evaluate_measure
 from factorctl.pipeline.controls import CONTROLS
 
 PROMISED = {
@@ -26,44 +25,15 @@ PROMISED = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes half a second each time and is not what these tests are about."""
-    monkeypatch.setattr(evaluate_measure, "_release_memory", lambda: None)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "words.jsonl")
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("bench") / "bench")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1R4E2K with a random router, dense values; not to be changed."""
-    out = tmp_path_factory.mktemp("made") / "tiny"
-    factorize_quietly(weights_only(dense_source(), out))
-    return out
-
-
-@pytest.fixture(scope="module")
-def refitted(dense_source: DenseSource, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared neurons, an analytic router, and values that are no longer the dense ones."""
-    out = tmp_path_factory.mktemp("made") / "refitted"
-    factorize_quietly(calibrated(dense_source(), out, text, scale="sum"))
-    return out
+pytestmark = pytest.mark.usefixtures("no_collection")
 
 
 # the command
 
 
-def test_the_command_prints_writes_and_reports(checkpoint: Path, text: Path, bench: Path, tmp_path: Path) -> None:
+def test_the_command_prints_writes_and_reports(checkpoint: Path, text: Path, task_files: Path, tmp_path: Path) -> None:
     arguments = (
-        "eval", checkpoint, "--data", text, "--tasks", "piqa,openbookqa", "--task-data", bench, "--limit", 8,
+        "eval", checkpoint, "--data", text, "--tasks", "piqa,openbookqa", "--task-data", task_files, "--limit", 8,
         "--controls", "--calibration", text, "--calibration-tokens", 1024, "--window", 32, "--data-tokens", 1500,
         "--out", tmp_path / "out", "--report", tmp_path / "eval.md", "--format", "json",
     )  # fmt: skip
@@ -98,17 +68,17 @@ def test_the_command_prints_writes_and_reports(checkpoint: Path, text: Path, ben
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
-    checkpoint: Path, text: Path, bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, text: Path, task_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     plan = cli(
-        "eval", checkpoint, "--data", text, "--tasks", "piqa", "--task-data", bench, "--limit", 5, "--controls-all",
-        "--calibration", text, "--dry-run", "--format", "json",
+        "eval", checkpoint, "--data", text, "--tasks", "piqa", "--task-data", task_files, "--limit", 5,
+        "--controls-all", "--calibration", text, "--dry-run", "--format", "json",
     ).json  # fmt: skip
     assert plan["controls"] == list(CONTROLS)
     assert plan["measurements"] == 2 * 9 + 1
     assert plan["tasks"] == {"piqa": 5}
-    assert plan["out"] == "runs/tiny-eval"
+    assert plan["out"] == "runs/tiny-1R4E2K-eval"
     assert plan["memory_bytes"] > 500_000_000
     assert plan["seconds"] >= 0
     assert list(tmp_path.iterdir()) == []
@@ -186,9 +156,9 @@ def test_a_checkpoint_that_fails_verify(checkpoint: Path, text: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_task(checkpoint: Path, bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_task(checkpoint: Path, task_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(definitions, "full_index", definitions.paper_index)  # the full one takes half a minute
-    refused("did you mean 'piqa'", checkpoint, "--tasks", "piqq", "--task-data", bench, "--out", tmp_path / "out")
+    refused("did you mean 'piqa'", checkpoint, "--tasks", "piqq", "--task-data", task_files, "--out", tmp_path / "out")
 
 
 def test_a_source_that_is_gone_or_has_changed(dense_source: DenseSource, text: Path, tmp_path: Path) -> None:

@@ -7,50 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DenseSource
-from eval_support import SIZES, run, write_tasks, write_text
-from helpers import calibrated, factorize_quietly, weights_only
+from eval_support import SIZES, run
+from helpers import make_documents
 
 from factorctl.config import EvalConfig
 from factorctl.evaluation.perplexity import score_text
-from factorctl.pipeline import evaluate as pipeline
 from factorctl.pipeline import evaluate_measure, evaluate_plan
 from factorctl.pipeline.evaluate import evaluate
 from factorctl.pipeline.evaluate_result import EvalResult
 from factorctl.progress import SilentProgress
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes half a second each time and is not what these tests are about."""
-    monkeypatch.setattr(evaluate_measure, "_release_memory", lambda: None)
-    monkeypatch.setattr(pipeline, "draw_fidelity", lambda *_, **__: b"")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "words.jsonl")
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("bench") / "bench")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1R4E2K with a random router, dense values; not to be changed."""
-    out = tmp_path_factory.mktemp("made") / "tiny"
-    factorize_quietly(weights_only(dense_source(), out))
-    return out
-
-
-@pytest.fixture(scope="module")
-def refitted(dense_source: DenseSource, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared neurons, an analytic router, and values that are no longer the dense ones."""
-    out = tmp_path_factory.mktemp("made") / "refitted"
-    factorize_quietly(calibrated(dense_source(), out, text, scale="sum"))
-    return out
+pytestmark = pytest.mark.usefixtures("no_collection", "no_pictures")
 
 
 class Interrupting:
@@ -71,9 +38,9 @@ def same_figures(a: EvalResult, b: EvalResult) -> bool:
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(
-    checkpoint: Path, text: Path, bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, text: Path, task_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"data": (str(text),), "tasks": ("piqa",), "task_data": bench}
+    options: dict[str, Any] = {"data": (str(text),), "tasks": ("piqa",), "task_data": task_files}
     whole = run(checkpoint, tmp_path / "whole", **options)
     monkeypatch.setattr(evaluate_measure, "score_text", Interrupting(at=2))
     with pytest.raises(KeyboardInterrupt):
@@ -108,13 +75,13 @@ def test_what_changed_is_never_reused(checkpoint: Path, refitted: Path, text: Pa
     assert resumed(stride=8) == {"computed": 3, "reused": 0}, "another option"
     assert any("changed since; computed again" in note for note in notes.notes)
     assert resumed(refitted, stride=8) == {"computed": 2, "reused": 1}, "other weights; the dense model's stay"
-    write_text(own, seed=5)
+    make_documents(own, seed=5)
     assert resumed(refitted, stride=8) == {"computed": 3, "reused": 0}, "another text"
     assert resumed(refitted, stride=8, dtype="bfloat16") == {"computed": 3, "reused": 0}, "another dtype"
 
 
-def test_a_damaged_part_is_computed_again(checkpoint: Path, text: Path, bench: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"data": (str(text),), "tasks": ("piqa",), "task_data": bench}
+def test_a_damaged_part_is_computed_again(checkpoint: Path, text: Path, task_files: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"data": (str(text),), "tasks": ("piqa",), "task_data": task_files}
     first = run(checkpoint, tmp_path / "out", **options)
     for pattern in ("dense-perplexity-*.json", "model-task-*.jsonl"):
         (damaged,) = (tmp_path / "out" / "parts").glob(pattern)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 from conftest import DenseSource
-from helpers import LETTERS, calibrated, directory_bytes, factorize_quietly, make_source, weights_only
+from helpers import directory_bytes, factorize_quietly, make_source, weights_only
 from typer.testing import CliRunner
 
 import factorctl
@@ -23,47 +22,17 @@ from factorctl.cli.app import app
 from factorctl.config import FinetuneConfig
 from factorctl.errors import FactorctlError, IntegrityError, ResourceError, UsageError
 from factorctl.models.loading import open_checkpoint
-from factorctl.pipeline import finetune as pipeline
 from factorctl.pipeline import finetune_model, finetune_plan
 from factorctl.pipeline.finetune import FinetuneResult, finetune, rehearse
 from factorctl.progress import SilentProgress
 
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than training does here; test_training_recipe.py draws."""
-    monkeypatch.setattr(pipeline, "draw_training", lambda run, *_: (run / "training.png").write_bytes(b""))
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    draw = random.Random(0)
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    texts = [" ".join("".join(draw.choices(LETTERS, k=5)) for _ in range(20)) for _ in range(80)]
-    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
-    return path
-
-
-@pytest.fixture(scope="module")
-def base(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1R4E2K of a tiny Llama, values untouched."""
-    out = tmp_path_factory.mktemp("base") / "tiny-1R4E2K"
-    factorize_quietly(weights_only(dense_source(), out, top_k=2))
-    return out
-
-
-@pytest.fixture(scope="module")
-def refit_base(dense_source: DenseSource, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With shared neurons, fitted scale and refit: its values are no longer the dense ones."""
-    out = tmp_path_factory.mktemp("base") / "refit"
-    factorize_quietly(calibrated(dense_source(), out, text_file, top_k=2))
-    return out
-
-
-def config(base: Path, text: Path, out: Path, **changes: Any) -> FinetuneConfig:
+def config(checkpoint: Path, text: Path, out: Path, **changes: Any) -> FinetuneConfig:
     plain = FinetuneConfig(
         tokens=640,
-        checkpoint=base,
+        checkpoint=checkpoint,
         data=str(text),
         block_length=32,
         batch_tokens=128,
@@ -86,9 +55,9 @@ def changed_tensors(before: Path, after: Path) -> set[str]:
     return {name.split(".mlp.")[-1] for name in changed}
 
 
-def test_the_result_is_a_checkpoint_with_its_parent_and_its_story(base: Path, text: Path, tmp_path: Path) -> None:
-    result = tune(config(base, text, tmp_path / "tuned"))
-    manifest, parent = read_manifest(tmp_path / "tuned"), read_manifest(base)
+def test_the_result_is_a_checkpoint_with_its_parent_and_its_story(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    result = tune(config(checkpoint, text, tmp_path / "tuned"))
+    manifest, parent = read_manifest(tmp_path / "tuned"), read_manifest(checkpoint)
     assert manifest.stage == "finetune"
     assert manifest.parent == parent.sha256 == result.parent
     assert manifest.source == parent.source
@@ -100,20 +69,20 @@ def test_the_result_is_a_checkpoint_with_its_parent_and_its_story(base: Path, te
     assert training["retargeted_from_top_k"] is None
     assert manifest.config["lr"] == 2e-4
     assert manifest.config["loss_weights"]["kd"] == 1.0
-    assert changed_tensors(base, tmp_path / "tuned") == {"gate_up", "down", "router"}
+    assert changed_tensors(checkpoint, tmp_path / "tuned") == {"gate_up", "down", "router"}
     model = factorctl.load(tmp_path / "tuned")
     assert model.config.model_type == "llama"
-    assert (tmp_path / "tuned" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert (tmp_path / "tuned" / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
 
 
-def test_the_same_run_gives_the_same_bytes(base: Path, text: Path, tmp_path: Path) -> None:
+def test_the_same_run_gives_the_same_bytes(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        tune(config(base, text, tmp_path / name))
+        tune(config(checkpoint, text, tmp_path / name))
     assert directory_bytes(tmp_path / "one") == directory_bytes(tmp_path / "two")
 
 
-def test_training_helps(base: Path, text: Path, tmp_path: Path) -> None:
-    result = tune(config(base, text, tmp_path / "tuned", tokens=6400, lr=3e-3))
+def test_training_helps(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    result = tune(config(checkpoint, text, tmp_path / "tuned", tokens=6400, lr=3e-3))
     assert result.losses["kd"] < 0.25
     lines = [json.loads(line) for line in Path(result.metrics).read_text().splitlines()]
     assert lines[-1]["kd"] < 0.7 * lines[0]["kd"]
@@ -121,55 +90,55 @@ def test_training_helps(base: Path, text: Path, tmp_path: Path) -> None:
     assert Path(result.plot).is_file()
 
 
-def test_factorllm_trains_with_a_hard_gate_at_the_papers_scale(base: Path, text: Path, tmp_path: Path) -> None:
-    tune(config(base, text, tmp_path / "tuned", preset="factorllm", loss_weights={"par": 1.0}))
+def test_factorllm_trains_with_a_hard_gate_at_the_papers_scale(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    tune(config(checkpoint, text, tmp_path / "tuned", preset="factorllm", loss_weights={"par": 1.0}))
     spec = open_checkpoint(tmp_path / "tuned").spec
     assert (spec.gate, spec.scale, spec.scale_a(0)) == ("hard", "paper", 2.0)
-    assert changed_tensors(base, tmp_path / "tuned") == {"gate_up", "down", "router"}
+    assert changed_tensors(checkpoint, tmp_path / "tuned") == {"gate_up", "down", "router"}
 
 
-def test_another_top_k_is_allowed_and_recorded(base: Path, text: Path, tmp_path: Path) -> None:
-    result = tune(config(base, text, tmp_path / "tuned", top_k=1))
+def test_another_top_k_is_allowed_and_recorded(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    result = tune(config(checkpoint, text, tmp_path / "tuned", top_k=1))
     assert result.notation == "1R4E1K"
     assert read_manifest(tmp_path / "tuned").details["training"]["retargeted_from_top_k"] == 2
     assert open_checkpoint(tmp_path / "tuned").spec.shape.top_k == 1
 
 
-def test_with_all_experts_on_before_equals_dense(base: Path, text: Path, tmp_path: Path) -> None:
-    result = tune(config(base, text, tmp_path / "tuned", top_k=4))
+def test_with_all_experts_on_before_equals_dense(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    result = tune(config(checkpoint, text, tmp_path / "tuned", top_k=4))
     assert result.perplexity_before == pytest.approx(result.perplexity_dense, rel=1e-6)
     assert result.router_agreement is None
-    assert changed_tensors(base, tmp_path / "tuned") == {"gate_up", "down"}
+    assert changed_tensors(checkpoint, tmp_path / "tuned") == {"gate_up", "down"}
 
 
-def test_the_static_control_trains_the_shared_neurons_alone(refit_base: Path, text: Path, tmp_path: Path) -> None:
-    result = tune(config(refit_base, text, tmp_path / "tuned", top_k=0, weight_decay=0.0))
+def test_the_static_control_trains_the_shared_neurons_alone(refitted: Path, text: Path, tmp_path: Path) -> None:
+    result = tune(config(refitted, text, tmp_path / "tuned", top_k=0, weight_decay=0.0))
     assert result.notation == "1R4E0K+S12"
-    assert changed_tensors(refit_base, tmp_path / "tuned") == {"shared_gate_up", "down"}
-    before, after = (
-        CheckpointReader(path).read("model.layers.0.mlp.down") for path in (refit_base, tmp_path / "tuned")
-    )
+    assert changed_tensors(refitted, tmp_path / "tuned") == {"shared_gate_up", "down"}
+    before, after = (CheckpointReader(path).read("model.layers.0.mlp.down") for path in (refitted, tmp_path / "tuned"))
     assert torch.equal(before[:, 12:], after[:, 12:]), "columns of experts that never run keep their values"
 
 
 @pytest.mark.parametrize(("train", "changed"), [("router", {"router"}), ("experts", {"gate_up", "down"})])
-def test_parts_can_be_trained_alone(base: Path, text: Path, tmp_path: Path, train: Any, changed: set[str]) -> None:
-    tune(config(base, text, tmp_path / "tuned", train=train))
-    assert changed_tensors(base, tmp_path / "tuned") == changed
+def test_parts_can_be_trained_alone(
+    checkpoint: Path, text: Path, tmp_path: Path, train: Any, changed: set[str]
+) -> None:
+    tune(config(checkpoint, text, tmp_path / "tuned", train=train))
+    assert changed_tensors(checkpoint, tmp_path / "tuned") == changed
 
 
-def test_a_router_warmup_leaves_the_experts_alone_at_first(base: Path, text: Path, tmp_path: Path) -> None:
-    tune(config(base, text, tmp_path / "all-of-it", router_warmup=640))
-    assert changed_tensors(base, tmp_path / "all-of-it") == {"router"}
-    tune(config(base, text, tmp_path / "half", router_warmup=320))
-    assert changed_tensors(base, tmp_path / "half") == {"gate_up", "down", "router"}
+def test_a_router_warmup_leaves_the_experts_alone_at_first(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    tune(config(checkpoint, text, tmp_path / "all-of-it", router_warmup=640))
+    assert changed_tensors(checkpoint, tmp_path / "all-of-it") == {"router"}
+    tune(config(checkpoint, text, tmp_path / "half", router_warmup=320))
+    assert changed_tensors(checkpoint, tmp_path / "half") == {"gate_up", "down", "router"}
 
 
 def test_the_teacher_of_changed_values_is_the_dense_source(
-    refit_base: Path, dense_source: DenseSource, text: Path, tmp_path: Path
+    refitted: Path, dense_source: DenseSource, text: Path, tmp_path: Path
 ) -> None:
-    dense = tune(config(refit_base, text, tmp_path / "one"))
-    assert read_manifest(tmp_path / "one").details["training"]["teacher"] == read_manifest(refit_base).source["id"]
+    dense = tune(config(refitted, text, tmp_path / "one"))
+    assert read_manifest(tmp_path / "one").details["training"]["teacher"] == read_manifest(refitted).source["id"]
     again = tune(config(tmp_path / "one", text, tmp_path / "two", teacher=str(dense_source())))
     assert again.perplexity_dense == pytest.approx(dense.perplexity_dense, rel=1e-6)
     assert again.perplexity_before == pytest.approx(dense.perplexity_after, rel=1e-6)
@@ -185,8 +154,8 @@ def moved(checkpoint: Path, to: Path) -> Path:
     return to
 
 
-def test_a_lost_or_wrong_teacher_is_refused(refit_base: Path, text: Path, tmp_path: Path) -> None:
-    lost = moved(refit_base, tmp_path / "lost")
+def test_a_lost_or_wrong_teacher_is_refused(refitted: Path, text: Path, tmp_path: Path) -> None:
+    lost = moved(refitted, tmp_path / "lost")
     with pytest.raises(UsageError, match=r"(?s)was not found: gone is not there any more.*name it with --teacher"):
         tune(config(lost, text, tmp_path / "tuned"))
     other = make_source(tmp_path / "other", seed=5)
@@ -194,43 +163,43 @@ def test_a_lost_or_wrong_teacher_is_refused(refit_base: Path, text: Path, tmp_pa
         tune(config(lost, text, tmp_path / "tuned", teacher=str(other)))
 
 
-def test_bfloat16_and_checkpointing_train_too(base: Path, text: Path, tmp_path: Path) -> None:
-    exact = tune(config(base, text, tmp_path / "exact"))
-    rough = tune(config(base, text, tmp_path / "rough", precision="bfloat16", gradient_checkpointing=True))
+def test_bfloat16_and_checkpointing_train_too(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    exact = tune(config(checkpoint, text, tmp_path / "exact"))
+    rough = tune(config(checkpoint, text, tmp_path / "rough", precision="bfloat16", gradient_checkpointing=True))
     assert rough.perplexity_after == pytest.approx(exact.perplexity_after, rel=0.05)
     assert CheckpointReader(tmp_path / "rough").entry("model.layers.0.mlp.gate_up").dtype == torch.float32
 
 
-def test_a_half_precision_teacher(base: Path, text: Path, tmp_path: Path) -> None:
-    exact = tune(config(base, text, tmp_path / "exact"))
-    half = tune(config(base, text, tmp_path / "half", teacher_quant="bf16"))
+def test_a_half_precision_teacher(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    exact = tune(config(checkpoint, text, tmp_path / "exact"))
+    half = tune(config(checkpoint, text, tmp_path / "half", teacher_quant="bf16"))
     assert half.perplexity_dense == pytest.approx(exact.perplexity_dense, rel=0.02)
     assert half.perplexity_dense != exact.perplexity_dense
 
 
-def test_data_of_its_own(base: Path, tmp_path: Path) -> None:
-    result = tune(config(base, Path("self"), tmp_path / "tuned"))
+def test_data_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    result = tune(config(checkpoint, Path("self"), tmp_path / "tuned"))
     sources = read_manifest(tmp_path / "tuned").details["training"]["data"]["sources"]
     assert [source["kind"] for source in sources] == ["self"]
     assert result.epochs == pytest.approx(1.0)
 
 
-def test_several_epochs_are_said_and_too_many_refused(base: Path, text: Path, tmp_path: Path) -> None:
+def test_several_epochs_are_said_and_too_many_refused(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     progress = SilentProgress()
-    finetune(config(base, text, tmp_path / "tuned", tokens=12_800), progress)
+    finetune(config(checkpoint, text, tmp_path / "tuned", tokens=12_800), progress)
     assert any("make 1." in note and "epochs" in note for note in progress.notes)
     with pytest.raises(UsageError, match=r"would go 1\.\d times through the text, which gives .*; --max-epochs is 1"):
-        tune(config(base, text, tmp_path / "more", tokens=12_800, max_epochs=1))
+        tune(config(checkpoint, text, tmp_path / "more", tokens=12_800, max_epochs=1))
 
 
-def test_the_memory_is_stated_first(base: Path, text: Path, tmp_path: Path) -> None:
+def test_the_memory_is_stated_first(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     progress = SilentProgress()
-    finetune(config(base, text, tmp_path / "tuned"), progress)
+    finetune(config(checkpoint, text, tmp_path / "tuned"), progress)
     assert progress.notes[0].startswith("expected memory 0.70 GB on cpu: process 0.70")
 
 
-def test_a_rehearsal_writes_nothing(base: Path, text: Path, tmp_path: Path) -> None:
-    found = rehearse(config(base, text, tmp_path / "place" / "tuned"), SilentProgress())
+def test_a_rehearsal_writes_nothing(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    found = rehearse(config(checkpoint, text, tmp_path / "place" / "tuned"), SilentProgress())
     assert not (tmp_path / "place").exists()
     assert (found.steps, found.tokens) == (5, 640)
     assert found.tokens_per_second > 0
@@ -256,10 +225,10 @@ BAD: dict[str, tuple[dict[str, Any], type[FactorctlError], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(base: Path, text: Path, tmp_path: Path, case: str) -> None:
+def test_bad_input(checkpoint: Path, text: Path, tmp_path: Path, case: str) -> None:
     changes, kind, message = BAD[case]
     with pytest.raises(kind) as refused:
-        tune(config(base, text, tmp_path / "tuned", **changes))
+        tune(config(checkpoint, text, tmp_path / "tuned", **changes))
     assert message in str(refused.value)
     assert not (tmp_path / "tuned").exists()
 
@@ -275,18 +244,18 @@ def test_no_factorized_checkpoint(dense_source: DenseSource, text: Path, tmp_pat
         )
 
 
-def test_unreadable_data(base: Path, tmp_path: Path) -> None:
+def test_unreadable_data(checkpoint: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.jsonl.gz"
     damaged.write_bytes(b"no gzip at all")
     with pytest.raises(FactorctlError, match=r"damaged\.jsonl\.gz"):
-        tune(config(base, damaged, tmp_path / "tuned"))
+        tune(config(checkpoint, damaged, tmp_path / "tuned"))
 
 
-def test_an_existing_output_is_kept(base: Path, text: Path, tmp_path: Path) -> None:
-    tune(config(base, text, tmp_path / "tuned"))
+def test_an_existing_output_is_kept(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    tune(config(checkpoint, text, tmp_path / "tuned"))
     with pytest.raises(UsageError, match=r"tuned exists\nHint: .*--overwrite"):
-        tune(config(base, text, tmp_path / "tuned"))
-    tune(config(base, text, tmp_path / "tuned", overwrite=True, seed=1))
+        tune(config(checkpoint, text, tmp_path / "tuned"))
+    tune(config(checkpoint, text, tmp_path / "tuned", overwrite=True, seed=1))
     assert read_manifest(tmp_path / "tuned").config["seed"] == 1
 
 
@@ -299,8 +268,8 @@ def test_a_tokenizer_of_another_model(tmp_path: Path, text: Path) -> None:
         tune(config(tmp_path / "base", text, tmp_path / "tuned"))
 
 
-def test_a_damaged_checkpoint(base: Path, text: Path, tmp_path: Path) -> None:
-    shutil.copytree(base, tmp_path / "damaged")
+def test_a_damaged_checkpoint(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "damaged")
     shard = sorted((tmp_path / "damaged").glob("*.safetensors"))[1]
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -309,15 +278,17 @@ def test_a_damaged_checkpoint(base: Path, text: Path, tmp_path: Path) -> None:
         tune(config(tmp_path / "damaged", text, tmp_path / "tuned"))
 
 
-def test_too_little_disk_or_memory(base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_or_memory(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
         with pytest.raises(ResourceError, match=r"needs .* GB; 0\.0 GB are free"):
-            tune(config(base, text, tmp_path / "tuned"))
+            tune(config(checkpoint, text, tmp_path / "tuned"))
     monkeypatch.setattr(finetune_plan, "PROCESS_BYTES", 10**15)
     with pytest.raises(ResourceError, match=r"about 1000000\.0 GB of memory are needed"):
-        tune(config(base, text, tmp_path / "tuned"))
+        tune(config(checkpoint, text, tmp_path / "tuned"))
 
 
 class Notebook(GeneralTracker):
@@ -337,7 +308,7 @@ class Notebook(GeneralTracker):
 
 
 def test_trackers_are_told_what_the_metrics_file_is(
-    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notebook, genuine = Notebook(), finetune_model.Accelerator
     monkeypatch.setattr(finetune_model.importlib.util, "find_spec", lambda name: name)
@@ -346,20 +317,22 @@ def test_trackers_are_told_what_the_metrics_file_is(
         "Accelerator",
         lambda **options: genuine(**(options | {"log_with": {("trackio",): notebook}[tuple(options["log_with"])]})),
     )
-    result = tune(config(base, text, tmp_path / "tuned", track=("trackio",)))
+    result = tune(config(checkpoint, text, tmp_path / "tuned", track=("trackio",)))
     assert notebook.told[0] == (None, {"preset": "default", "notation": "1R4E2K", "tokens": 640})
     lines = [json.loads(line) for line in Path(result.metrics).read_text().splitlines()]
     assert notebook.told[1:] == [(line.pop("step"), {k: v for k, v in line.items() if k != "tokens"}) for line in lines]
     assert {"kd", "par", "balance", "agreement", "gradient_norm", "load_busiest", "load_idlest"} <= lines[0].keys()
 
 
-def command(base: Path, text: Path, out: Path, *more: str) -> list[str]:
+def command(checkpoint: Path, text: Path, out: Path, *more: str) -> list[str]:
     sizes = ["--block-length", "32", "--batch-tokens", "128", "--heldout-tokens", "128", "--device", "cpu"]
-    return ["finetune", str(base), "--tokens", "640", "--data", str(text), *sizes, "--out", str(out), "-q", *more]
+    return ["finetune", str(checkpoint), "--tokens", "640", "--data", str(text), *sizes, "--out", str(out), "-q", *more]
 
 
-def test_json_from_the_command_line(base: Path, text: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, command(base, text, tmp_path / "tuned", "--format", "json", "--loss", "z=0.001"))
+def test_json_from_the_command_line(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app, command(checkpoint, text, tmp_path / "tuned", "--format", "json", "--loss", "z=0.001")
+    )
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     keys = {"checkpoint", "parent", "tokens", "steps", "losses", "perplexity_dense", "perplexity_before"}
@@ -368,15 +341,15 @@ def test_json_from_the_command_line(base: Path, text: Path, tmp_path: Path) -> N
     assert result["losses"].keys() == {"lm", "kd", "par", "balance", "z"}
 
 
-def test_tables_from_the_command_line(base: Path, text: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, command(base, text, tmp_path / "tuned"))
+def test_tables_from_the_command_line(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, command(checkpoint, text, tmp_path / "tuned"))
     assert done.exit_code == 0, done.output
     for words in ("Held-out perplexity", "dense", "before", "after", "router agreement", "factorctl eval"):
         assert words in done.stdout
 
 
-def test_a_plan_from_the_command_line(base: Path, text: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, command(base, text, tmp_path / "tuned", "--dry-run"))
+def test_a_plan_from_the_command_line(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, command(checkpoint, text, tmp_path / "tuned", "--dry-run"))
     assert done.exit_code == 0, done.output
     assert "640 in 5 steps of 128" in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -392,15 +365,15 @@ def test_a_plan_from_the_command_line(base: Path, text: Path, tmp_path: Path) ->
     ],
 )
 def test_bad_options_on_the_command_line(
-    base: Path, text: Path, tmp_path: Path, options: list[str], message: str
+    checkpoint: Path, text: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    done = CliRunner().invoke(app, command(base, text, tmp_path / "tuned", *options))
+    done = CliRunner().invoke(app, command(checkpoint, text, tmp_path / "tuned", *options))
     assert isinstance(done.exception, UsageError)
     assert message in str(done.exception)
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_losses(base: Path, text: Path, tmp_path: Path) -> None:
-    plain = tune(config(base, text, tmp_path / "plain", tokens=256))
-    compiled = tune(config(base, text, tmp_path / "compiled", tokens=256, compile=True))
+def test_compiled_layers_give_the_same_losses(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    plain = tune(config(checkpoint, text, tmp_path / "plain", tokens=256))
+    compiled = tune(config(checkpoint, text, tmp_path / "compiled", tokens=256, compile=True))
     assert compiled.losses["kd"] == pytest.approx(plain.losses["kd"], rel=1e-3)

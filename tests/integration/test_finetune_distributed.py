@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DenseSource
-from helpers import LETTERS, calibrated, directory_bytes, factorize_quietly, weights_only
+from helpers import calibrated, directory_bytes, factorize_quietly, make_documents, weights_only
 from torch.distributed.tensor import DTensor
 
 from factorctl.checkpoint.manifest import check_files, read_manifest
@@ -51,13 +50,10 @@ def setting(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory)
     """Three experts: two processes share them along another dimension than that of the experts."""
     root = tmp_path_factory.mktemp("distributed")
     factorize_quietly(weights_only(dense_source(), root / "base", num_experts=3, top_k=2))
-    draw = random.Random(0)
-    texts = [" ".join("".join(draw.choices(LETTERS, k=5)) for _ in range(20)) for _ in range(60)]
-    (root / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = FinetuneConfig(
         tokens=1024,
         checkpoint=root / "base",
-        data=str(root / "text.jsonl"),
+        data=str(make_documents(root / "text.jsonl", documents=60)),
         block_length=32,
         batch_tokens=128,
         micro_batch=2,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DenseSource
-from helpers import calibrated, factorize_quietly, some_ids, weights_only
+from helpers import calibrated, factorize_quietly, some_ids
 
 import factorctl
 from factorctl.checkpoint.reader import CheckpointReader
@@ -30,13 +30,6 @@ def teachers(source: Path):  # type: ignore[no-untyped-def]
         return lambda x_TD: dense_output(ffn, dense.activation, x_TD)
 
     return of
-
-
-@pytest.fixture(scope="module")
-def checkpoint(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("made") / "tiny"
-    factorize_quietly(weights_only(dense_source(), out, shared_fraction=0.0))
-    return out
 
 
 def measured(model: torch.nn.Module, source: Path) -> list[LayerFidelity]:

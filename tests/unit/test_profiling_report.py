@@ -24,13 +24,6 @@ from factorctl.progress import SilentProgress
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("profiled") / "checkpoint"
-    factorize_quietly(weights_only(dense_source("llama"), out))
-    return out
-
-
 @pytest.fixture(autouse=True)
 def _small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates without streaming a quarter of a gigabyte."""

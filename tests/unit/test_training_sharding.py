@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DenseSource
-from helpers import factorize_quietly, weights_only
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -82,24 +80,23 @@ def test_what_is_not_followed_is_refused(
     assert message in str(refused.value)
 
 
-@pytest.fixture(scope="module")
-def base(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("base") / "tiny"
-    factorize_quietly(weights_only(dense_source(), out, top_k=2))
-    return out
-
-
-def plan(base: Path, **options: object) -> FinetunePlan:
-    sizes = {"block_length": 32, "batch_tokens": 256, "micro_batch": 1, "device": "cpu", "out": base.with_name("tuned")}
+def plan(checkpoint: Path, **options: object) -> FinetunePlan:
+    sizes = {
+        "block_length": 32,
+        "batch_tokens": 256,
+        "micro_batch": 1,
+        "device": "cpu",
+        "out": checkpoint.with_name("tuned"),
+    }
     return plan_finetune(
-        FinetuneConfig(tokens=1024, checkpoint=base, data="self", **sizes, **options), SilentProgress()
+        FinetuneConfig(tokens=1024, checkpoint=checkpoint, data="self", **sizes, **options), SilentProgress()
     )
 
 
-def test_the_expected_memory_is_a_part_of_all_and_two_layers(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = plan(base).memory
+def test_the_expected_memory_is_a_part_of_all_and_two_layers(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = plan(checkpoint).memory
     launched(monkeypatch, **ASKED, WORLD_SIZE="4")
-    shared = plan(base)
+    shared = plan(checkpoint)
     assert shared.sharded
     for name in ("frozen weights", "trained weights", "gradients", "optimizer", "teacher"):
         assert shared.memory[name] == alone[name] / 4
@@ -112,9 +109,9 @@ def test_the_expected_memory_is_a_part_of_all_and_two_layers(base: Path, monkeyp
     assert "put together" not in alone
 
 
-def test_eight_bit_adamw_and_sharding_are_refused_together(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eight_bit_adamw_and_sharding_are_refused_together(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, **ASKED, WORLD_SIZE="2")
     with pytest.raises(UsageError, match="--optimizer adamw-8bit does not work on a sharded model"):
-        plan(base, optimizer="adamw-8bit")
+        plan(checkpoint, optimizer="adamw-8bit")
     launched(monkeypatch, WORLD_SIZE="1")
-    assert not plan(base, optimizer="adamw-8bit").sharded, "one process has nobody to share with"
+    assert not plan(checkpoint, optimizer="adamw-8bit").sharded, "one process has nobody to share with"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DenseSource
-from helpers import calibrated, factorize_quietly, some_ids, weights_only
+from helpers import calibrated, factorize_quietly, some_ids, spy_on_routers, weights_only
 
 import factorctl
 from factorctl.checkpoint.reader import CheckpointReader
@@ -209,15 +209,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_runs_layers_again(c
 
 
 def test_bfloat16_computes_with_a_float32_router(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
-    genuine = FactoredFFN.router_logits
-
-    def spy(self: FactoredFFN, x: torch.Tensor) -> torch.Tensor:
-        logits = genuine(self, x)
-        dtypes.add((x.dtype, logits.dtype))
-        return logits
-
-    monkeypatch.setattr(FactoredFFN, "router_logits", spy)
+    dtypes = spy_on_routers(monkeypatch)
     model = distiller(checkpoints["refit"], dtype=torch.bfloat16)
     report = model(*batch())
     report.total.backward()
