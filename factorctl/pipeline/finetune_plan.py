@@ -27,7 +27,7 @@ from factorctl.pipeline.recorded_source import find_recorded_source, has_recorde
 from factorctl.pipeline.workspace import cache_directory, newest_checkpoint, output_path
 from factorctl.progress import Progress
 from factorctl.training.batches import BatchPlan, plan_batches
-from factorctl.training.head_losses import CHUNK_TOKENS as HEAD_CHUNK_TOKENS
+from factorctl.training.head_losses import chunk_tokens
 from factorctl.training.optimizers import choose_trained, is_router
 from factorctl.training.presets import Recipe, batch_tokens_of, recipe_of
 from factorctl.training.sharding import sharding_asked_for
@@ -239,7 +239,7 @@ def expected_memory(plan: FinetunePlan, model: PreTrainedModel) -> dict[str, int
         **held,
         "half-precision copies": kept_casts * width if plan.compute_dtype != torch.float32 else 0,
         "activations": tokens * kept_layers * _kept_per_token(plan),
-        "logits": 6 * min(tokens, HEAD_CHUNK_TOKENS) * vocabulary * 4,
+        "logits": 6 * min(tokens, chunk_tokens(plan.device, vocabulary)) * vocabulary * 4,
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from factorctl.training.head_losses import HeadLosses, HeadTask, head_losses
+from factorctl.training.head_losses import HeadLosses, HeadTask, chunk_tokens, head_losses
 from factorctl.training.losses import IGNORED, next_tokens
 from factorctl.training.presets import LossWeights
 from factorctl.training.twin_ffn import LayerReport, TwinOptions, acting_as, recording, twins
@@ -72,7 +72,8 @@ class Distiller(nn.Module):
             with recording(self.options):
                 student_TD = self._hidden(input_ids_BL, position_ids_BL)
             targets_T = next_tokens(input_ids_BL, position_ids_BL).flatten()
-            task = HeadTask(self._logits, targets_T, teacher_TD, self.options.weights, self.temperature)
+            chunk = chunk_tokens(input_ids_BL.device, self.model.config.vocab_size)
+            task = HeadTask(self._logits, targets_T, teacher_TD, self.options.weights, self.temperature, chunk)
             head = head_losses(task, student_TD, measuring=measuring)
         reports = [twin.report for twin in twins(self.model) if twin.report is not None]
         for twin in twins(self.model):

@@ -19,8 +19,18 @@ from factorctl.training.losses import IGNORED, kd_loss, lm_loss, wide
 from factorctl.training.presets import LossWeights
 
 CHUNK_TOKENS = 512
+CHUNK_BYTES_CPU = 24 << 20
+"""Float32 logits of one chunk on a CPU. glibc hands buffers over 32 MB back to the kernel whenever they are freed, and
+touching their pages anew took a quarter of the demo model's training time."""
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Final hidden states [T, D] -> logits [T, V]."""
+
+
+def chunk_tokens(device: torch.device, vocab_size: int) -> int:
+    """How many tokens' logits are held at once."""
+    if device.type != "cpu":
+        return CHUNK_TOKENS
+    return max(1, min(CHUNK_TOKENS, CHUNK_BYTES_CPU // (4 * vocab_size)))
 
 
 class HeadLosses(NamedTuple):
@@ -42,6 +52,7 @@ class HeadTask:
     teacher_TD: torch.Tensor | None
     weights: LossWeights
     temperature: float
+    chunk_tokens: int = CHUNK_TOKENS
 
     def chunk(self, student_CD: torch.Tensor, start: int, *, measuring: bool) -> torch.Tensor:
         """This chunk's share of [lm, kd, teacher's lm], each a mean over all tokens of the batch."""
@@ -68,12 +79,12 @@ class _GradientNow(torch.autograd.Function):
     def forward(ctx: Any, student_TD: torch.Tensor, task: HeadTask) -> tuple[torch.Tensor, torch.Tensor]:
         gradient_TD = torch.empty_like(student_TD)
         parts = None
-        for start in range(0, student_TD.shape[0], CHUNK_TOKENS):
-            chunk_CD = student_TD[start : start + CHUNK_TOKENS].detach().requires_grad_()
+        for start in range(0, student_TD.shape[0], task.chunk_tokens):
+            chunk_CD = student_TD[start : start + task.chunk_tokens].detach().requires_grad_()
             with torch.enable_grad():
                 found = task.chunk(chunk_CD, start, measuring=False)
                 (gradient_CD,) = torch.autograd.grad(_weighted(found, task.weights), chunk_CD)
-            gradient_TD[start : start + CHUNK_TOKENS] = gradient_CD
+            gradient_TD[start : start + task.chunk_tokens] = gradient_CD
             parts = found.detach() if parts is None else parts + found.detach()
         assert parts is not None, "a batch without tokens"
         ctx.save_for_backward(gradient_TD)
@@ -97,8 +108,8 @@ def head_losses(task: HeadTask, student_TD: torch.Tensor, *, measuring: bool = F
         total, parts = _GradientNow.apply(student_TD, task)  # type: ignore[no-untyped-call]
     else:
         with torch.no_grad():
-            chunks = enumerate(student_TD.detach().split(CHUNK_TOKENS))
-            found = [task.chunk(chunk, i * CHUNK_TOKENS, measuring=measuring) for i, chunk in chunks]
+            chunks = enumerate(student_TD.detach().split(task.chunk_tokens))
+            found = [task.chunk(chunk, i * task.chunk_tokens, measuring=measuring) for i, chunk in chunks]
             parts = torch.stack(found).sum(0)
             total = _weighted(parts, task.weights)
         if student_TD.requires_grad and task.weights.mse and not measuring:

@@ -13,7 +13,7 @@ from factorctl.config import FactorShape
 from factorctl.models import teacher_labels
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.training import losses
-from factorctl.training.head_losses import CHUNK_TOKENS, HeadTask, head_losses
+from factorctl.training.head_losses import CHUNK_TOKENS, HeadTask, chunk_tokens, head_losses
 from factorctl.training.presets import LossWeights
 
 T, D, N, K, V = 6, 5, 4, 2, 7
@@ -159,6 +159,12 @@ def test_head_losses_give_the_gradient_of_the_whole_logits(weights: LossWeights)
     torch.testing.assert_close(gradient, expected)
     assert float(found.total) == pytest.approx(float(plain))
     assert float(found.lm) == pytest.approx(float(lm))
+
+
+def test_a_chunk_of_logits_stays_below_what_the_allocator_gives_back() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [chunk_tokens(cpu, vocabulary) for vocabulary in (100, 49_152, 10**9)] == [CHUNK_TOKENS, 128, 1]
+    assert chunk_tokens(cuda, 49_152) == CHUNK_TOKENS
 
 
 def test_head_losses_without_weight_carry_no_gradient() -> None:
