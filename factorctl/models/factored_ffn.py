@@ -23,9 +23,19 @@ from transformers.activations import ACT2FN
 from factorctl.config import FactorShape, Gate
 from factorctl.errors import UsageError
 from factorctl.models import path_choice
+from factorctl.models.few_token_linear import linear
 from factorctl.models.path_choice import Steps, path_at, steps_for
-from factorctl.models.paths import ROUTED_PATHS, ExpertWeights, PathName, SharedHidden, can_group, gated, hidden_of_all
-from factorctl.models.routing import Routing, gate_weights, route, unit_routing
+from factorctl.models.paths import (
+    ROUTED_PATHS,
+    ExpertWeights,
+    PathName,
+    SharedHidden,
+    can_group,
+    gated,
+    hidden_of_all,
+    one_token,
+)
+from factorctl.models.routing import Routing, TokenRouting, gate_weights, route, route_on_host, unit_routing
 
 Chooser = Callable[[torch.Tensor], torch.Tensor]
 """FFN input [T, D] -> ids of the experts of each token, [T, K]."""
@@ -102,10 +112,19 @@ class FactoredFFN(nn.Module):
         ids_TK = self.chooser(x_TD)
         return Routing(ids_TK, gate_weights(logits_TN.gather(1, ids_TK), gate=self.gate, scale_a=self.scale_a))
 
+    def _choice_on_host(self, x_TD: torch.Tensor) -> TokenRouting | None:
+        """The routing of one token; None for more, under a chooser, and where a gradient must reach the gate."""
+        if x_TD.shape[0] != 1 or self.chooser is not None:
+            return None
+        logits_1N = self.router_logits(x_TD)
+        if logits_1N.requires_grad:
+            return None
+        return route_on_host(logits_1N.tolist()[0], top_k=self.top_k, gate=self.gate, scale_a=self.scale_a)
+
     def shared_hidden(self, x_TD: torch.Tensor) -> torch.Tensor:
         """act(gate x) * (up x) of the shared neurons, [T, S]."""
         assert self.shared_gate_up is not None, "asked for shared neurons where S = 0"
-        return gated(F.linear(x_TD, self.shared_gate_up, self.shared_gate_up_bias), self.activation)
+        return gated(linear(x_TD, self.shared_gate_up, self.shared_gate_up_bias), self.activation)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x_TD = hidden_states.reshape(-1, self.hidden_size)
@@ -163,6 +182,8 @@ class FactoredFFN(nn.Module):
             return shared.output_TD()
         if self.top_k == self.shape.num_experts:
             routing = unit_routing(x_TD.shape[0], self.top_k, x_TD.device)
+        elif path == "single" and (choice := self._choice_on_host(x_TD)) is not None:
+            return one_token(x_TD, self.experts, choice, shared)
         else:
             routing = self.route(x_TD)
         return ROUTED_PATHS[path](x_TD, self.experts, routing, shared)
@@ -170,4 +191,4 @@ class FactoredFFN(nn.Module):
     def _all_experts(self, x_TD: torch.Tensor, shared: SharedHidden | None) -> torch.Tensor:
         """K = N: the dense FFN with permuted neurons, one GEMM into [T, F] and one out of it."""
         hidden = hidden_of_all(x_TD, self.experts).flatten(1)
-        return F.linear(hidden if shared is None else torch.cat([shared.hidden_TS, hidden], dim=-1), self.down)
+        return linear(hidden if shared is None else torch.cat([shared.hidden_TS, hidden], dim=-1), self.down)

@@ -17,6 +17,7 @@ from factorctl.errors import IntegrityError, UsageError, in_one_line
 from factorctl.models.building import empty_dense_model, empty_factored_model
 from factorctl.models.factored_spec import MODEL_TYPE, FactoredSpec
 from factorctl.models.families import DenseModel, dense_model, ffn_prefix, read_dense_model
+from factorctl.models.few_token_linear import use_few_token_linears
 from factorctl.models.slicing import FactoredTensors
 
 
@@ -198,6 +199,7 @@ def adopt(model: PreTrainedModel, state: Mapping[str, torch.Tensor], device: tor
     """Make tensors that were checked by `check_names`, and lie on `device`, the weights of an empty model."""
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
+    use_few_token_linears(model)
     model.to(torch.device(device))  # type: ignore[arg-type]  # buffers that no checkpoint holds, e.g. rotary frequencies
     model.requires_grad_(False)
     model.eval()

@@ -8,10 +8,8 @@ device, dtype and shape, in a JSON file that readers ignore, with a warning, whe
 from __future__ import annotations
 
 import functools
-import json
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +18,11 @@ from typing import NamedTuple, cast, get_args
 
 import torch
 
+from factorctl.checkpoint.publishing import sole_writer, write_file
+from factorctl.checkpoint.strict_json import dump_json, read_json_object
 from factorctl.config import FactorShape
-from factorctl.models.paths import PathName, can_group
+from factorctl.errors import IntegrityError
+from factorctl.models.paths import CALL_COST_BYTES, PathName, can_group
 
 CACHE_VERSION = 1
 GROUPED_FROM_TOKENS = 449
@@ -117,7 +118,8 @@ def _gpu_steps(site: Site) -> Steps:
 
 
 def _cpu_steps(site: Site) -> Steps:
-    """`skip` while whole experts go unread, `masked`, which never costs much more than dense, then `loop`.
+    """`single` for one token, `skip` while whole experts go unread, `masked`, which never costs much more than dense,
+    then `loop`.
 
     `loop` begins where the arithmetic that it saves, T (1 - K/N) tokens' worth, outweighs its cost per expert.
     """
@@ -127,8 +129,25 @@ def _cpu_steps(site: Site) -> Steps:
     saved_tokens = overhead / flops_per_token + (MIN_SAVED_TOKENS_16BIT if few_bytes else 0)
     before_loop = max(1, int(saved_tokens / (1 - shape.top_k / shape.num_experts)))
     skipping = next(t for t in range(1, MAX_SKIP_TOKENS) if not _skips(t + 1, shape, few_bytes=few_bytes))
-    steps = (Step(min(skipping, before_loop), "skip"), Step(before_loop, "masked"), Step(None, "loop"))
-    return steps if skipping < before_loop else (steps[0], steps[2])
+    one: PathName = "single" if _single_pays(site) else "masked"
+    reaches: tuple[tuple[int, PathName], ...] = (
+        (1, one),
+        (min(skipping, before_loop), "skip"),
+        (before_loop, "masked"),
+    )
+    steps, reached = [], 0
+    for reach, path in reaches:
+        if reach > reached:
+            steps.append(Step(reach, path))
+            reached = reach
+    return (*steps, Step(None, "loop"))
+
+
+def _single_pays(site: Site) -> bool:
+    """Whether reading K experts alone saves more than K experts' calls cost."""
+    shape, itemsize = site.shape, site.dtype.itemsize
+    unread = (shape.num_experts - shape.top_k) * 3 * shape.expert_size * site.hidden_size * itemsize
+    return unread > shape.top_k * CALL_COST_BYTES[itemsize]
 
 
 def _skips(tokens: int, shape: FactorShape, *, few_bytes: bool) -> bool:
@@ -161,14 +180,13 @@ def read_tuned(file: Path) -> dict[str, Steps]:
     """Tuned ladders by site key; empty when there is no file.
 
     Raises:
-        ValueError: when the file is not what `write_tuned` writes.
+        IntegrityError: it is no JSON object.
+        ValueError, KeyError, TypeError or AttributeError: it is not what `write_tuned` writes.
     """
-    try:
-        text = file.read_text()
-    except FileNotFoundError:
+    if not file.exists():
         return {}
-    content = json.loads(text)
-    if not isinstance(content, dict) or content.get("version") != CACHE_VERSION:
+    content = read_json_object(file)
+    if content.get("version") != CACHE_VERSION:
         raise ValueError(f"version is not {CACHE_VERSION}")
     return {key: _checked(steps) for key, steps in content["sites"].items()}
 
@@ -189,18 +207,20 @@ def _checked(raw: list[tuple[int | None, str]]) -> Steps:
 def _tuned(file: Path) -> Mapping[str, Steps]:
     try:
         return read_tuned(file)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as fault:
+    except (IntegrityError, ValueError, KeyError, TypeError, AttributeError, OSError) as fault:
         warnings.warn(f"{file} is damaged ({fault}); using the shipped crossovers", stacklevel=2)
         return {}
 
 
 def write_tuned(file: Path, tuned: Mapping[str, Steps]) -> None:
-    """Add ladders to the cache file, atomically; a damaged file is replaced."""
-    known = {**_tuned(file), **tuned}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as temporary:
-        json.dump({"version": CACHE_VERSION, "sites": known}, temporary, indent=1)
-    Path(temporary.name).replace(file)
+    """Add ladders to the cache file, atomically; a damaged file is replaced.
+
+    Raises:
+        ResourceError: the cache cannot be written.
+    """
+    with sole_writer(file, wait=True):
+        forget()  # what another process has added meanwhile
+        write_file(file, dump_json({"version": CACHE_VERSION, "sites": {**_tuned(file), **tuned}}))
     forget()
 
 

@@ -4,13 +4,14 @@
 |-----------|--------------------------------------------------|------------------------------------------|
 | `dense`   | every expert with unit weight, two GEMMs         | K = N                                    |
 | `masked`  | the dense GEMMs, unchosen neurons set to zero    | middling batches; the oracle             |
+| `single`  | the chosen experts of one token after another    | CPU, one token                           |
 | `skip`    | `masked`, without the experts that no token chose | CPU, few tokens                         |
 | `loop`    | one small FFN per expert over its own tokens     | CPU, many tokens; training on a CPU      |
 | `grouped` | the same in two grouped GEMMs                    | GPU, many tokens; training on a GPU      |
 | `slot`    | the weights of each (token, expert) pair, gathered | GPU, a few tokens                      |
 
-`skip` and `loop` read the routing on the host and therefore stay on CPUs; the others never synchronise and compile
-to a full graph. Weights are read through views of one expert-contiguous copy. transformers' experts functions
+`single`, `skip` and `loop` read the routing on the host and therefore stay on CPUs; the others never synchronise and
+compile to a full graph. Weights are read through views of one expert-contiguous copy. transformers' experts functions
 `batched_mm` and `grouped_mm` hold the ideas of `slot` and `grouped`, but know no shared prefix and count on module
 attributes that change between releases; exported checkpoints run on them.
 
@@ -26,17 +27,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from factorctl.models.routing import Routing, group_by_expert, scatter_weights
+from factorctl.models.few_token_linear import linear
+from factorctl.models.routing import Routing, TokenRouting, group_by_expert, scatter_weights
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-PathName = Literal["dense", "masked", "skip", "loop", "grouped", "slot"]
+PathName = Literal["dense", "masked", "single", "skip", "loop", "grouped", "slot"]
 
 Range = tuple[int, int]
 """Experts from the first number up to, not including, the second."""
 
 CALL_COST_BYTES = {8: 256 << 10, 4: 256 << 10, 2: 768 << 10}
-"""What one more expert in `skip` costs besides its weights, as bytes read in that time, by bytes per weight.
-Measured on one core of a Zen 5 server: 25 us in fp32, 70 us in bf16 (oneDNN looks up a primitive per shape)."""
+"""What one more expert in `single` or `skip` costs besides its weights, as bytes read in that time, by bytes per
+weight. Measured on one core of a Zen 5 server: 25 us in fp32, 70 us in bf16 (oneDNN looks up a primitive per shape)."""
 
 
 class ExpertWeights(NamedTuple):
@@ -83,7 +85,7 @@ class SharedHidden(NamedTuple):
         return self.hidden_TS.shape[1]
 
     def output_TD(self) -> torch.Tensor:
-        return F.linear(self.hidden_TS, self.down_DF[:, : self.size])
+        return linear(self.hidden_TS, self.down_DF[:, : self.size])
 
 
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -95,7 +97,7 @@ def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
 def gate_up_products(x_TD: torch.Tensor, experts: ExpertWeights) -> torch.Tensor:
     """W_gate x and W_up x of every given expert, [T, N*2H]: one GEMM."""
     bias = experts.gate_up_bias_NG
-    return F.linear(x_TD, experts.gate_up_NGD.flatten(0, 1), None if bias is None else bias.flatten())
+    return linear(x_TD, experts.gate_up_NGD.flatten(0, 1), None if bias is None else bias.flatten())
 
 
 def hidden_of_all(x_TD: torch.Tensor, experts: ExpertWeights) -> torch.Tensor:
@@ -115,8 +117,38 @@ def masked(
     weights_TN = scatter_weights(routing, experts.num_experts).to(hidden_TNH.dtype)
     hidden_TR = (hidden_TNH * weights_TN.unsqueeze(-1)).flatten(1)
     if shared is None:
-        return F.linear(hidden_TR, experts.down_DR)
-    return F.linear(torch.cat([shared.hidden_TS, hidden_TR], dim=1), shared.down_DF)
+        return linear(hidden_TR, experts.down_DR)
+    return linear(torch.cat([shared.hidden_TS, hidden_TR], dim=1), shared.down_DF)
+
+
+def single(
+    x_TD: torch.Tensor, experts: ExpertWeights, routing: Routing, shared: SharedHidden | None = None
+) -> torch.Tensor:
+    """Token by token, the two products of each of its experts: see `one_token`, which this is for one token."""
+    if not len(x_TD):
+        return torch.zeros_like(x_TD) if shared is None else shared.output_TD()
+    rows = []
+    for token, (ids_K, weights_K) in enumerate(zip(routing.ids_TK.tolist(), routing.weights_TK, strict=True)):
+        own = None if shared is None else SharedHidden(shared.hidden_TS[token : token + 1], shared.down_DF)
+        rows.append(one_token(x_TD[token : token + 1], experts, TokenRouting(ids_K, weights_K.unbind()), own))
+    return torch.cat(rows)
+
+
+def one_token(
+    x_1D: torch.Tensor, experts: ExpertWeights, routing: TokenRouting, shared: SharedHidden | None = None
+) -> torch.Tensor:
+    """The experts of one token, [1, D], in the fewest calls: on a CPU they cost a third of a small layer."""
+    size = experts.expert_size
+    y_1D = None if shared is None else shared.output_TD()
+    for expert, weight in zip(routing.ids, routing.weights, strict=True):
+        bias = None if experts.gate_up_bias_NG is None else experts.gate_up_bias_NG[expert]
+        hidden_1H = gated(linear(x_1D, experts.gate_up_NGD[expert], bias), experts.activation)
+        if not (isinstance(weight, float) and weight == 1.0):
+            hidden_1H = hidden_1H * weight
+        down_DH = experts.down_DR[:, expert * size : (expert + 1) * size]
+        own_1D = linear(hidden_1H, down_DH)
+        y_1D = own_1D if y_1D is None else y_1D + own_1D
+    return torch.zeros_like(x_1D) if y_1D is None else y_1D
 
 
 def skip(
@@ -138,22 +170,14 @@ def skip(
     hidden_TNH = gated(products_TR.view(x_TD.shape[0], -1, 2 * size), experts.activation)
     hidden_TNH = weigh(hidden_TNH, routing, ranges, experts.num_experts)
     for hidden_TR, some in zip(_split_ranges(hidden_TNH, ranges), chosen, strict=True):
-        if y_TD is None:
-            y_TD = F.linear(hidden_TR, some.down_DR)
-        else:
-            y_TD = torch.addmm(y_TD.to(hidden_TR.dtype), hidden_TR, some.down_DR.t())
+        own_TD = linear(hidden_TR, some.down_DR)
+        y_TD = own_TD if y_TD is None else y_TD + own_TD
     assert y_TD is not None
     return y_TD
 
 
 def weigh(hidden_TNH: torch.Tensor, routing: Routing, ranges: list[Range], num_experts: int) -> torch.Tensor:
     """Multiply the experts in `ranges` by their weights; those that a token did not choose become zero."""
-    if routing.ids_TK.shape[0] == 1 and not routing.weights_TK.requires_grad:
-        weights = dict(zip(routing.ids_TK[0].tolist(), routing.weights_TK[0].tolist(), strict=True))
-        found = [weights.get(expert, 0.0) for start, stop in ranges for expert in range(start, stop)]
-        if len(found) == 1:
-            return hidden_TNH if found[0] == 1.0 else hidden_TNH * found[0]
-        return hidden_TNH * torch.tensor(found, dtype=hidden_TNH.dtype, device=hidden_TNH.device).view(1, -1, 1)
     weights_TN = scatter_weights(routing, num_experts).to(hidden_TNH.dtype)
     slices = [weights_TN[:, start:stop] for start, stop in ranges]
     return hidden_TNH * (slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)).unsqueeze(-1)
@@ -207,8 +231,8 @@ def loop(
     )
     for x_ED, token_E, weight_E, gate_up_GD, bias_G, down_DH in pieces:
         if len(token_E):
-            hidden_EH = gated(F.linear(x_ED, gate_up_GD, bias_G), experts.activation) * weight_E
-            y_TD.index_add_(0, token_E, F.linear(hidden_EH, down_DH).to(y_TD.dtype))
+            hidden_EH = gated(linear(x_ED, gate_up_GD, bias_G), experts.activation) * weight_E
+            y_TD.index_add_(0, token_E, linear(hidden_EH, down_DH).to(y_TD.dtype))
     return y_TD
 
 
@@ -262,6 +286,7 @@ def _sum_over_experts(y_TKD: torch.Tensor, shared: SharedHidden | None) -> torch
 RoutedPath = Callable[[torch.Tensor, ExpertWeights, Routing, SharedHidden | None], torch.Tensor]
 ROUTED_PATHS: dict[PathName, RoutedPath] = {
     "masked": masked,
+    "single": single,
     "skip": skip,
     "loop": loop,
     "grouped": grouped,

@@ -35,21 +35,21 @@ def model_site(model: PreTrainedModel) -> Site:
     return site_of(ffn.gate_up.device, ffn.gate_up.dtype, ffn.hidden_size, ffn.shape)
 
 
-def candidates(site: Site) -> tuple[PathName, ...]:
+def candidates(site: Site, tokens: int) -> tuple[PathName, ...]:
     """Paths that may be chosen here: none that waits for the GPU, none that the sizes rule out."""
     if not site.cuda:
-        return "skip", "loop", "masked"
+        return ("single", "skip", "loop", "masked") if tokens == 1 else ("skip", "loop", "masked")
     return ("slot", "masked", "grouped") if site.can_group else ("slot", "masked")
 
 
 @torch.no_grad()
 def time_paths(model: PreTrainedModel, text: RoutedText, progress: Progress) -> Timings:
     """Every candidate at every token count, interleaved, on the text's own FFN inputs."""
-    paths = candidates(model_site(model))
+    site = model_site(model)
     timings: Timings = {}
     with progress.stage("Timing execution paths", total=len(TOKEN_COUNTS), unit="token counts") as task:
         for tokens in TOKEN_COUNTS:
-            timings[tokens] = _time_candidates(streamed_layers(model, text, tokens), paths)
+            timings[tokens] = _time_candidates(streamed_layers(model, text, tokens), candidates(site, tokens))
             task.advance(tokens=tokens)
     return timings
 
@@ -87,7 +87,7 @@ def ladder(timings: Mapping[int, Mapping[PathName, float]]) -> Steps:
     steps = []
     for fewer, more in itertools.pairwise(counts):
         fastest = min(timings[more], key=timings[more].__getitem__)
-        if fastest != chosen and timings[more][fastest] < MARGIN * timings[more][chosen]:
+        if chosen not in timings[more] or timings[more][fastest] < MARGIN * timings[more][chosen]:
             steps.append(Step(int((fewer * more) ** 0.5), chosen))
             chosen = fastest
     return (*steps, Step(None, chosen))

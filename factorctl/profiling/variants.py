@@ -4,7 +4,7 @@ model:  the factored model as it is used.
 dense:  the same modules with all experts on: same runtime, same GEMMs. The only base of a speed-up.
 narrow: a dense model that is as wide as the active neurons, F*K/N without shared ones: what routing that costs
         nothing would reach.
-stock:  transformers' own FFN, three linear layers: what users run today.
+stock:  transformers' own model, its FFNs three linear layers: what users run today.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from factorctl.models.building import decoder_layers, factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.models.few_token_linear import linear, use_stock_linears
 from factorctl.models.paths import gated
 
 VariantName = Literal["model", "dense", "narrow", "stock"]
@@ -36,8 +37,8 @@ class FusedFFN(nn.Module):
         self.down_bias, self.activation = ffn.down_bias, ffn.activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = gated(F.linear(x, self.gate_up_GD, self.gate_up_bias), self.activation)
-        return F.linear(hidden, self.down_DF, self.down_bias)
+        hidden = gated(linear(x, self.gate_up_GD, self.gate_up_bias), self.activation)
+        return linear(hidden, self.down_DF, self.down_bias)
 
 
 class StockFFN(nn.Module):
@@ -88,6 +89,7 @@ def make_variants(model: PreTrainedModel) -> dict[VariantName, PreTrainedModel]:
         block.mlp = FusedFFN(ffn, ffn.top_k)
     for block, ffn in zip(decoder_layers(stock), list(factored_ffns(stock)), strict=True):
         block.mlp = StockFFN(ffn)
+    use_stock_linears(stock)
     return {"model": model, "dense": dense, "narrow": narrow, "stock": stock}
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from factorctl.config import FactorShape
 from factorctl.models.building import decoder_layers, factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.models.few_token_linear import use_few_token_linears
 from factorctl.profiling.flops import count_flops, expected_experts_hit, reduction
 from factorctl.profiling.hardware import look_at_hardware
 from factorctl.profiling.latency import Effort, Regime, measure_regime
@@ -41,6 +42,7 @@ def tinyllama(shape: FactorShape, layers: int, dtype: torch.dtype) -> PreTrained
         block.mlp = FactoredFFN(shape, WIDTH, "silu", dtype=dtype)
         for parameter in block.mlp.parameters():
             nn.init.normal_(parameter, std=0.02)
+    use_few_token_linears(model)
     return model.eval().requires_grad_(False)
 
 

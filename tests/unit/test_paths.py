@@ -12,7 +12,7 @@ from factorctl.config import FactorShape
 from factorctl.errors import UsageError
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.paths import ROUTED_PATHS, runs
-from factorctl.models.routing import group_by_expert, unit_routing
+from factorctl.models.routing import group_by_expert, route_on_host, unit_routing
 
 PATHS = sorted(ROUTED_PATHS)
 ALIGNED = [path for path in PATHS if path != "grouped"]  # `grouped` takes rows of a multiple of 16 bytes only
@@ -198,7 +198,7 @@ def test_inference_mode_and_batched_input(path: str) -> None:
     assert error(batched.view(12, -1), expected) < 1e-5
 
 
-@pytest.mark.parametrize("path", ["masked", "loop", "skip", "slot"])
+@pytest.mark.parametrize("path", ["masked", "single", "loop", "skip", "slot"])
 def test_autocast_trains_float32_weights(path: str) -> None:
     ffn = make_ffn(n=4, k=2, h=8, s=8)
     ffn.path = path
@@ -225,6 +225,24 @@ def test_compiles_to_a_full_graph(path: str, tokens: int) -> None:
     with torch.no_grad():
         for x in (x_TD, -x_TD):  # the same graph with other experts
             assert error(compiled(x), ffn(x).double()) < 10 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("gate", ["softmax", "hard"])
+@pytest.mark.parametrize(("n", "k", "s"), [(4, 1, 0), (4, 2, 8), (64, 8, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_without_gradient_routes_on_the_host(gate: str, n: int, k: int, s: int, dtype: torch.dtype) -> None:
+    ffn = make_ffn(n=n, k=k, h=8, s=s, bias=True, gate=gate, scale_a=1.5, dtype=dtype).requires_grad_(False)
+    ffn.path = "single"
+    for seed in range(5):
+        x_TD = tokens_for(ffn, 1, seed)
+        expected = plain_loop(make_exact(ffn), x_TD.double(), choice(ffn, x_TD))
+        assert error(ffn(x_TD), expected) < 40 * torch.finfo(dtype).eps
+
+
+def test_routing_on_the_host_takes_the_lower_of_equal_experts() -> None:
+    routing = route_on_host([1.0, 3.0, 3.0, 2.0, 3.0], top_k=2, gate="softmax", scale_a=2.0)
+    assert routing.ids == [1, 2]
+    assert routing.weights == [2.0, 2.0]
 
 
 def test_auto_compiles_to_a_full_graph_once_per_token_count() -> None:

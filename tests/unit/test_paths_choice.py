@@ -18,6 +18,11 @@ CPU = Site("a cpu", torch.float32, 576, FactorShape(4, 1, 384, 0))
 GPU = Site("a gpu", torch.bfloat16, 2048, FactorShape(4, 1, 1408, 0), cuda=True, can_group=True)
 
 
+def shipped_path_at_one(ffn: FactoredFFN) -> str:
+    site = replace(CPU, hidden_size=ffn.hidden_size, shape=replace(ffn.shape, top_k=ffn.top_k))
+    return path_at(shipped_steps(site), 1)
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FACTORCTL_CACHE", str(tmp_path))
@@ -29,13 +34,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_cpu_skips_for_few_tokens_masks_and_loops_for_many() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         steps = shipped_steps(replace(CPU, dtype=dtype))
-        assert [path_at(steps, tokens) for tokens in (1, 12, 1024)] == ["skip", "masked", "loop"]
+        assert [path_at(steps, tokens) for tokens in (1, 2, 12, 1024)] == ["single", "skip", "masked", "loop"]
+
+
+def test_one_token_masks_where_calls_for_small_experts_cost_more_than_they_save() -> None:
+    fine = replace(CPU, shape=FactorShape(64, 8, 24, 0))
+    assert path_at(shipped_steps(fine), 1) == "single"
+    assert path_at(shipped_steps(replace(fine, dtype=torch.bfloat16)), 1) == "masked"
 
 
 def test_skipping_ends_where_hardly_an_expert_goes_unread() -> None:
     def last_skip(num_experts: int, top_k: int, dtype: torch.dtype) -> int:
         steps = shipped_steps(replace(CPU, dtype=dtype, shape=FactorShape(num_experts, top_k, 24, 0)))
-        return max(t for t in range(1, 100) if path_at(steps, t) == "skip")
+        return max((t for t in range(2, 100) if path_at(steps, t) == "skip"), default=1)
 
     assert [last_skip(n, k, torch.float32) for n, k in ((4, 2), (8, 2), (64, 8))] == [3, 8, 17]
     assert [last_skip(n, k, torch.bfloat16) for n, k in ((4, 2), (8, 2), (64, 8))] == [1, 2, 1]
@@ -43,7 +54,7 @@ def test_skipping_ends_where_hardly_an_expert_goes_unread() -> None:
 
 def test_large_layers_never_mask_on_a_cpu() -> None:
     large = replace(CPU, hidden_size=4096, shape=FactorShape(8, 1, 1792, 0))
-    assert {step.path for step in shipped_steps(large)} == {"skip", "loop"}
+    assert {step.path for step in shipped_steps(large)} == {"single", "loop"}
 
 
 def test_small_experts_and_fewer_bits_need_more_tokens_to_loop() -> None:
@@ -79,7 +90,7 @@ def test_tuned_steps_are_used_by_the_module(cache: Path) -> None:
     write_tuned(cache, {site.key: (Step(5, "masked"), Step(None, "loop"))})
     assert [ffn.path_for(t) for t in (1, 5, 6)] == ["masked", "masked", "loop"]
     ffn.top_k = 1  # another site: not tuned
-    assert ffn.path_for(1) == "skip"
+    assert ffn.path_for(1) == shipped_path_at_one(ffn)
 
 
 def test_writing_keeps_other_sites_and_leaves_no_temporary_file(cache: Path) -> None:
@@ -106,7 +117,7 @@ def test_a_damaged_cache_is_ignored_with_a_warning_and_replaced(cache: Path, con
     cache.write_text(content)
     ffn = FactoredFFN(FactorShape(4, 2, 8, 0), 16, "silu")
     with pytest.warns(UserWarning, match="is damaged .*; using the shipped crossovers"):
-        assert ffn.path_for(1) == "skip"
+        assert ffn.path_for(1) == shipped_path_at_one(ffn)
     path_choice.forget()
     with pytest.warns(UserWarning, match="is damaged"):
         write_tuned(cache, {"one": (Step(None, "masked"),)})

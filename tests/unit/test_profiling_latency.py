@@ -173,6 +173,7 @@ def test_ladder_steps_between_the_counts_and_ignores_noise() -> None:
     }
     assert ladder(timings) == ((8, "skip"), (None, "loop"))
     assert ladder({1: {"masked": 1.0, "loop": 2.0}}) == ((None, "masked"),)
+    assert ladder({1: {"single": 1.0, "skip": 2.0}, 2: {"skip": 1.0}}) == ((1, "single"), (None, "skip"))
 
 
 def test_timing_paths_puts_back_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +181,8 @@ def test_timing_paths_puts_back_what_was_chosen(monkeypatch: pytest.MonkeyPatch)
     model, _ = factored()
     timings = time_paths(model, route_text(model, ids(1, 24)), SilentProgress())
     assert set(timings) == {1, 4}
-    assert set(timings[1]) == {"skip", "loop", "masked"}
+    assert set(timings[1]) == {"single", "skip", "loop", "masked"}
+    assert set(timings[4]) == {"skip", "loop", "masked"}
     assert {ffn.path for ffn in factored_ffns(model)} == {"auto"}
 
 
