@@ -28,7 +28,9 @@ CACHE_VERSION = 1
 GROUPED_FROM_TOKENS = 449
 """On a GPU, where the arithmetic that `grouped` saves begins to outweigh its sort and gathers (an estimate: N = 4)."""
 SKIP_UP_TO_HIT = 0.9
-"""Expected share of the experts that some token chose, up to which `skip` saves more reading than its calls cost."""
+"""Expected share of the experts that some token chose, up to which `skip` leaves enough unread."""
+RANGE_COST = 1.75
+"""What a range of experts in `skip` costs, in calls of `single`."""
 SKIP_UP_TO_HIT_16BIT, SKIP_UP_TO_RANGES_16BIT = 0.5, 2.5
 """The same in 16 bits, where a call costs more: oneDNN looks up, or makes, a primitive for each width of a range."""
 LOOP_COST_FLOPS, LOOP_COST_FLOPS_16BIT = 22e6, 100e6
@@ -128,7 +130,7 @@ def _cpu_steps(site: Site) -> Steps:
     overhead = shape.num_experts * (LOOP_COST_FLOPS_16BIT if few_bytes else LOOP_COST_FLOPS)
     saved_tokens = overhead / flops_per_token + (MIN_SAVED_TOKENS_16BIT if few_bytes else 0)
     before_loop = max(1, int(saved_tokens / (1 - shape.top_k / shape.num_experts)))
-    skipping = next(t for t in range(1, MAX_SKIP_TOKENS) if not _skips(t + 1, shape, few_bytes=few_bytes))
+    skipping = next(t for t in range(1, MAX_SKIP_TOKENS) if not _skips(t + 1, site))
     one: PathName = "single" if _single_pays(site) else "masked"
     reaches: tuple[tuple[int, PathName], ...] = (
         (1, one),
@@ -143,20 +145,25 @@ def _cpu_steps(site: Site) -> Steps:
     return (*steps, Step(None, "loop"))
 
 
+def _expert_bytes(site: Site) -> int:
+    return 3 * site.shape.expert_size * site.hidden_size * site.dtype.itemsize
+
+
 def _single_pays(site: Site) -> bool:
     """Whether reading K experts alone saves more than K experts' calls cost."""
-    shape, itemsize = site.shape, site.dtype.itemsize
-    unread = (shape.num_experts - shape.top_k) * 3 * shape.expert_size * site.hidden_size * itemsize
-    return unread > shape.top_k * CALL_COST_BYTES[itemsize]
+    unread = (site.shape.num_experts - site.shape.top_k) * _expert_bytes(site)
+    return unread > site.shape.top_k * CALL_COST_BYTES[site.dtype.itemsize]
 
 
-def _skips(tokens: int, shape: FactorShape, *, few_bytes: bool) -> bool:
-    """Whether `tokens` tokens, choosing at random, leave enough experts unread."""
-    hit = 1 - (1 - shape.top_k / shape.num_experts) ** tokens
-    if not few_bytes:
-        return hit <= SKIP_UP_TO_HIT
-    ranges = shape.num_experts * hit * (1 - hit)
-    return hit <= SKIP_UP_TO_HIT_16BIT and ranges <= SKIP_UP_TO_RANGES_16BIT
+def _skips(tokens: int, site: Site) -> bool:
+    """Whether `tokens` tokens, choosing at random, leave enough experts unread for the calls that this takes."""
+    num_experts = site.shape.num_experts
+    hit = 1 - (1 - site.shape.top_k / num_experts) ** tokens
+    ranges = num_experts * hit * (1 - hit)
+    if site.dtype.itemsize < 4:
+        return hit <= SKIP_UP_TO_HIT_16BIT and ranges <= SKIP_UP_TO_RANGES_16BIT
+    unread = num_experts * (1 - hit) * _expert_bytes(site)
+    return hit <= SKIP_UP_TO_HIT and unread > RANGE_COST * ranges * CALL_COST_BYTES[site.dtype.itemsize]
 
 
 @functools.lru_cache(maxsize=512)

@@ -36,9 +36,9 @@ PathName = Literal["dense", "masked", "single", "skip", "loop", "grouped", "slot
 Range = tuple[int, int]
 """Experts from the first number up to, not including, the second."""
 
-CALL_COST_BYTES = {8: 256 << 10, 4: 256 << 10, 2: 768 << 10}
+CALL_COST_BYTES = {8: 1 << 20, 4: 1 << 20, 2: 768 << 10}
 """What one more expert in `single` or `skip` costs besides its weights, as bytes read in that time, by bytes per
-weight. Measured on one core of a Zen 5 server: 25 us in fp32, 70 us in bf16 (oneDNN looks up a primitive per shape)."""
+weight. Measured on two cores of a Zen 5 server: 50 us. In bf16 oneDNN looks up a primitive per shape."""
 
 
 class ExpertWeights(NamedTuple):
