@@ -72,11 +72,9 @@ def trial(**changes: Any) -> Row:
 
 
 TRIALS: dict[str, Row] = {
-    "trial-lr-2e-4-batch-2048": trial(lr=2e-4, batch_tokens=2048),
-    "trial-lr-2e-4-batch-512": trial(lr=2e-4, batch_tokens=512),
-    "trial-lr-5e-4-batch-512": trial(lr=5e-4, batch_tokens=512),
-    "trial-lr-5e-4-batch-1024": trial(lr=5e-4, batch_tokens=1024),
-    "trial-lr-1e-3-batch-512": trial(lr=1e-3, batch_tokens=512),
+    "trial-par-0.1": trial(loss_weights={"par": 0.1}),
+    "trial-par-0.1-lr-5e-4-batch-512": trial(loss_weights={"par": 0.1}, lr=5e-4, batch_tokens=512),
+    "trial-par-5": trial(loss_weights={"par": 5.0}),
 }
 ROWS = TABLE | TRIALS
 
