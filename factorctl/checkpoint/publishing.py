@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from factorctl.checkpoint.file_names import MANIFEST_NAME
@@ -39,7 +39,7 @@ def refuse_existing(final: Path, *, overwrite: bool) -> None:
     """
     if final.name in ("", ".."):
         raise UsageError(f"{final} is no name for a new directory", "choose an --out that ends in a name")
-    _refuse_impossible_name(final)
+    refuse_impossible_name(final)
     if final.is_symlink():
         raise UsageError(f"{final} is a symbolic link", "choose another --out, or give the directory it leads to")
     if blocking := next((p for p in final.parents if p.exists() and not p.is_dir()), None):
@@ -59,8 +59,12 @@ def refuse_existing(final: Path, *, overwrite: bool) -> None:
         )
 
 
-def _refuse_impossible_name(final: Path) -> None:
-    """What no file system takes, with room for the names of what lies beside the artefact and in it."""
+def refuse_impossible_name(final: Path) -> None:
+    """Refuse what no file system takes, with room for the names of what lies beside the artefact and in it.
+
+    Raises:
+        UsageError: the name or the path is too long, or no UTF-8.
+    """
     try:
         parts = [len(part.encode()) for part in final.absolute().parts]
     except UnicodeEncodeError:
@@ -68,7 +72,7 @@ def _refuse_impossible_name(final: Path) -> None:
     if max(parts) > NAME_BYTES or parts[-1] > NAME_BYTES - 16 or sum(parts) + len(parts) > PATH_BYTES - 64:
         raise UsageError(
             f"{str(final)[:80]}... is too long: a name has {NAME_BYTES - 16} bytes, a path {PATH_BYTES - 64}",
-            "choose a shorter --out",
+            "choose a shorter name",
         )
 
 
@@ -80,8 +84,9 @@ def sole_writer(final: Path, *, wait: bool = False) -> Iterator[None]:
         wait: wait for another process that holds it, as caches do, rather than refuse.
 
     Raises:
-        UsageError: another process writes the same output.
+        UsageError: another process writes the same output, or no file system takes its name.
     """
+    refuse_impossible_name(final)
     lock = final.with_name(f".{final.name}.lock")
     with writable(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +103,18 @@ def sole_writer(final: Path, *, wait: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def sole_writer_of(*places: Path | None) -> Iterator[None]:
+    """Hold the locks of several outputs, each once however it is spelt; None is no output."""
+    wanted = {os.path.realpath(place): place for place in places if place is not None}.values()
+    for place in wanted:
+        refuse_impossible_name(place)
+    with ExitStack() as held:
+        for place in wanted:
+            held.enter_context(sole_writer(place))
+        yield
+
+
 def _open_locked(lock: Path, final: Path, *, wait: bool) -> int:
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -112,6 +129,16 @@ def _open_locked(lock: Path, final: Path, *, wait: bool) -> int:
             os.close(handle)
             raise UsageError(f"{final} is being written by {holder}", "wait for it, or choose another --out") from None
         os.close(handle)  # we hold a file that its owner has removed: take a new one
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory with its parents, unless it is there.
+
+    Raises:
+        ResourceError: the system refuses.
+    """
+    with writable(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def temporary_path(path: Path) -> Path:

@@ -22,7 +22,7 @@ from factorctl.cli.options import (
     WorkspaceOpt,
 )
 from factorctl.config import DEFAULT_WORKSPACE, Controls, EvalConfig
-from factorctl.errors import UsageError
+from factorctl.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from factorctl.cli.render import Table
@@ -168,7 +168,13 @@ def evaluate(
     from factorctl.pipeline.evaluate import evaluate as run_evaluation
 
     command = shlex.join(["factorctl", *sys.argv[1:]])
-    _show_result(run_evaluation(config, progress, command=command), output)
+    try:
+        result = run_evaluation(config, progress, command=command)
+    except (KeyboardInterrupt, ResourceError):
+        if not resume:
+            progress.note("the same command with --resume reuses the measurements that are finished")
+        raise
+    _show_result(result, output)
 
 
 def _controls(some: bool, every: bool) -> Controls:

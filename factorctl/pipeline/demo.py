@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from factorctl.checkpoint.aliases import DEMO
-from factorctl.checkpoint.publishing import write_file
+from factorctl.checkpoint.publishing import make_directory, sole_writer, write_file
 from factorctl.checkpoint.sources import resolve
 from factorctl.errors import ResourceError
 from factorctl.models.bfloat16 import has_fast_bfloat16
@@ -170,11 +170,12 @@ def write_manual(directory: Path) -> None:
     lines = [json.dumps({"id": name, "text": topics[name]}) + "\n" for name in sorted(topics)]
     held_out = [line for index, line in enumerate(lines) if index % HELD_OUT_EVERY == 0]
     train = [line for index, line in enumerate(lines) if index % HELD_OUT_EVERY]
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, chosen in (("train.jsonl", train), ("held-out.jsonl", held_out)):
-        content, path = "".join(chosen).encode(), directory / name
-        if not path.is_file() or path.read_bytes() != content:
-            write_file(path, content)
+    with sole_writer(directory, wait=True):
+        make_directory(directory)
+        for name, chosen in (("train.jsonl", train), ("held-out.jsonl", held_out)):
+            content, path = "".join(chosen).encode(), directory / name
+            if not path.is_file() or path.read_bytes() != content:
+                write_file(path, content)
 
 
 def _sample(checkpoint: Path) -> Sample:

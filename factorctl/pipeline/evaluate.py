@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from factorctl.checkpoint.publishing import writable, write_file
+from factorctl.checkpoint.publishing import make_directory, sole_writer_of, write_file
 from factorctl.config import EvalConfig
 from factorctl.evaluation.fidelity_plot import draw_fidelity
 from factorctl.evaluation.perplexity import compare_text
@@ -48,9 +48,10 @@ def evaluate(config: EvalConfig, progress: Progress, *, command: str | None = No
     plan = plan_evaluation(config, progress)
     store = PartStore(plan.out / PARTS_NAME, config.resume, progress)
     counts = {"computed": 0, "reused": 0}
-    measured = {subject: measure_subject(plan, subject, store, counts, progress) for subject in plan.subjects}
-    result = _result(plan, measured, command=command, seconds=time.monotonic() - started, parts=counts)
-    write_outputs(plan, measured, result, store)
+    with sole_writer_of(plan.out, config.samples, config.report):
+        measured = {subject: measure_subject(plan, subject, store, counts, progress) for subject in plan.subjects}
+        result = _result(plan, measured, command=command, seconds=time.monotonic() - started, parts=counts)
+        write_outputs(plan, measured, result, store)
     for remark in result.remarks:
         progress.note(remark)
     return result
@@ -144,8 +145,7 @@ def _task_versions(model: Measured) -> dict[str, str]:
 
 def write_outputs(plan: EvalPlan, measured: Mapping[str, Measured], result: EvalResult, store: PartStore) -> None:
     """results.json, the answers, the picture, and the Markdown report where it was asked for."""
-    with writable(plan.out):
-        plan.out.mkdir(parents=True, exist_ok=True)
+    make_directory(plan.out)
     written = list(_write_answers(plan, measured, store))
     if result.fidelity:
         write_file(plan.out / PLOT_NAME, _picture(plan, result))
@@ -156,8 +156,7 @@ def write_outputs(plan: EvalPlan, measured: Mapping[str, Measured], result: Eval
     written.append(plan.out / RESULTS_NAME)
     result.written.extend(map(str, written))
     if report is not None:
-        with writable(report.parent):
-            report.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(report.parent)
         write_file(report, markdown(result).encode())
     content = json.dumps(asdict(result), indent=2, ensure_ascii=False, allow_nan=False)  # in the order of the tables
     write_file(plan.out / RESULTS_NAME, f"{content}\n".encode())
@@ -168,8 +167,7 @@ def _write_answers(plan: EvalPlan, measured: Mapping[str, Measured], store: Part
     for subject in measured:
         for part in plan.parts(subject):
             if part.measure == "task":
-                with writable(directory):
-                    directory.mkdir(parents=True, exist_ok=True)
+                make_directory(directory)
                 path = directory / f"samples_{part.name}_{subject}.jsonl"
                 write_file(path, store.path_of(part, ".jsonl").read_bytes())
                 yield path

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from factorctl.checkpoint.hashing import hash_file
+from factorctl.checkpoint.publishing import make_directory
 from factorctl.evaluation.fidelity import LayerFidelity, measure_fidelity
 from factorctl.evaluation.perplexity import DocumentLoss, TextScore, score_text
 from factorctl.pipeline.controls import CONTROLS, ControlKit, Runner, dense_ffns
@@ -117,7 +118,7 @@ def _task(plan: EvalPlan, part: Part, runner: Runner, store: PartStore, progress
         progress=progress,
     )
     answers = store.path_of(part, ".jsonl")
-    answers.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(answers.parent)
     write_samples(answers, scores)
     return {"answers_sha256": hash_file(answers).sha256}
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from factorctl import __version__
 from factorctl.checkpoint.manifest import is_artefact
+from factorctl.checkpoint.publishing import refuse_impossible_name
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import EvalConfig
 from factorctl.data.hub import pin_revisions
@@ -175,9 +176,10 @@ def evaluation_directory(config: EvalConfig, model: EvalModel) -> Path:
     """Where the report, the answers and the finished parts go.
 
     Raises:
-        UsageError: a file or a checkpoint is there.
+        UsageError: a file or a checkpoint is there, or the name is too long.
     """
     out = output_path(config.out, config.workspace, str(model.path.resolve()), "eval")
+    refuse_impossible_name(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, not a directory", "choose another --out")
     if is_artefact(out):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from factorctl.checkpoint.hashing import hash_value
-from factorctl.checkpoint.publishing import writable, write_file
+from factorctl.checkpoint.publishing import make_directory, write_file
 from factorctl.checkpoint.strict_json import dump_json, read_json_object
 from factorctl.errors import IntegrityError
 from factorctl.progress import Progress
@@ -79,8 +79,7 @@ class PartStore:
             "result": dict(result),
             "result_sha256": hash_value(dict(result)),
         }
-        with writable(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         write_file(self.path_of(part), dump_json(content))
 
     def path_of(self, part: Part, suffix: str = ".json") -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from factorctl.checkpoint.publishing import write_file
+from factorctl.checkpoint.publishing import make_directory, sole_writer_of, write_file
 from factorctl.config import ProfileConfig
-from factorctl.errors import ResourceError
+from factorctl.errors import ResourceError, UsageError
 from factorctl.models.building import factored_ffns
 from factorctl.models.loading import NativeCheckpoint, load, open_checkpoint
 from factorctl.models.path_choice import cache_file, steps_for, write_tuned
@@ -79,10 +80,31 @@ def profile(config: ProfileConfig, progress: Progress) -> ProfileResult:
     6. Write the report, the plots and the page.
 
     Raises:
-        UsageError: an option does not fit the checkpoint.
+        UsageError: an option does not fit the checkpoint, or another process writes the same report.
         ResourceError: the machine is busy and quiet was demanded, or the device is not there.
         FlopMismatchError: the two FLOP counts differ by more than 0.1%.
     """
+    refuse_directories(config)
+    with sole_writer_of(config.out, config.html, config.plots):
+        result = _profiled(config, progress)
+        write_outputs(result)
+    for remark in result.remarks:
+        progress.note(remark)
+    return result
+
+
+def refuse_directories(config: ProfileConfig) -> None:
+    """Find out before the measurements that a report could not be written after them.
+
+    Raises:
+        UsageError: a directory stands where a file is to go.
+    """
+    for option, file, file_type in (("--out", config.out, ".json"), ("--html", config.html, ".html")):
+        if file is not None and os.path.isdir(file):
+            raise UsageError(f"{option} {file} is a directory", f"name a file: {option} {file / 'profile'}{file_type}")
+
+
+def _profiled(config: ProfileConfig, progress: Progress) -> ProfileResult:
     remarks: list[str] = []
     device = torch_device(config.device)
     checkpoint = open_checkpoint(config.checkpoint or newest_checkpoint(config.workspace))
@@ -104,7 +126,7 @@ def profile(config: ProfileConfig, progress: Progress) -> ProfileResult:
     tuning = tune(subject, progress) if config.tune and sizes.routes else None
     rows = measure_latency(subject, progress) if config.latency else []
     flops = flops_report(subject, difference)
-    result = ProfileResult(
+    return ProfileResult(
         checkpoint=str(checkpoint.path),
         manifest_sha256=checkpoint.manifest.sha256,
         notation=shape.notation,
@@ -127,10 +149,6 @@ def profile(config: ProfileConfig, progress: Progress) -> ProfileResult:
         tuning=tuning,
         written=[str(path) for path in (config.out, config.html, config.plots) if path is not None],
     )
-    write_outputs(result)
-    for remark in remarks:
-        progress.note(remark)
-    return result
 
 
 def flag_busy(hardware: Hardware, config: ProfileConfig, remarks: list[str]) -> None:
@@ -252,5 +270,5 @@ def write_outputs(result: ProfileResult) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     write_file(path, content)
