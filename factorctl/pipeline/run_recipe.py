@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from factorctl import __version__
 from factorctl.checkpoint.hashing import hash_file, hash_value
-from factorctl.checkpoint.manifest import MANIFEST_NAME, is_artefact
-from factorctl.checkpoint.publishing import write_file
+from factorctl.checkpoint.manifest import MANIFEST_NAME, check_files, is_artefact, read_manifest
+from factorctl.checkpoint.publishing import make_directory, refuse_impossible_name, sole_writer, writable, write_file
 from factorctl.checkpoint.sources import resolve
-from factorctl.checkpoint.strict_json import dump_json, read_json_object
+from factorctl.checkpoint.strict_json import dump_sealed, read_sealed
 from factorctl.config import EvalConfig, ExportConfig, FactorizeConfig, FinetuneConfig, ProfileConfig
 from factorctl.data.hub import pin_revisions
 from factorctl.data.identity import identify_sources
@@ -39,6 +40,7 @@ from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
 
 LOCK_NAME = "recipe.lock.json"
+_START_OVER = "delete it: every stage runs again then"
 Status = Literal["done", "reused", "would run", "would be reused"]
 _DATA_FIELDS = ("calibration", "data")
 _DOES_NOT_COUNT = frozenset(
@@ -84,10 +86,17 @@ def run_recipe(recipe: Recipe, workspace: Path, progress: Progress, *, dry_run: 
     """Run every stage whose result is not there already.
 
     Raises:
+        UsageError: another process runs the same recipe.
         FactorctlError: what a stage raises; finished stages are kept, and the same command goes on behind them.
     """
-    started = time.monotonic()
     directory = workspace / recipe.name
+    refuse_impossible_name(directory)
+    with nullcontext() if dry_run else sole_writer(directory):
+        return _run(recipe, directory, progress, dry_run=dry_run)
+
+
+def _run(recipe: Recipe, directory: Path, progress: Progress, *, dry_run: bool) -> RunResult:
+    started = time.monotonic()
     lock = _Lock(directory / LOCK_NAME)
     checkpoint: _Place | None = None
     outcomes: list[StageOutcome] = []
@@ -96,7 +105,7 @@ def run_recipe(recipe: Recipe, workspace: Path, progress: Progress, *, dry_run: 
         upstream = None if checkpoint is None else _evidence(checkpoint)
         stale = any(outcome.status == "would run" for outcome in outcomes)
         key = None if stale else stage_key(stage.config, upstream, progress)
-        if key is not None and lock.holds(stage.label, key, place):
+        if key is not None and lock.holds(stage.label, key, place) and _is_whole(place, progress):
             status: Status = "would be reused" if dry_run else "reused"
             outcomes.append(StageOutcome(stage.label, status, str(place.output), 0.0, lock.result(stage.label)))
         elif dry_run:
@@ -171,11 +180,27 @@ def _evidence(place: _Place) -> str | None:
     return hash_file(place.evidence).sha256 if place.evidence.is_file() else None
 
 
+def _is_whole(place: _Place, progress: Progress) -> bool:
+    """Whether a result can be reused; of an artefact every file is read, of a report the evidence is all there is."""
+    if not is_artefact(place.output):
+        return True
+    try:
+        with progress.stage(f"Verifying {place.output.name}"):
+            for _ in check_files(place.output, read_manifest(place.output)):
+                pass
+    except IntegrityError as error:
+        progress.note(f"{error.message}; it is made again")
+        return False
+    return True
+
+
 def _run_stage(
     stage: Stage, key: str, place: _Place, checkpoint: _Place | None, lock: _Lock, progress: Progress
 ) -> StageOutcome:
     progress.note(f"{stage.label}: {place.output}")
     begun_before = lock.begun(stage.label) == key
+    if not begun_before:
+        _forget_training(place)
     lock.begin(stage.label, key)
     started = time.monotonic()
     config = _placed(stage.config, place, None if checkpoint is None else checkpoint.output, begun_before)
@@ -183,6 +208,12 @@ def _run_stage(
     seconds = round(time.monotonic() - started, 3)
     lock.finish(stage.label, key, place, result)
     return StageOutcome(stage.label, "done", str(place.output), seconds, result)
+
+
+def _forget_training(place: _Place) -> None:
+    """An earlier finetune with another key left its account there; a stage cut short later is not to go on from it."""
+    with writable(training_directory(place.output)):
+        (training_directory(place.output) / RUN_NAME).unlink(missing_ok=True)
 
 
 def _recorded(result: dict[str, Any]) -> dict[str, Any]:
@@ -216,7 +247,7 @@ def _placed(config: StageConfig, place: _Place, checkpoint: Path | None, begun_b
         return replace(config, out=out, overwrite=is_artefact(out))
     if isinstance(config, FinetuneConfig):
         unfinished = begun_before and (training_directory(out) / RUN_NAME).is_file()
-        return replace(config, checkpoint=checkpoint, out=out, resume=unfinished, overwrite=not unfinished)
+        return replace(config, checkpoint=checkpoint, out=out, resume=unfinished, overwrite=True)
     if isinstance(config, EvalConfig):
         report = out / "eval.md"
         return replace(config, checkpoint=str(checkpoint), out=out, report=report, resume=begun_before)
@@ -233,10 +264,7 @@ class _Lock:
         self.path = path
         self._stages: dict[str, Any] = {}
         if path.is_file():
-            stages = read_json_object(path).get("stages")
-            if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
-                raise IntegrityError(f"{path} is damaged", "delete it: every stage runs again then")
-            self._stages = stages
+            self._stages = _read_stages(path)
 
     def begun(self, label: str) -> str | None:
         return self._entry(label).get("begun")
@@ -260,5 +288,24 @@ class _Lock:
 
     def _store(self, label: str, entry: dict[str, Any]) -> None:
         self._stages[label] = entry
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(self.path, dump_json({"stages": self._stages}))
+        make_directory(self.path.parent)
+        write_file(self.path, dump_sealed({"stages": self._stages}))
+
+
+def _read_stages(path: Path) -> dict[str, Any]:
+    """What a lock says of every stage.
+
+    Raises:
+        IntegrityError: it is not what was written.
+    """
+    try:
+        stages = read_sealed(path).get("stages")
+    except IntegrityError as error:
+        raise IntegrityError(error.message, _START_OVER) from None
+    if not isinstance(stages, dict) or not all(map(_is_entry, stages.values())):
+        raise IntegrityError(f"{path} is damaged: it holds no stages", _START_OVER)
+    return stages
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("result", {}), dict)
