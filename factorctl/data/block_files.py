@@ -16,7 +16,7 @@ from filelock import FileLock
 from numpy.lib import format as npy
 from numpy.typing import DTypeLike, NDArray
 
-from factorctl.data.blocks import META_NAME, Part
+from factorctl.data.blocks import CONTENT, META_NAME, Part, content_hash
 
 
 class BlockWriter:
@@ -65,8 +65,10 @@ class BlockWriter:
 
 
 def write_meta(directory: Path, meta: dict[str, Any]) -> None:
+    """Write meta.json over finished arrays, with the hash of all content."""
+    sealed = {**meta, CONTENT: content_hash(directory, meta)}
     with (directory / META_NAME).open("wb") as stream:
-        stream.write(json.dumps(meta, indent=1, sort_keys=True).encode())
+        stream.write(json.dumps(sealed, indent=1, sort_keys=True).encode())
         _sync(stream)
 
 

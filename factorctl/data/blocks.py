@@ -2,12 +2,14 @@
 
 A cache directory holds, for the training part and the held-out part, `<part>.npy` [blocks, block_length] in uint16
 (uint32 for vocabularies above 65,536) and `<part>_starts.npy` [documents] in int64: the offsets, in the flattened
-array, at which a document begins. `meta.json` says what they were made from.
+array, at which a document begins. `meta.json` says what they were made from, and what their content hashes to.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +17,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from factorctl.data.identity import hash_json
 from factorctl.errors import IntegrityError
 
 Part = Literal["train", "heldout"]
 META_NAME = "meta.json"
+CONTENT = "content_sha256"
+"""Key of the hash over all else in the directory."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,11 @@ def open_token_blocks(path: Path) -> TokenBlocks:
     try:
         meta = json.loads((path / META_NAME).read_text(encoding="utf-8"))
         arrays = {part: _map(path / f"{part}.npy") for part in ("train", "heldout")}
+        if meta.get(CONTENT) != content_hash(path, meta):
+            raise ValueError("its content is not what was written")
         starts = {part: np.load(path / f"{part}_starts.npy", allow_pickle=False) for part in ("train", "heldout")}
         shapes = {part: (int(meta[part]["blocks"]), int(meta["block_length"])) for part in ("train", "heldout")}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (AttributeError, OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise IntegrityError(f"token cache {path} cannot be read: {error}", "delete it and run again") from error
     for part, array in arrays.items():
         if array.shape != shapes[part]:
@@ -105,6 +112,18 @@ def open_token_blocks(path: Path) -> TokenBlocks:
                 "delete it and run again",
             )
     return TokenBlocks(arrays["train"], arrays["heldout"], starts["train"], starts["heldout"], path, meta)
+
+
+def content_hash(directory: Path, meta: Mapping[str, Any]) -> str:
+    """sha256 (hex) over the arrays in a directory and over what its meta.json says."""
+    arrays = [f"{part}{kind}.npy" for part in ("train", "heldout") for kind in ("", "_starts")]
+    said = {key: value for key, value in meta.items() if key != CONTENT}
+    return hash_json([said, *(_hash_file(directory / name) for name in arrays)])
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _map(path: Path) -> NDArray[np.unsignedinteger[Any]]:
