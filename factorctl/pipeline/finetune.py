@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from factorctl.checkpoint.publishing import sole_writer, write_file
+from factorctl.checkpoint.publishing import make_directory, sole_writer, write_file
 from factorctl.checkpoint.strict_json import dump_json, read_json_object
 from factorctl.config import FinetuneConfig
 from factorctl.data.blocks import TokenBlocks
@@ -30,7 +30,7 @@ from factorctl.training.metrics import MetricsFile
 from factorctl.training.optimizers import Schedule, make_optimizers
 from factorctl.training.out_of_memory import memory_bytes, memory_explained
 from factorctl.training.plotting import draw_training
-from factorctl.training.state import Progressed, newest_state, remove_states, restore_state
+from factorctl.training.state import Progressed, incomplete_states, newest_state, remove_states, restore_state
 
 REHEARSED_STEPS = 3
 
@@ -250,7 +250,7 @@ def open_run(plan: FinetunePlan, wanted: dict[str, Any], progress: Progress) -> 
         return
     if newest_state(plan.run) is not None and not plan.config.overwrite:
         raise UsageError(f"an unfinished run lies in {plan.run}", "go on with --resume, or start over with --overwrite")
-    plan.run.mkdir(parents=True, exist_ok=True)
+    make_directory(plan.run)
     remove_states(plan.run)
     MetricsFile(plan.run).keep_until(0)
     write_file(file, dump_json(wanted))
@@ -275,7 +275,8 @@ def _start(
     start = None
     if state is not None:
         start = restore_state(state, accelerator.unwrap_model(model), optimizers)
-        progress.note(f"resuming from step {start.step} ({start.tokens:,} tokens)")
+        ignored = "".join(f"; ignored incomplete {name}" for name in incomplete_states(plan.run))
+        progress.note(f"resuming from step {start.step} ({start.tokens:,} tokens){ignored}")
     elif plan.config.resume:
         progress.note("no state was saved yet: starting from the beginning")
     if accelerator.is_main_process:

@@ -55,6 +55,11 @@ def newest_state(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def incomplete_states(run: Path) -> list[str]:
+    """Names of the states that a killed run was writing."""
+    return sorted(path.name.split(".")[1] for path in run.glob(".state-*.partial"))
+
+
 def save_state(
     run: Path,
     progressed: Progressed,
