@@ -63,9 +63,19 @@ def read_report(path: Path) -> Report:
     if not file.is_file():
         raise UsageError(f"{file} does not exist", f"give the {RESULTS_NAME} of an evaluation, or its directory")
     report = read_json_object(file)
-    if not all(isinstance(report.get(key), dict) for key in ("perplexity", "tasks", "average", "controls", "config")):
+    if not _has_figures(report):
         raise UsageError(f"{file} is no report of `factorctl eval`", f"give its {RESULTS_NAME}")
     return report
+
+
+def _has_figures(report: Report) -> bool:
+    """Whether everything that is shown of a report is there: other people's JSON may have been named."""
+    try:
+        shown: list[object] = [value for _, value in _figures(report)]
+        shown += _differences([report])
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        return False
+    return all(value is None or isinstance(value, str | int | float) for value in shown)
 
 
 def _figures(report: Report) -> Iterator[tuple[str, float | str | None]]:

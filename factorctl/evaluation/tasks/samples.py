@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from factorctl.checkpoint.publishing import write_file
-from factorctl.data.local_files import read_json_lines
-from factorctl.errors import FactorctlError, IntegrityError
+from factorctl.checkpoint.strict_json import parse_json_object
+from factorctl.errors import FactorctlError, IntegrityError, UsageError
 from factorctl.evaluation.tasks.scores import DocumentAnswer, TaskScores
 
 FORMAT = 1
@@ -58,10 +58,20 @@ def read_samples(path: Path) -> TaskScores:
         IntegrityError: it is no such file, or not as it was written; with the line.
     """
     try:
-        lines = list(read_json_lines(path, '{"factorctl_samples": 1, ...}'))
-        return _scores(lines)
+        return _scores(_lines(path))
     except _Damaged as damage:
         raise IntegrityError(f"{path}{damage}", "delete it and run the evaluation again") from None
+
+
+def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise _Damaged(" is not UTF-8") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [(number, parse_json_object(line, origin=f"{path}, line {number}")) for number, line in numbered]
 
 
 class _Damaged(FactorctlError):
