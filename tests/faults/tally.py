@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 
 if TYPE_CHECKING:
-    from verbs import Bench
+    from bench import Bench
 
 KEY = "fault cases"
 
@@ -38,7 +38,7 @@ def every_fault(pytestconfig: pytest.Config) -> bool:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """The bench; the tree of commands is built once too, not in every child, where it is a third of a tiny run."""
     import typer.main
-    from verbs import Bench
+    from bench import Bench
 
     with mock.patch.object(typer.main, "get_command", functools.cache(typer.main.get_command)):
         yield Bench(tmp_path_factory.mktemp("bench"))
@@ -70,6 +70,19 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     yield counts
     rows = [[*key, tried, counts.survived[key]] for key, tried in counts.tried.items()]
     request.node.user_properties.append((KEY, rows))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A test that is marked `fault(fault, where)` is one case."""
+    marker = pyfuncitem.get_closest_marker("fault")
+    if marker is None:
+        return (yield)
+    row: list[object] = [*marker.args, 1, 0]
+    pyfuncitem.user_properties.append((KEY, [row]))
+    result = yield
+    row[-1] = 1
+    return result
 
 
 class Totals:
@@ -112,7 +125,8 @@ Written by the suite `tests/faults` on {datetime.date.today().isoformat()}. A ca
 
 - the artefact that was read and the one that was to be replaced verify, and no half-written one is taken for whole;
 - the message says what happened and what to do, the exit code is the documented one, and there is no traceback;
-- the same command, run again, ends with the same bytes as a run that nothing disturbed.
+- the same command, run again, ends with the same bytes as a run that nothing disturbed: of checkpoints and exports
+  every byte; of reports all but what they say of the run itself (times, memory, places: tests/faults/comparing.py).
 
 A *write point* is a call that changes the disk (open, write, fsync, rename, swap, remove, mkdir); the run is forked and
 stopped ahead of it, and a write is torn in the middle. Hostile files are generated from a fixed seed; none may be

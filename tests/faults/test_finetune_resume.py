@@ -131,6 +131,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.fault("SIGKILL in a process of its own", "finetune")
 def test_killed_and_resumed_is_bit_for_bit_never_killed(setting: Setting, tmp_path: Path, fault: str) -> None:
     config = elsewhere(setting, tmp_path)
     kill(config, *FAULTS[fault])
@@ -144,6 +145,7 @@ def test_killed_and_resumed_is_bit_for_bit_never_killed(setting: Setting, tmp_pa
     assert steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.fault("SIGKILL in a process of its own", "finetune")
 def test_killed_twice(setting: Setting, tmp_path: Path) -> None:
     config = elsewhere(setting, tmp_path)
     kill(config, "torch.optim:AdamW.step", 5)
@@ -169,6 +171,7 @@ class _StopAfter:
         monkeypatch.setattr(Distiller, "forward", forward)
 
 
+@pytest.mark.fault("Ctrl-C or SIGTERM", "finetune, in a step")
 def test_ctrl_c_finishes_the_step_saves_and_resumes(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +187,7 @@ def test_ctrl_c_finishes_the_step_saves_and_resumes(
     assert directory_bytes(config.out) == setting.straight
 
 
+@pytest.mark.fault("Ctrl-C or SIGTERM", "finetune, in a step")
 def test_a_signal_in_the_last_step_is_not_lost(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +201,7 @@ def test_a_signal_in_the_last_step_is_not_lost(
     assert directory_bytes(config.out) == setting.straight
 
 
+@pytest.mark.fault("Ctrl-C or SIGTERM", "finetune, in a step")
 def test_sigterm_through_the_command_line(setting: Setting, tmp_path: Path) -> None:
     """Exit code 143, the state saved, the hint shown; and the command line resumes."""
     config = setting.config
@@ -214,6 +219,7 @@ def test_sigterm_through_the_command_line(setting: Setting, tmp_path: Path) -> N
     assert state.newest_state(tmp_path / "tuned.training") is not None
 
 
+@pytest.mark.fault("loss that is no number", "finetune")
 def test_a_loss_that_is_no_number_stops_at_the_last_good_state(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +245,7 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_state(
     assert directory_bytes(config.out) == setting.straight
 
 
+@pytest.mark.fault("GPU out of memory", "finetune")
 def test_out_of_memory_saves_and_says_what_to_change(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +273,7 @@ def test_out_of_memory_saves_and_says_what_to_change(
         (torch.optim.AdamW, "step", 7, "in step 4", "the last good state is .*/state-00000002"),
     ],
 )
+@pytest.mark.fault("GPU out of memory", "finetune")
 def test_out_of_memory_where_nothing_more_can_be_saved(
     setting: Setting,
     tmp_path: Path,
@@ -297,6 +305,7 @@ def test_out_of_memory_where_nothing_more_can_be_saved(
     assert directory_bytes(config.out) == setting.straight
 
 
+@pytest.mark.fault("disk full at a write point", "finetune, a state")
 def test_a_full_disk_keeps_the_older_state(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = elsewhere(setting, tmp_path)
     with monkeypatch.context() as patch:
@@ -351,6 +360,7 @@ def test_eight_bit_optimizer_states_come_back_too(
         ({"loss_weights": {"z": 0.1}}, "loss_weights: was {"),
     ],
 )
+@pytest.mark.fault("resumed with another configuration", "finetune")
 def test_another_configuration_is_refused_with_the_difference(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], difference: str
 ) -> None:
@@ -361,6 +371,7 @@ def test_another_configuration_is_refused_with_the_difference(
     assert difference in str(refused.value)
 
 
+@pytest.mark.fault("resumed with another configuration", "finetune")
 def test_other_data_or_another_base_is_refused(
     setting: Setting, dense_source: DenseSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +386,7 @@ def test_other_data_or_another_base_is_refused(
         run(dataclasses.replace(config, resume=True, checkpoint=tmp_path / "other"))
 
 
+@pytest.mark.fault("resumed with another configuration", "finetune")
 def test_another_world_size_is_refused(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = stopped_early(setting, tmp_path, monkeypatch)
     changed = json.loads((tmp_path / "tuned.training" / "run.json").read_text()) | {"world size": 2}
@@ -392,6 +404,7 @@ def test_nothing_to_resume(setting: Setting, tmp_path: Path) -> None:
         run(finished)
 
 
+@pytest.mark.fault("output exists", "finetune, unfinished")
 def test_an_unfinished_run_is_not_trampled_on(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +415,7 @@ def test_an_unfinished_run_is_not_trampled_on(
     assert directory_bytes(config.out) == setting.straight
 
 
+@pytest.mark.fault("damaged bytes, refused by every verb", "training state")
 def test_a_damaged_state_is_named(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = stopped_early(setting, tmp_path, monkeypatch)
     shard = tmp_path / "tuned.training" / "state-00000002" / "layer-00001.safetensors"
@@ -412,6 +426,7 @@ def test_a_damaged_state_is_named(setting: Setting, tmp_path: Path, monkeypatch:
         run(dataclasses.replace(config, resume=True))
 
 
+@pytest.mark.fault("two writers of one output", "finetune, a run")
 def test_two_runs_in_one_place_are_refused(setting: Setting, tmp_path: Path) -> None:
     config = elsewhere(setting, tmp_path)
     with (

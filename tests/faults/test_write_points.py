@@ -4,87 +4,70 @@ from __future__ import annotations
 
 import errno
 import resource
-import shutil
 from pathlib import Path
 
-import pytest
+from bench import Bench
 from faults.tally import Tally
-from helpers import directory_bytes, leftovers
+from helpers import leftovers
 from injection import die_at, refused_at
-from verbs import ROWS, Bench, sampled
+from sampling import tried
+from verbs import HERE, each_row
 
 TAKES_SPACE = ("open", "write", "fsync", "mkdir", "rename")
-PIECES = {"factorize": 13, "factorize, calibrated": 31, "finetune": 53, "export gguf": 7}
-CALLS = {"factorize": 3, "factorize, calibrated": 8, "finetune": 12, "export gguf": 3}
-"""By default every n-th piece of a file and every n-th other call, so that the whole stays within minutes."""
+LIMITS = (0, 100, 2_000, 12_000, 40_000)
+"""Bytes that a file may hold."""
 
 
-def tried(points: tuple[str, ...], name: str, every_fault: bool, times: int = 1) -> list[int]:
-    """Which points of a run are tried; `times` thins the sample out."""
-    if every_fault:
-        return list(range(len(points)))
-    return sampled(points, pieces=times * PIECES.get(name, 25), calls=times * CALLS.get(name, 6))
-
-
-@pytest.mark.parametrize("replaces", [False, True], ids=["new", "replacing"])
-@pytest.mark.parametrize("name", ROWS)
+@each_row(replacing=True)
 def test_killed_at_any_write(
     name: str, replaces: bool, bench: Bench, tmp_path: Path, every_fault: bool, tally: Tally
 ) -> None:
     points = bench.points(name, replaces=replaces)
-    kept = directory_bytes(bench.reads(name))
-    for point in tried(points, name, every_fault, 1 + replaces):
-        place = bench.place(name, tmp_path / f"{point}", replaces=replaces)
+    for point, place in bench.places(name, tmp_path, tried(points, name, every_fault, 1 + replaces), replaces=replaces):
         with tally.case("SIGKILL at a write point", name):
             assert place.run(die_at(point)).status == -9, f"point {point}, {points[point]}, was not reached"
-            place.assert_nothing_lost(kept)
+            place.assert_nothing_lost()
             place.assert_finished()
             assert set(leftovers(place.out)) <= {".out.lock", ".out.training.lock", ".out.journal.json"}
-        shutil.rmtree(place.root)
 
 
-@pytest.mark.parametrize("replaces", [False, True], ids=["new", "replacing"])
-@pytest.mark.parametrize("name", ROWS)
+@each_row(replacing=True)
 def test_a_full_or_read_only_disk_at_any_write(
     name: str, replaces: bool, bench: Bench, tmp_path: Path, every_fault: bool, tally: Tally
 ) -> None:
     points = bench.points(name, replaces=replaces)
-    kept = directory_bytes(bench.reads(name))
-    for point in tried(points, name, every_fault, 2 + replaces):
+    for point, place in bench.places(name, tmp_path, tried(points, name, every_fault, 2 + replaces), replaces=replaces):
         takes_space = points[point].startswith(TAKES_SPACE)
         fault = "disk full at a write point" if takes_space else "disk turns read-only at a removal"
-        place = bench.place(name, tmp_path / f"{point}", replaces=replaces)
         with tally.case(fault, name):
             fate = place.run(refused_at(point, errno.ENOSPC if takes_space else errno.EROFS))
-            place.assert_nothing_lost(kept)
+            place.assert_nothing_lost()
             if fate.code:  # a temporary file that cannot be removed stops nobody
                 assert fate.code == 4, f"{points[point]}: {fate.message}"
                 said = "no space left" if takes_space else "cannot be written: Read-only file system"
                 assert said in fate.message, f"{points[point]}: {fate.message}"
                 assert "hint: " in fate.message
             place.assert_finished()
-        shutil.rmtree(place.root)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@each_row()
 def test_a_file_size_limit_reads_as_a_full_disk(name: str, bench: Bench, tmp_path: Path, tally: Tally) -> None:
     """What the kernel itself refuses, in the middle of a file."""
-    kept = directory_bytes(bench.reads(name))
     largest = max(len(content) for content in bench.wanted(name).values())
-    for limit in (limit for limit in (0, 100, 2_000, 12_000, 40_000) if limit < largest):
+    for limit in (limit for limit in LIMITS[:: 2 if name == "run" else 1] if limit < largest):
         place = bench.place(name, tmp_path / f"{limit}")
         with tally.case("disk full in the kernel (RLIMIT_FSIZE)", name):
             fate = place.run(prepare=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
             assert fate.code == 4, f"{limit}: {fate.message}"
             assert "no space left" in fate.message
             assert "hint: free some" in fate.message
-            place.assert_nothing_lost(kept)
+            place.assert_nothing_lost()
             place.assert_finished()
 
 
 def test_the_suite_tries_enough_points(bench: Bench) -> None:
     """At least fifty over the pipeline, in every kind of call."""
-    names = [point for name in ROWS for point in bench.points(name)]
+    names = [point for name in HERE for point in bench.points(name)]
     assert len(names) > 300
     calls = {point.partition(" ")[0] for point in names}
     assert calls >= {"open", "write", "fsync", "rename", "remove", "mkdir", "truncate"}
