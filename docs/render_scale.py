@@ -70,6 +70,7 @@ def training_memory(dense: DenseModel, *, gpus: int, lean: bool) -> int:
         config=config,
         recipe=recipe,
         spec=spec,
+        device=torch.device("cuda"),
         compute_dtype=torch.bfloat16,
         checkpoint=SimpleNamespace(dense=dense, manifest=Manifest),
         batch=SimpleNamespace(micro_batch=1, block_length=2048, world_size=gpus),
