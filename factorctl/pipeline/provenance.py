@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -11,15 +12,16 @@ LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "accelerate")
 
 def library_versions() -> dict[str, str]:
     """Version of each library that decides numbers or bytes."""
-    return {name: version(name) for name in LIBRARIES if _installed(name)}
+    return {name: found for name in LIBRARIES if (found := _version(name)) is not None}
 
 
-def _installed(name: str) -> bool:
+@functools.cache
+def _version(name: str) -> str | None:
+    """None where it is not installed; looking takes milliseconds, and every part of an evaluation asks."""
     try:
-        version(name)
+        return version(name)
     except PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def peak_rss_bytes() -> int:

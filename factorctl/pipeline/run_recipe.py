@@ -148,7 +148,7 @@ def _texts(config: StageConfig) -> list[str]:
     found: list[str] = []
     for name in _DATA_FIELDS:
         value = getattr(config, name, None)
-        if isinstance(config, FinetuneConfig) and value is None:
+        if name == "data" and value is None and isinstance(config, FinetuneConfig):
             value = DEFAULT_PRETRAINING_DATA
         found += [value] if isinstance(value, str) else list(value or ())
     return [text for text in found if text not in ("self", "random")]
