@@ -176,12 +176,14 @@ class Place:
         An artefact is one thing, and either; of reports each file is.
         """
         assert self.wanted is not None
+        assert self.row is not None
         for path, files in self.kept.items():
             assert directory_bytes(path) == files, "the previous artefact changed"
         found, old, new = (units(files) for files in (self.result(), self.before or {}, self.wanted))
         for name, unit in found.items():
             assert unit in (old.get(name), new.get(name)), f"{name} is neither the old nor the new: {sorted(unit)}"
         assert old.keys() <= found.keys(), "what stood there is gone"
+        assert found or self.row.repeats or not self.out.exists(), "there is a result with nothing in it"
         for manifest in (*self.root.glob(f"runs/[!.]*/{MANIFEST_NAME}"), *self.out.glob(f"[!.]*/{MANIFEST_NAME}")):
             assert_whole(manifest.parent)
         if (self.out / LOCK_NAME).exists():

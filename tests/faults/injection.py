@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import gc
 import io
 import json
 import os
@@ -88,6 +89,7 @@ def fate_of(run: Callable[[], Outcome], root: Path, action: Action | None = None
     """Run a command in a child that counts its write points below `root` and does `action` ahead of each."""
 
     def work() -> dict[str, Any]:
+        gc.disable()  # it would touch, and so copy, every page that the child shares with its parent
         points = WritePoints(root, action)
         points.install()
         try:

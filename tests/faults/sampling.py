@@ -12,13 +12,13 @@ CALLS = {
     "factorize, calibrated": 8,
     "finetune": 12,
     "export gguf": 3,
-    "export bnb-4bit": 11,
-    "eval": 11,
-    "profile": 8,
+    "export bnb-4bit": 16,
+    "eval": 14,
+    "profile": 10,
     "run": 150,
 }
 """By default every n-th piece of a file and every n-th other call."""
-MOMENTS = {"finetune": 6, "eval": 6, "export bnb-4bit": 6, "run": 4}
+MOMENTS = {"finetune": 6, "eval": 4, "profile": 5, "export bnb-4bit": 4, "run": 4, "demo": 4}
 """How many moments of a run signals are sent at by default; 8 where nothing is said."""
 OWN = {"run": LOCK_NAME}
 """Of a verb that calls others, the file that is its own."""

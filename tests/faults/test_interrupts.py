@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -42,3 +43,15 @@ def test_a_second_signal_does_not_wait_for_the_step(bench: Bench, tmp_path: Path
         assert "go on with the same command and --resume" not in fate.message
         place.assert_nothing_lost()
         place.assert_finished()
+
+
+def test_an_evaluation_says_how_its_measurements_are_reused(bench: Bench, tmp_path: Path, tally: Tally) -> None:
+    place = bench.place("eval", tmp_path / "place")
+    place = dataclasses.replace(place, arguments=tuple(word for word in place.arguments if word != "--resume"))
+    with tally.case("Ctrl-C or SIGTERM", "eval, without --resume"):
+        fate = place.run(signalled_at(bench.points("eval").index("rename runs/out/results.json"), signal.SIGINT))
+        assert fate.code == 130
+        assert "the same command with --resume reuses the measurements that are finished" in fate.message
+        again = place.run(None, "--resume")
+        assert "5 of 5 measurements were taken from an earlier run" in again.outcome.stdout
+        assert place.result() == place.wanted

@@ -11,7 +11,7 @@ from faults.tally import Tally
 from helpers import leftovers
 from injection import die_at, refused_at
 from sampling import tried
-from verbs import HERE, each_row
+from verbs import HERE, ROWS, each_row
 
 TAKES_SPACE = ("open", "write", "fsync", "mkdir", "rename")
 LIMITS = (0, 100, 2_000, 12_000, 40_000)
@@ -54,7 +54,7 @@ def test_a_full_or_read_only_disk_at_any_write(
 def test_a_file_size_limit_reads_as_a_full_disk(name: str, bench: Bench, tmp_path: Path, tally: Tally) -> None:
     """What the kernel itself refuses, in the middle of a file."""
     largest = max(len(content) for content in bench.wanted(name).values())
-    for limit in (limit for limit in LIMITS[:: 2 if name == "run" else 1] if limit < largest):
+    for limit in (limit for limit in LIMITS[:: 2 if ROWS[name].repeats else 1] if limit < largest):
         place = bench.place(name, tmp_path / f"{limit}")
         with tally.case("disk full in the kernel (RLIMIT_FSIZE)", name):
             fate = place.run(prepare=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
