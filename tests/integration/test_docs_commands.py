@@ -75,9 +75,10 @@ def place(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps({"text": part}) for part in text_file.read_text().split("\n\n")]
     for name in ("notes.jsonl", "held-out.jsonl", "corpus.jsonl", "DATA.jsonl"):
         (root / name).write_text("\n".join(lines))
-    factorize_quietly(weights_only(root / "demo", root / "runs" / "demo-1R4E2K", top_k=2))
     pruned = calibrated(root / "demo", root / "runs" / "pruned-K0", text_file, top_k=0, shared_fraction=0.5)
     factorize_quietly(pruned)
+    # Last, so that it is the newest, which commands without a checkpoint take.
+    factorize_quietly(weights_only(root / "demo", root / "runs" / "demo-1R4E2K", top_k=2))
     make_task_data(root / "bench")
     for name in ("demo-1R4E2K", "pruned-K0"):  # a page may compare two reports
         data = ["--data", root / "notes.jsonl", "--data-tokens", "256", "--workspace", root / "runs", "--quiet"]
