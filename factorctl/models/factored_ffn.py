@@ -114,12 +114,11 @@ class FactoredFFN(nn.Module):
 
     def _choice_on_host(self, x_TD: torch.Tensor) -> TokenRouting | None:
         """The routing of one token; None for more, under a chooser, and where a gradient must reach the gate."""
-        if x_TD.shape[0] != 1 or self.chooser is not None:
+        learns = torch.is_grad_enabled() and (self.router.requires_grad or x_TD.requires_grad)
+        if x_TD.shape[0] != 1 or self.chooser is not None or learns:
             return None
-        logits_1N = self.router_logits(x_TD)
-        if logits_1N.requires_grad:
-            return None
-        return route_on_host(logits_1N.tolist()[0], top_k=self.top_k, gate=self.gate, scale_a=self.scale_a)
+        logits_N = self.router_logits(x_TD).tolist()[0]
+        return route_on_host(logits_N, top_k=self.top_k, gate=self.gate, scale_a=self.scale_a)
 
     def shared_hidden(self, x_TD: torch.Tensor) -> torch.Tensor:
         """act(gate x) * (up x) of the shared neurons, [T, S]."""
