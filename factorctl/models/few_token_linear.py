@@ -1,16 +1,30 @@
-"""Matrix products of few tokens on a CPU, shared out over its cores.
+"""Matrix products of few tokens on a CPU, in the form that keeps all cores busy and its memory streaming.
 
-MKL's float32 product of few rows keeps one core busy and leaves the others idle: a layer that waits for memory then
-takes twice as long as it need. Cut into bands of rows, the weight goes through a batched product, a band to each core.
-On 2 cores of a Zen 5 server that takes 0.52 of `F.linear`'s time at 1 token, 0.4 to 0.7 at 16 and 0.65 to 0.9 at 64.
-oneDNN's bfloat16 product uses all cores by itself and stays as it is.
+MKL's float32 product x W^T of few rows runs on one core and leaves the others idle: a layer that waits for memory then
+takes twice as long as it need. Three other forms of the same product do better, each somewhere:
 
-The dense model runs on the same products as the factored one, so that no speed-up comes from here.
+- rows:    the weight's rows cut into bands, a band to each core, by a batched product;
+- columns: the same bands from the left, W x^T: MKL streams a contiguous weight of short rows at the memory's speed;
+- sums:    for a weight that lies in memory column after column, bands of the inputs, whose products are added.
+
+Microseconds on 2 cores of a Zen 5 server, weights from memory, `F.linear` / rows / columns:
+
+| weight [O, I]                | 1 token           | 2 tokens           | 4 tokens           | 8 tokens           |
+|------------------------------|-------------------|--------------------|--------------------|--------------------|
+| [3072, 576]                  | 656 / 458 / 243   | 1043 / 612 / 320   | 873 / 584 / 287    | 860 / 751 / 688    |
+| [2816, 2048]                 | 1344 / 942 / 738  | 2729 / 1385 / 1055 | 2678 / 1726 / 2087 | 2370 / 1780 / 2520 |
+| [2048, 1408] of rows of 5632 | 855 / 644 / 868   | 1797 / 916 / 1080  | 1451 / 856 / 1161  | 1237 / 1111 / 1690 |
+| the same, column after column | 619 / sums 441   | 1065 / sums 701    | 1926 / rows 1127   | 1327 / rows 978    |
+
+oneDNN's bfloat16 product uses all cores by itself and stays as it is. The dense model runs on the same products as the
+factored one, so that no speed-up comes from here.
 
 T tokens, I inputs, O outputs, B bands.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -21,6 +35,9 @@ MIN_WEIGHTS = 1 << 16
 """A smaller weight fits into a core's cache, and one core is done with it before a second has begun."""
 BANDS_PER_THREAD = (4, 2, 1)
 """Preferred first; the number of bands has to divide the outputs."""
+MAX_SUMS_TOKENS = 3
+MAX_COLUMNS_INPUTS = {1: 4096, 2: 4096, 3: 1024, 4: 1024}
+"""By tokens: the longest contiguous rows that columns pay for."""
 
 
 def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
@@ -28,11 +45,13 @@ def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
     bands = 1 if torch.compiler.is_compiling() else bands_for(x, weight_OI)
     if bands == 1:
         return F.linear(x, weight_OI, bias_O)
-    return in_bands(x, weight_OI, bias_O, bands)
+    x_TI = x.reshape(-1, x.shape[-1])
+    y = form_for(len(x_TI), weight_OI)(x_TI, weight_OI, bands).view(*x.shape[:-1], -1)
+    return y if bias_O is None else y + bias_O
 
 
 def bands_for(x: torch.Tensor, weight_OI: torch.Tensor) -> int:
-    """How many bands of rows the weight is cut into; 1 where that would win nothing, and where gradients flow."""
+    """How many bands the weight's outputs divide into; 1 where that would win nothing, and where gradients flow."""
     outputs, inputs = weight_OI.shape
     if (
         weight_OI.dtype != torch.float32
@@ -49,13 +68,49 @@ def bands_for(x: torch.Tensor, weight_OI: torch.Tensor) -> int:
     return next((threads * each for each in BANDS_PER_THREAD if outputs % (threads * each) == 0), 1)
 
 
-def in_bands(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, bands: int) -> torch.Tensor:
-    """The product in `bands` bands of the weight's rows; they are views, nothing is copied but the result."""
-    x_TI = x.reshape(-1, x.shape[-1])
+def form_for(tokens: int, weight_OI: torch.Tensor) -> Form:
+    """The fastest form by the table above."""
+    if columns_together(weight_OI):
+        return in_sums if tokens <= MAX_SUMS_TOKENS else in_rows
+    if weight_OI.is_contiguous() and weight_OI.shape[1] <= MAX_COLUMNS_INPUTS.get(tokens, 0):
+        return in_columns
+    return in_rows
+
+
+def columns_together(weight_OI: torch.Tensor) -> bool:
+    """Whether the weight lies in memory column after column."""
+    return weight_OI.stride(0) == 1 and weight_OI.stride(1) != 1
+
+
+def in_rows(x_TI: torch.Tensor, weight_OI: torch.Tensor, bands: int) -> torch.Tensor:
+    """x W^T, [T, O], in bands of W's rows; they are views, nothing is copied but the result."""
     weight_BIO = weight_OI.unflatten(0, (bands, -1)).transpose(1, 2)
     y_BTO = torch.bmm(x_TI.expand(bands, -1, -1), weight_BIO)
-    y = y_BTO.transpose(0, 1).reshape(*x.shape[:-1], -1)
-    return y if bias_O is None else y + bias_O
+    return y_BTO.transpose(0, 1).reshape(len(x_TI), -1)
+
+
+def in_columns(x_TI: torch.Tensor, weight_OI: torch.Tensor, bands: int) -> torch.Tensor:
+    """(W x^T)^T, [T, O], in bands of W's rows."""
+    y_BOT = torch.bmm(weight_OI.unflatten(0, (bands, -1)), x_TI.t().expand(bands, -1, -1))
+    return y_BOT.flatten(0, 1).t().contiguous()
+
+
+def in_sums(x_TI: torch.Tensor, weight_OI: torch.Tensor, bands: int) -> torch.Tensor:
+    """x W^T, [T, O], as a sum over bands of the inputs, one to each core; `in_rows` where cores do not divide them."""
+    tokens, inputs = x_TI.shape
+    threads = torch.get_num_threads()
+    if inputs % threads:
+        return in_rows(x_TI, weight_OI, bands)
+    x_BTI = x_TI.view(tokens, threads, -1).transpose(0, 1)
+    return torch.bmm(x_BTI, weight_OI.t().unflatten(0, (threads, -1))).sum(0)
+
+
+Form = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def a_core_each(x_1I: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+    """Whether two such products are best done as one of batch 2: there are two cores, and bands would pay."""
+    return torch.get_num_threads() == 2 and bands_for(x_1I, weight_OI) > 1
 
 
 class FewTokenLinear(nn.Linear):

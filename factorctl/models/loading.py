@@ -14,7 +14,7 @@ from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.config import ScaleRule
 from factorctl.errors import IntegrityError, UsageError, in_one_line
-from factorctl.models.building import empty_dense_model, empty_factored_model
+from factorctl.models.building import empty_dense_model, empty_factored_model, factored_ffns
 from factorctl.models.factored_spec import MODEL_TYPE, FactoredSpec
 from factorctl.models.families import DenseModel, dense_model, ffn_prefix, read_dense_model
 from factorctl.models.few_token_linear import use_few_token_linears
@@ -119,6 +119,8 @@ def load(
         spec = spec.with_top_k(spec.shape.top_k if top_k is None else top_k, scale)
     model = empty_factored_model(checkpoint.dense, spec)
     fill(model, CheckpointReader(checkpoint.path), dtype=dtype, device=device)
+    for ffn in factored_ffns(model):
+        ffn.keep_experts_together()
     adopt_generation_config(model, checkpoint.path)
     return model
 

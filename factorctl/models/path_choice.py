@@ -33,8 +33,12 @@ RANGE_COST = 1.75
 """What a range of experts in `skip` costs, in calls of `single`."""
 SKIP_UP_TO_HIT_16BIT, SKIP_UP_TO_RANGES_16BIT = 0.5, 2.5
 """The same in 16 bits, where a call costs more: oneDNN looks up, or makes, a primitive for each width of a range."""
-LOOP_COST_FLOPS, LOOP_COST_FLOPS_16BIT = 22e6, 100e6
-"""What `loop` pays per expert on a CPU (calls, gather, small GEMMs), as arithmetic done in that time."""
+LOOP_COST_FLOPS, LOOP_COST_FLOPS_16BIT = 13.5e6, 100e6
+"""What `loop` pays per expert on a CPU (calls, gather), as arithmetic done in that time."""
+LOOP_SLOWDOWN, LOOP_FULL_ROWS = 1.6, 64
+"""How much longer GEMMs of few rows take for the same arithmetic, and the rows per expert from which they do not."""
+FLOPS_PER_BYTE = 4.2
+"""Arithmetic done in the time that a byte of weights takes from memory, on two cores of a Zen 5 server."""
 MIN_SAVED_TOKENS_16BIT = 6
 """bf16 GEMMs read weights, rather than compute, up to about as many tokens: nothing to save below."""
 MAX_SKIP_TOKENS = 1024
@@ -122,14 +126,8 @@ def _gpu_steps(site: Site) -> Steps:
 def _cpu_steps(site: Site) -> Steps:
     """`single` for one token, `skip` while whole experts go unread, `masked`, which never costs much more than dense,
     then `loop`.
-
-    `loop` begins where the arithmetic that it saves, T (1 - K/N) tokens' worth, outweighs its cost per expert.
     """
-    shape, few_bytes = site.shape, site.dtype.itemsize < 4
-    flops_per_token = 6 * site.hidden_size * shape.num_experts * shape.expert_size
-    overhead = shape.num_experts * (LOOP_COST_FLOPS_16BIT if few_bytes else LOOP_COST_FLOPS)
-    saved_tokens = overhead / flops_per_token + (MIN_SAVED_TOKENS_16BIT if few_bytes else 0)
-    before_loop = max(1, int(saved_tokens / (1 - shape.top_k / shape.num_experts)))
+    before_loop = _before_loop_16bit(site) if site.dtype.itemsize < 4 else _before_loop(site)
     skipping = next(t for t in range(1, MAX_SKIP_TOKENS) if not _skips(t + 1, site))
     one: PathName = "single" if _single_pays(site) else "masked"
     reaches: tuple[tuple[int, PathName], ...] = (
@@ -145,6 +143,42 @@ def _cpu_steps(site: Site) -> Steps:
     return (*steps, Step(None, "loop"))
 
 
+def _before_loop(site: Site) -> int:
+    """The last token count at which `loop` saves less than it costs.
+
+    With many tokens it saves arithmetic, T (1 - K/N) tokens' worth where each expert has rows enough; with a few, next
+    to large weights, it saves reading the experts that no token chose.
+    """
+    share = site.shape.top_k / site.shape.num_experts
+    cost_tokens = site.shape.num_experts * LOOP_COST_FLOPS / _flops_per_token(site)
+    enough = max(cost_tokens / (1 - share), LOOP_FULL_ROWS / share)
+    if LOOP_SLOWDOWN * share < 1:
+        enough = min(enough, cost_tokens / (1 - LOOP_SLOWDOWN * share))
+    return max((tokens for tokens in range(2, int(enough) + 1) if not _loop_spares_reading(tokens, site)), default=1)
+
+
+def _loop_spares_reading(tokens: int, site: Site) -> bool:
+    num_experts, hit = site.shape.num_experts, _hit_share(tokens, site)
+    spared = (1 - hit) * num_experts * _expert_bytes(site)
+    return spared * FLOPS_PER_BYTE > hit * num_experts * LOOP_COST_FLOPS
+
+
+def _before_loop_16bit(site: Site) -> int:
+    cost = site.shape.num_experts * LOOP_COST_FLOPS_16BIT
+    saved_tokens = cost / _flops_per_token(site) + MIN_SAVED_TOKENS_16BIT
+    return max(1, int(saved_tokens / (1 - site.shape.top_k / site.shape.num_experts)))
+
+
+def _flops_per_token(site: Site) -> int:
+    """Of all routed experts."""
+    return 6 * site.hidden_size * site.shape.num_experts * site.shape.expert_size
+
+
+def _hit_share(tokens: int, site: Site) -> float:
+    """Expected share of the experts that some of `tokens` tokens chooses, if they choose at random."""
+    return 1.0 - (1 - site.shape.top_k / site.shape.num_experts) ** tokens
+
+
 def _expert_bytes(site: Site) -> int:
     return 3 * site.shape.expert_size * site.hidden_size * site.dtype.itemsize
 
@@ -158,7 +192,7 @@ def _single_pays(site: Site) -> bool:
 def _skips(tokens: int, site: Site) -> bool:
     """Whether `tokens` tokens, choosing at random, leave enough experts unread for the calls that this takes."""
     num_experts = site.shape.num_experts
-    hit = 1 - (1 - site.shape.top_k / num_experts) ** tokens
+    hit = _hit_share(tokens, site)
     ranges = num_experts * hit * (1 - hit)
     if site.dtype.itemsize < 4:
         return hit <= SKIP_UP_TO_HIT_16BIT and ranges <= SKIP_UP_TO_RANGES_16BIT

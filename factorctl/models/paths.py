@@ -22,17 +22,20 @@ G = 2H rows of a gate|up pair, R = N*H routed neurons, P = T*K (token, expert) p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from factorctl.models.few_token_linear import linear
+from factorctl.models.few_token_linear import a_core_each, linear
 from factorctl.models.routing import Routing, TokenRouting, group_by_expert, scatter_weights
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 PathName = Literal["dense", "masked", "single", "skip", "loop", "grouped", "slot"]
 
+Chosen = tuple[int, float | torch.Tensor]
+"""An expert and its weight."""
 Range = tuple[int, int]
 """Experts from the first number up to, not including, the second."""
 
@@ -138,17 +141,37 @@ def one_token(
     x_1D: torch.Tensor, experts: ExpertWeights, routing: TokenRouting, shared: SharedHidden | None = None
 ) -> torch.Tensor:
     """The experts of one token, [1, D], in the fewest calls: on a CPU they cost a third of a small layer."""
+    outputs = [] if shared is None else [shared.output_TD()]
+    chosen = sorted(zip(routing.ids, routing.weights, strict=True), key=itemgetter(0))
+    if a_core_each(x_1D, experts.gate_up_NGD[0]):
+        while len(chosen) > 1:
+            outputs.append(_two_experts(x_1D, experts, chosen.pop(0), chosen.pop(0)))
+    outputs += [_one_expert(x_1D, experts, *own) for own in chosen]
+    y_1D = torch.zeros_like(x_1D) if not outputs else outputs[0]
+    for own_1D in outputs[1:]:
+        y_1D = y_1D + own_1D
+    return y_1D
+
+
+def _one_expert(x_1D: torch.Tensor, experts: ExpertWeights, expert: int, weight: float | torch.Tensor) -> torch.Tensor:
+    bias = None if experts.gate_up_bias_NG is None else experts.gate_up_bias_NG[expert]
+    hidden_1H = gated(linear(x_1D, experts.gate_up_NGD[expert], bias), experts.activation)
+    if not (isinstance(weight, float) and weight == 1.0):
+        hidden_1H = hidden_1H * weight
     size = experts.expert_size
-    y_1D = None if shared is None else shared.output_TD()
-    for expert, weight in zip(routing.ids, routing.weights, strict=True):
-        bias = None if experts.gate_up_bias_NG is None else experts.gate_up_bias_NG[expert]
-        hidden_1H = gated(linear(x_1D, experts.gate_up_NGD[expert], bias), experts.activation)
-        if not (isinstance(weight, float) and weight == 1.0):
-            hidden_1H = hidden_1H * weight
-        down_DH = experts.down_DR[:, expert * size : (expert + 1) * size]
-        own_1D = linear(hidden_1H, down_DH)
-        y_1D = own_1D if y_1D is None else y_1D + own_1D
-    return torch.zeros_like(x_1D) if y_1D is None else y_1D
+    return linear(hidden_1H, experts.down_DR[:, expert * size : (expert + 1) * size])
+
+
+def _two_experts(x_1D: torch.Tensor, experts: ExpertWeights, one: Chosen, other: Chosen) -> torch.Tensor:
+    """Both in the calls of one: any two experts are a slice with a stride."""
+    (first, first_weight), (second, second_weight) = one, other
+    both = slice(first, second + 1, second - first)
+    gate_up_2G = torch.bmm(experts.gate_up_NGD[both], x_1D.t().expand(2, -1, -1)).squeeze(2)
+    if experts.gate_up_bias_NG is not None:
+        gate_up_2G = gate_up_2G + experts.gate_up_bias_NG[both]
+    hidden_21H = gated(gate_up_2G, experts.activation).unsqueeze(1)
+    y_first, y_second = torch.bmm(hidden_21H, experts.down_NDH[both].transpose(1, 2)).unbind()
+    return y_first * first_weight + y_second * second_weight
 
 
 def skip(
@@ -212,28 +235,23 @@ def loop(
 ) -> torch.Tensor:
     """One small FFN after another over the tokens that chose it. Reads the routing on the host: for CPUs.
 
-    Tokens are gathered once and weights taken apart once (`unbind`, `split`), so that the backward pass puts gradients
-    together once; indexing expert by expert would build N gradients of the full size.
+    What lies between the GEMMs runs once for all experts. Weights are taken apart once (`unbind`, `split`), so that
+    the backward pass puts gradients together once; indexing expert by expert would build N gradients of the full size.
     """
+    if not routing.ids_TK.numel():
+        return torch.zeros_like(x_TD) if shared is None else shared.output_TD()
     groups = group_by_expert(routing.ids_TK)
     counts = torch.bincount(groups.expert_P, minlength=experts.num_experts).tolist()
-    weights_P = routing.weights_TK.flatten()[groups.order_P, None].to(x_TD.dtype)
-    y_TD = torch.zeros_like(x_TD) if shared is None else shared.output_TD()
+    busy = [expert for expert, count in enumerate(counts) if count]
+    sizes = [counts[expert] for expert in busy]
+    gate_up, downs = experts.gate_up_NGD.unbind(), torch.split(experts.down_DR, experts.expert_size, dim=1)
     biases = [None] * len(counts) if experts.gate_up_bias_NG is None else experts.gate_up_bias_NG.unbind()
-    pieces = zip(
-        torch.split(x_TD.index_select(0, groups.token_P), counts),
-        torch.split(groups.token_P, counts),
-        torch.split(weights_P, counts),
-        experts.gate_up_NGD.unbind(),
-        biases,
-        torch.split(experts.down_DR, experts.expert_size, dim=1),
-        strict=True,
-    )
-    for x_ED, token_E, weight_E, gate_up_GD, bias_G, down_DH in pieces:
-        if len(token_E):
-            hidden_EH = gated(linear(x_ED, gate_up_GD, bias_G), experts.activation) * weight_E
-            y_TD.index_add_(0, token_E, linear(hidden_EH, down_DH).to(y_TD.dtype))
-    return y_TD
+    pieces = zip(torch.split(x_TD.index_select(0, groups.token_P), sizes), busy, strict=True)
+    gate_up_PG = torch.cat([linear(x_ED, gate_up[expert], biases[expert]) for x_ED, expert in pieces])
+    hidden_PH = weighted(gate_up_PG, experts.activation, routing.weights_TK, groups.order_P)
+    hidden = torch.split(hidden_PH, sizes)
+    y_PD = torch.cat([linear(hidden_EH, downs[expert]) for hidden_EH, expert in zip(hidden, busy, strict=True)])
+    return _in_token_order(y_PD, groups.order_P, routing, shared)
 
 
 def grouped(
@@ -247,12 +265,17 @@ def grouped(
     gate_up_PG = F.grouped_mm(x_PD, experts.gate_up_NGD.transpose(1, 2), offs=ends_N)
     if experts.gate_up_bias_NG is not None:
         gate_up_PG = gate_up_PG + experts.gate_up_bias_NG[groups.expert_P]
-    weights_P = routing.weights_TK.flatten()[groups.order_P, None]
-    hidden_PH = gated(gate_up_PG, experts.activation) * weights_P.to(gate_up_PG.dtype)
+    hidden_PH = weighted(gate_up_PG, experts.activation, routing.weights_TK, groups.order_P)
     y_PD = F.grouped_mm(hidden_PH, experts.down_NDH.transpose(1, 2), offs=ends_N)
-    # Back into token order by a gather: index_add would add in an order that changes from run to run.
-    y_TKD = y_PD[groups.order_P.argsort()].view(*routing.ids_TK.shape, x_TD.shape[1])
-    return _sum_over_experts(y_TKD, shared)
+    return _in_token_order(y_PD, groups.order_P, routing, shared)
+
+
+def weighted(
+    gate_up_PG: torch.Tensor, activation: Activation, weights_TK: torch.Tensor, order_P: torch.Tensor
+) -> torch.Tensor:
+    """act(gate) * up of pairs sorted by expert, each times its weight, [P, H]."""
+    weights_P = weights_TK.flatten()[order_P, None]
+    return gated(gate_up_PG, activation) * weights_P.to(gate_up_PG.dtype)
 
 
 def can_group(dtype: torch.dtype, *sizes: int) -> bool:
@@ -278,8 +301,19 @@ def slot(
     return _sum_over_experts(y_PD.view(*routing.ids_TK.shape, x_TD.shape[1]), shared)
 
 
+def _in_token_order(
+    y_PD: torch.Tensor, order_P: torch.Tensor, routing: Routing, shared: SharedHidden | None
+) -> torch.Tensor:
+    """Outputs of pairs sorted by expert, summed up token by token.
+
+    By a gather: index_add would add in an order that changes from run to run.
+    """
+    y_TKD = y_PD[order_P.argsort()].view(*routing.ids_TK.shape, y_PD.shape[1])
+    return _sum_over_experts(y_TKD, shared)
+
+
 def _sum_over_experts(y_TKD: torch.Tensor, shared: SharedHidden | None) -> torch.Tensor:
-    y_TD = y_TKD.sum(1)
+    y_TD = y_TKD.sum(1) if y_TKD.shape[1] > 1 else y_TKD[:, 0]
     return y_TD if shared is None else y_TD + shared.output_TD()
 
 

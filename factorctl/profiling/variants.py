@@ -1,7 +1,8 @@
 """The models that a factored model is timed against, all in one process, sharing every weight that they can.
 
 model:  the factored model as it is used.
-dense:  the same modules with all experts on: same runtime, same GEMMs. The only base of a speed-up.
+dense:  the same modules with all experts on: same runtime, same GEMMs, `down` in the layout that is best for it. The
+        only base of a speed-up.
 narrow: a dense model that is as wide as the active neurons, F*K/N without shared ones: what routing that costs
         nothing would reach.
 stock:  transformers' own model, its FFNs three linear layers: what users run today.
@@ -10,7 +11,7 @@ stock:  transformers' own model, its FFNs three linear layers: what users run to
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from factorctl.models.few_token_linear import linear, use_stock_linears
 from factorctl.models.paths import gated
 
 VariantName = Literal["model", "dense", "narrow", "stock"]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class FusedFFN(nn.Module):
@@ -80,20 +82,27 @@ def dense_biases(ffn: FactoredFFN, experts: int) -> tuple[torch.Tensor, torch.Te
     return torch.cat([shared_gate, gate]), torch.cat([shared_up, up])
 
 
+def with_all_experts(ffn: FactoredFFN, down_DF: torch.Tensor) -> FactoredFFN:
+    """The dense FFN in the factored one's runtime, over the same weights but for `down`, given row after row."""
+    dense = _sharing_copy(ffn)
+    dense.top_k, dense.path = ffn.shape.num_experts, "auto"
+    dense.down = nn.Parameter(down_DF, requires_grad=False)
+    return dense
+
+
 def make_variants(model: PreTrainedModel) -> dict[VariantName, PreTrainedModel]:
     """The model and its anchors; attention, embeddings and head are the same tensors in all four."""
-    dense, narrow, stock = sharing_copy(model), sharing_copy(model), sharing_copy(model)
-    for ffn in factored_ffns(dense):
-        ffn.top_k, ffn.path = ffn.shape.num_experts, "auto"
-    for block, ffn in zip(decoder_layers(narrow), list(factored_ffns(narrow)), strict=True):
-        block.mlp = FusedFFN(ffn, ffn.top_k)
-    for block, ffn in zip(decoder_layers(stock), list(factored_ffns(stock)), strict=True):
-        block.mlp = StockFFN(ffn)
+    dense, narrow, stock = _sharing_copy(model), _sharing_copy(model), _sharing_copy(model)
+    ffns = list(factored_ffns(model))
+    anchors = zip(decoder_layers(dense), decoder_layers(narrow), decoder_layers(stock), ffns, strict=True)
+    for dense_block, narrow_block, stock_block, ffn in anchors:
+        narrow_block.mlp, stock_block.mlp = FusedFFN(ffn, ffn.top_k), StockFFN(ffn)
+        dense_block.mlp = with_all_experts(ffn, stock_block.mlp.down_DF)
     use_stock_linears(stock)
     return {"model": model, "dense": dense, "narrow": narrow, "stock": stock}
 
 
-def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+def _sharing_copy(module: ModuleT) -> ModuleT:
     """Another module tree over the same parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bench_ffn.py --seconds 2 --out docs/benchmarks/<date>-ffn-<machine>.md
 
-Anchors: `dense` is the same module with all experts on (gate and up in one GEMM), `stock` transformers' three linear
-layers, `narrow` a dense layer as wide as the active neurons. Layers take turns over more weights than the cache holds
-and tokens change from call to call; calls are interleaved in random order and medians compared. Needs a quiet machine.
+Anchors: `dense` is the same module with all experts on (gate and up in one GEMM, down in rows), `stock` transformers'
+three linear layers, `narrow` a dense layer as wide as the active neurons. Layers take turns over more weights than the
+cache holds and tokens change from call to call; calls are interleaved in random order and medians compared. Needs a
+quiet machine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from factorctl.config import FactorShape
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.profiling.hardware import look_at_hardware
 from factorctl.profiling.sampling_statistics import Interval, ratio_of_medians
-from factorctl.profiling.variants import FusedFFN, StockFFN
+from factorctl.profiling.variants import FusedFFN, StockFFN, with_all_experts
 
 SIZES = {"SmolLM2-135M": (576, 1536), "TinyLlama-1.1B": (2048, 5632)}
 SPLITS = ((4, 1), (4, 2), (8, 2), (64, 8))
@@ -60,6 +62,7 @@ def layers_of(size: tuple[int, int], split: tuple[int, int], dtype: torch.dtype)
         ffn = FactoredFFN(FactorShape(n, k, inner // n, 0), width, "silu", dtype=dtype).requires_grad_(False)
         for parameter in ffn.parameters():
             nn.init.normal_(parameter, std=0.02)
+        ffn.keep_experts_together()
         layers.append(ffn)
     return layers
 
@@ -85,33 +88,21 @@ def timed(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, l
 def measure(model: str, split: tuple[int, int], dtype: torch.dtype, counts: list[int], seconds: float) -> Iterator[Row]:
     """One row per token count."""
     factored = layers_of(SIZES[model], split, dtype)
-    top_k, num_experts = split[1], split[0]
-    rings = {
+    stock = [StockFFN(ffn) for ffn in factored]
+    rings: dict[str, Iterator[nn.Module]] = {
         "layer": cycle(factored),
-        "dense": cycle(factored),
-        "stock": cycle([StockFFN(ffn) for ffn in factored]),
-        "narrow": cycle([FusedFFN(ffn, top_k) for ffn in factored]),
+        "dense": cycle([with_all_experts(ffn, plain.down_DF) for ffn, plain in zip(factored, stock, strict=True)]),
+        "stock": cycle(stock),
+        "narrow": cycle([FusedFFN(ffn, split[1]) for ffn in factored]),
     }
     for tokens in counts:
         inputs = cycle([torch.randn(tokens, SIZES[model][0]).to(dtype) for _ in range(5)])
 
-        def call(ring: str, active: int, inputs: Iterator[torch.Tensor] = inputs) -> None:
-            module = next(rings[ring])
-            if isinstance(module, FactoredFFN):
-                module.top_k = active
-            module(next(inputs))
+        def call(ring: Iterator[nn.Module], inputs: Iterator[torch.Tensor] = inputs) -> None:
+            next(ring)(next(inputs))
 
-        times = timed(
-            {
-                "layer": lambda: call("layer", top_k),
-                "dense": lambda: call("dense", num_experts),
-                "stock": lambda: call("stock", 0),
-                "narrow": lambda: call("narrow", 0),
-            },
-            seconds,
-        )
+        times = timed({name: partial(call, ring) for name, ring in rings.items()}, seconds)
         medians = {name: statistics.median(found) for name, found in times.items()}
-        factored[0].top_k = top_k
         yield Row(
             model=model,
             dtype=str(dtype).removeprefix("torch."),

@@ -42,6 +42,7 @@ def tinyllama(shape: FactorShape, layers: int, dtype: torch.dtype) -> PreTrained
         block.mlp = FactoredFFN(shape, WIDTH, "silu", dtype=dtype)
         for parameter in block.mlp.parameters():
             nn.init.normal_(parameter, std=0.02)
+        block.mlp.keep_experts_together()
     use_few_token_linears(model)
     return model.eval().requires_grad_(False)
 

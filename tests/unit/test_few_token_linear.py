@@ -1,4 +1,4 @@
-"""The banded product against `F.linear`, and where it is used."""
+"""The banded products against `F.linear`, and where each is used."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from torch.nn import functional as F
 from factorctl.models.few_token_linear import (
     MAX_TOKENS,
     FewTokenLinear,
+    Form,
+    a_core_each,
     bands_for,
-    in_bands,
+    form_for,
+    in_columns,
+    in_rows,
+    in_sums,
     linear,
     use_few_token_linears,
     use_stock_linears,
@@ -29,24 +34,62 @@ def draw(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
+FORMS = pytest.mark.parametrize("form", [in_rows, in_columns, in_sums])
+
+
+def columns_together(weight: torch.Tensor) -> torch.Tensor:
+    """The same values, column after column in memory."""
+    return weight.t().contiguous().t()
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("tokens", [1, 2, 7, 128])
 @pytest.mark.parametrize("bands", [2, 8])
-@pytest.mark.parametrize("biased", [False, True])
-def test_bands_make_up_the_product(tokens: int, bands: int, biased: bool) -> None:
-    x, weight, bias = draw(tokens, 48), draw(32, 48, seed=1), draw(32, seed=2) if biased else None
-    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    torch.testing.assert_close(in_bands(x, weight, bias, bands).double(), expected, rtol=1e-5, atol=1e-5)
+@FORMS
+def test_bands_make_up_the_product(tokens: int, bands: int, form: Form) -> None:
+    x, weight = draw(tokens, 48), draw(32, 48, seed=1)
+    expected = F.linear(x.double(), weight.double())
+    for layout in (weight, columns_together(weight)):
+        y = form(x, layout, bands)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+        assert y.is_contiguous(), "what follows would have to stride"
 
 
-def test_a_slice_of_columns_and_leading_dimensions() -> None:
-    x, weight = draw(2, 3, 16), draw(8, 64, seed=1)[:, 16:32]
+@FORMS
+def test_a_slice_of_columns(form: Form) -> None:
+    x, weight = draw(2, 16), draw(8, 64, seed=1)[:, 16:32]
     assert not weight.is_contiguous()
-    torch.testing.assert_close(in_bands(x, weight, None, 4), F.linear(x, weight))
+    torch.testing.assert_close(form(x, weight, 4), F.linear(x, weight))
 
 
-def test_gradients_flow_through_bands() -> None:
+@FORMS
+def test_gradients_flow_through_bands(form: Form) -> None:
     inputs = [draw(3, 6).double().requires_grad_(), draw(8, 6, seed=1).double().requires_grad_()]
-    assert torch.autograd.gradcheck(lambda x, w: in_bands(x, w, None, 4), inputs)
+    assert torch.autograd.gradcheck(lambda x, w: form(x, w, 4), inputs)
+
+
+def test_inputs_that_the_cores_do_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x, weight = draw(1, 16), columns_together(draw(6, 16, seed=1))
+    torch.testing.assert_close(in_sums(x, weight, 6), F.linear(x, weight))
+
+
+def test_which_form_is_taken() -> None:
+    short, long = draw(8, 576), draw(8, 2048)
+    assert [form_for(tokens, short) for tokens in (1, 4, 5)] == [in_columns, in_columns, in_rows]
+    assert [form_for(tokens, long) for tokens in (1, 2, 3)] == [in_columns, in_columns, in_rows]
+    assert form_for(1, draw(8, 8192)) is in_rows, "rows too long"
+    assert form_for(1, short[:, :100]) is in_rows, "rows with gaps"
+    assert [form_for(tokens, columns_together(long)) for tokens in (1, 3, 4)] == [in_sums, in_sums, in_rows]
+    assert form_for(1, columns_together(long)[:, 100:200]) is in_sums, "a block of columns"
+
+
+def test_two_products_at_once_need_two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = draw(512, 256)
+    for threads, expected in ((1, False), (2, True), (4, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert a_core_each(draw(1, 256), weight) is expected
+        assert not a_core_each(draw(1, 256).double(), weight.double())
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -70,9 +113,10 @@ def test_one_thread_has_nobody_to_share_with(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("two_threads")
 def test_linear_is_the_product_either_way() -> None:
     weight, bias = draw(512, 256), draw(512, seed=1)
-    for tokens in (1, MAX_TOKENS + 1):
-        x = draw(tokens, 256, seed=2)
-        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+    for tokens in (1, 3, MAX_TOKENS + 1):
+        for layout in (weight, columns_together(weight)):
+            x = draw(tokens, 1, 256, seed=2)
+            torch.testing.assert_close(linear(x, layout, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
 
 
 def test_modules_change_and_change_back() -> None:

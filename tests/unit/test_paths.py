@@ -239,6 +239,45 @@ def test_one_token_without_gradient_routes_on_the_host(gate: str, n: int, k: int
         assert error(ffn(x_TD), expected) < 40 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_one_token_takes_two_experts_at_once(
+    k: int, bias: bool, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    products = []
+    monkeypatch.setattr(torch, "bmm", lambda a, b, bmm=torch.bmm: products.append(a.shape) or bmm(a, b))
+    ffn = make_ffn(n=6, k=k, h=128, s=64, d=256, bias=bias).requires_grad_(False)
+    if together:
+        ffn.keep_experts_together()
+    ffn.path = "single"
+    for seed in range(5):
+        x_TD = tokens_for(ffn, 1, seed)
+        expected = plain_loop(make_exact(ffn), x_TD.double(), choice(ffn, x_TD))
+        products.clear()
+        assert error(ffn(x_TD), expected) < 1e-5
+        assert products.count((2, 256, 256)) == products.count((2, 1, 128)) == k // 2
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_layout_in_memory_changes_nothing_else(path: str) -> None:
+    ffn = make_ffn(n=4, k=2, h=8, s=8, bias=True)
+    before = ffn.down.detach().clone()
+    ffn.keep_experts_together()
+    assert torch.equal(ffn.down, before)
+    assert ffn.down.stride() == (1, ffn.hidden_size)
+    for tokens in (1, 2, 65):
+        check(ffn, path, tokens_for(ffn, tokens))
+
+
+@pytest.mark.parametrize(("k", "dtype"), [(2, torch.bfloat16), (4, torch.float32), (0, torch.float32)])
+def test_rows_stay_rows_where_they_are_faster(k: int, dtype: torch.dtype) -> None:
+    ffn = make_ffn(n=4, k=k, h=8, s=8, dtype=dtype)
+    ffn.keep_experts_together()
+    assert ffn.down.is_contiguous()
+
+
 def test_routing_on_the_host_takes_the_lower_of_equal_experts() -> None:
     routing = route_on_host([1.0, 3.0, 3.0, 2.0, 3.0], top_k=2, gate="softmax", scale_a=2.0)
     assert routing.ids == [1, 2]

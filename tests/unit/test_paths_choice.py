@@ -66,6 +66,13 @@ def test_small_experts_and_fewer_bits_need_more_tokens_to_loop() -> None:
     assert first_loop(CPU) < first_loop(replace(CPU, dtype=torch.bfloat16))
 
 
+def test_large_experts_loop_while_some_go_unread_or_each_has_rows_enough() -> None:
+    wide = replace(CPU, hidden_size=2048, shape=FactorShape(4, 2, 1408, 0))
+    assert [path_at(shipped_steps(wide), tokens) for tokens in (1, 2, 4)] == ["single", "loop", "loop"]
+    most = replace(wide, shape=FactorShape(4, 3, 1408, 0))
+    assert [path_at(shipped_steps(most), tokens) for tokens in (8, 85, 86)] == ["masked", "masked", "loop"]
+
+
 @pytest.mark.parametrize(("n", "k", "slots"), [(4, 1, 3), (4, 2, 1), (64, 8, 7), (4, 3, 1)])
 def test_a_gpu_gathers_while_it_reads_fewer_experts_than_there_are(n: int, k: int, slots: int) -> None:
     steps = shipped_steps(replace(GPU, shape=FactorShape(n, k, 88, 0)))
