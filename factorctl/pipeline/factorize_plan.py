@@ -11,7 +11,7 @@ import torch
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader, TensorEntry
 from factorctl.checkpoint.sources import Source, resolve
-from factorctl.config import FactorizeConfig, factor_shape
+from factorctl.config import FactorizeConfig
 from factorctl.contracts import PartitionStrategy, Stat, check_option_names
 from factorctl.errors import UsageError
 from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
@@ -66,6 +66,7 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
         UsageError: an option does not fit the model, the strategy or the output.
         ResourceError: disk or memory do not suffice.
     """
+    config = config.resolved()
     strategy, provenance = get_strategy(config.strategy)
     check_option_names(strategy, config.strategy_options)
     needs = strategy.needs(config.strategy_options)
@@ -73,12 +74,7 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
     if source.note:
         progress.note(source.note)
     dense = read_dense_model(source.path)
-    shape = factor_shape(
-        dense.intermediate_size,
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        shared_fraction=config.shared_fraction,
-    )
+    shape = config.shape_for(dense.intermediate_size)
     out = output_path(config.out, config.workspace, config.model, shape.notation)
     refuse_existing(out, overwrite=config.overwrite)
     if shape.shared_size:

@@ -111,7 +111,7 @@ def parse_recipe(content: Mapping[str, Any], *, default_name: str, origin: str) 
     if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
         raise UsageError(f"{origin}: name = {name!r} is no name for a directory", 'write for example name = "demo"')
     if "factorize" not in content:
-        raise UsageError(f"{origin} has no [factorize] table", 'add one with model = "demo" and experts = 4')
+        raise UsageError(f"{origin} has no [factorize] table", 'add one with model = "demo"')
     common = {key: content[key] for key in _COMMON if key in content}
     stages = [stage for kind in STAGES if kind in content for stage in _stages_of(kind, content[kind], common, origin)]
     labels = [stage.label for stage in stages]

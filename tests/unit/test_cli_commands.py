@@ -94,6 +94,22 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     assert "about" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "notation"),
+    [
+        ((), "1R8E3K+S8"),  # of 48 neurons: the quarter that leaves eight equal experts is 8 or 16
+        (("--top-k", 2), "1R8E2K+S8"),
+        (("--shared-fraction", 0.5), "1R8E3K+S24"),
+        (("--experts", 8), "1R8E4K"),
+    ],
+)
+def test_without_a_number_of_experts_the_recommended_split_is_meant(
+    options: tuple[object, ...], notation: str, dense_source: DenseSource, tmp_path: Path
+) -> None:
+    outcome = cli("factorize", dense_source(), *options, "--workspace", tmp_path, "--dry-run", "--format", "json")
+    assert outcome.json["notation"] == notation
+
+
 @pytest.mark.parametrize(("dtype", "factor"), [("auto", 2), ("bfloat16", 2), ("float32", 4)])
 def test_the_plan_counts_the_bytes_of_the_dtype(
     dtype: str, factor: int, dense_source: DenseSource, tmp_path: Path

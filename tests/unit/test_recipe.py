@@ -95,7 +95,7 @@ def test_stages_run_in_the_order_of_the_pipeline() -> None:
     [
         ("[factorise]\nmodel='demo'\n", "'factorise' is no part of a recipe"),
         ("[finetune]\ntokens=1\n", "has no [factorize] table"),
-        ("[factorize]\nmodel='demo'\n", "[factorize] needs experts"),
+        ("[factorize]\nexperts=4\n", "[factorize] needs model"),
         ("[factorize]\nmodel='demo'\nexpert=4\n", "[factorize] knows no 'expert'"),
         ("[factorize]\nmodel='demo'\nexperts='four'\n", "experts 'four' is not a number of tokens"),
         ("[factorize]\nmodel='demo'\nexperts=4.5\n", "experts = 4.5 is not a whole number"),
