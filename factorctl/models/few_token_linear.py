@@ -35,6 +35,8 @@ MIN_WEIGHTS = 1 << 16
 """A smaller weight fits into a core's cache, and one core is done with it before a second has begun."""
 BANDS_PER_THREAD = (4, 2, 1)
 """Preferred first; the number of bands has to divide the outputs."""
+MIN_BAND_ROWS = 256
+"""With more than a band to a core: narrower ones take up to 1.1 times as long."""
 MAX_SUMS_TOKENS = 3
 MAX_COLUMNS_INPUTS = {1: 4096, 2: 4096, 3: 1024, 4: 1024}
 """By tokens: the longest contiguous rows that columns pay for."""
@@ -65,7 +67,10 @@ def bands_for(x: torch.Tensor, weight_OI: torch.Tensor) -> int:
     threads = torch.get_num_threads()
     if threads == 1:
         return 1
-    return next((threads * each for each in BANDS_PER_THREAD if outputs % (threads * each) == 0), 1)
+    for bands in (threads * each for each in BANDS_PER_THREAD):
+        if outputs % bands == 0 and (outputs >= bands * MIN_BAND_ROWS or bands == threads):
+            return bands
+    return 1
 
 
 def form_for(tokens: int, weight_OI: torch.Tensor) -> Form:

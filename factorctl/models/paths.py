@@ -274,8 +274,8 @@ def weighted(
     gate_up_PG: torch.Tensor, activation: Activation, weights_TK: torch.Tensor, order_P: torch.Tensor
 ) -> torch.Tensor:
     """act(gate) * up of pairs sorted by expert, each times its weight, [P, H]."""
-    weights_P = weights_TK.flatten()[order_P, None]
-    return gated(gate_up_PG, activation) * weights_P.to(gate_up_PG.dtype)
+    weights_P = weights_TK.flatten().index_select(0, order_P)
+    return gated(gate_up_PG, activation) * weights_P.unsqueeze(1).to(gate_up_PG.dtype)
 
 
 def can_group(dtype: torch.dtype, *sizes: int) -> bool:
@@ -308,7 +308,7 @@ def _in_token_order(
 
     By a gather: index_add would add in an order that changes from run to run.
     """
-    y_TKD = y_PD[order_P.argsort()].view(*routing.ids_TK.shape, y_PD.shape[1])
+    y_TKD = y_PD.index_select(0, order_P.argsort()).view(*routing.ids_TK.shape, y_PD.shape[1])
     return _sum_over_experts(y_TKD, shared)
 
 

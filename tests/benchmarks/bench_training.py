@@ -75,6 +75,7 @@ TRIALS: dict[str, Row] = {
     "trial-par-0.1": trial(loss_weights={"par": 0.1}),
     "trial-par-0.1-lr-5e-4-batch-512": trial(loss_weights={"par": 0.1}, lr=5e-4, batch_tokens=512),
     "trial-par-5": trial(loss_weights={"par": 5.0}),
+    "trial-par-5-balance-0.5": trial(loss_weights={"par": 5.0, "balance": 0.5}),
 }
 ROWS = TABLE | TRIALS
 

@@ -94,11 +94,12 @@ def test_two_products_at_once_need_two_cores(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("two_threads")
 def test_where_weights_are_cut() -> None:
-    weight = draw(512, 256)
+    weight = draw(2048, 256)
     assert [bands_for(draw(tokens, 256), weight) for tokens in (1, MAX_TOKENS, MAX_TOKENS + 1)] == [8, 8, 1]
     assert bands_for(draw(0, 256), weight) == 1
     assert bands_for(draw(1, 256), weight[:100]) == 1, "small"
-    assert [bands_for(draw(1, 256), weight[:rows]) for rows in (508, 510, 511)] == [4, 2, 1]
+    assert [bands_for(draw(1, 256), weight[:rows]) for rows in (2044, 2046, 2047)] == [4, 2, 1], "what divides them"
+    assert [bands_for(draw(1, 256), weight[:rows]) for rows in (2040, 1024, 1016, 576)] == [4, 4, 2, 2], "wide enough"
     assert bands_for(draw(1, 256).bfloat16(), weight.bfloat16()) == 1
     assert bands_for(draw(1, 256), weight.clone().requires_grad_()) == 1, "training"
     with torch.autocast("cpu", torch.bfloat16):
