@@ -145,17 +145,18 @@ def _require_positive(option: str, number: int | None, hint: str | None = None) 
         raise UsageError(f"{option} {number} is no positive number", hint)
 
 
-class WantedShape(NamedTuple):
-    """A split, before the width of an FFN is known."""
+class Split(NamedTuple):
+    """How an FFN is split, before its width is known."""
 
     num_experts: int
     top_k: int | None = None
     shared_fraction: float = 0.0
+    scale: ScaleRule = "sum"
 
 
-RECOMMENDED = WantedShape(8, 3, 0.25)
-"""About half of the FFN active. Of the splits that change no value, the one with the best perplexity for its speed:
-docs/benchmarks, `defaults-demo`. 32 experts are 2% better and slower on a CPU."""
+RECOMMENDED = Split(8, 3, 0.25, "fitted")
+"""About half of the FFN active. Of what changes no value, the best perplexity for its speed: docs/design.md has the
+numbers. 32 experts are no better and slower on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,13 @@ class FactorizeConfig(CommonConfig):
     top_k: int | None = None
     """Routed experts active per token; None means half of them."""
     shared_fraction: float | None = None
-    """None means none, with `num_experts` given."""
+    """None means none where `num_experts` is given."""
     strategy: str = "clustered"
     strategy_options: Mapping[str, str] = field(default_factory=dict)
     router: RouterInit = "analytic"
     gate: Gate = "softmax"
-    scale: ScaleRule = "sum"
+    scale: ScaleRule | None = None
+    """None means `sum` where `num_experts` is given."""
     refit: bool = False
     calibration: str = "self"
     calibration_tokens: int = 65_536
@@ -185,15 +187,20 @@ class FactorizeConfig(CommonConfig):
         super().__post_init__()
         _require_positive("--calibration-tokens", self.calibration_tokens, "try 64K")
 
-    def resolved(self) -> FactorizeConfig:
-        """The same with the split that is meant spelled out."""
-        meant = RECOMMENDED if self.num_experts is None else WantedShape(self.num_experts)
-        return replace(
-            self,
-            num_experts=meant.num_experts,
-            top_k=meant.top_k if self.top_k is None else self.top_k,
-            shared_fraction=meant.shared_fraction if self.shared_fraction is None else self.shared_fraction,
+    @property
+    def split(self) -> Split:
+        """The split that is meant, with nothing left open but `top_k`."""
+        default = RECOMMENDED if self.num_experts is None else Split(self.num_experts)
+        return Split(
+            default.num_experts,
+            default.top_k if self.top_k is None else self.top_k,
+            default.shared_fraction if self.shared_fraction is None else self.shared_fraction,
+            default.scale if self.scale is None else self.scale,
         )
+
+    def resolved(self) -> FactorizeConfig:
+        """The same with its split spelled out."""
+        return replace(self, **self.split._asdict())
 
     def shape_for(self, intermediate_size: int) -> FactorShape:
         """The sizes that this gives an FFN of so many neurons.
@@ -201,12 +208,8 @@ class FactorizeConfig(CommonConfig):
         Raises:
             UsageError: see `factor_shape`.
         """
-        split = self.resolved()
-        assert split.num_experts is not None
-        assert split.shared_fraction is not None
-        return factor_shape(
-            intermediate_size, num_experts=split.num_experts, top_k=split.top_k, shared_fraction=split.shared_fraction
-        )
+        num_experts, top_k, shared_fraction, _ = self.split
+        return factor_shape(intermediate_size, num_experts=num_experts, top_k=top_k, shared_fraction=shared_fraction)
 
 
 PresetName = Literal["default", "factorllm"]

@@ -36,8 +36,8 @@ def factorize(
         typer.Option(
             "--experts",
             "-n",
-            help="Routed experts per layer, 2 to 128. [default: 8, 3 of them active, and a quarter of the neurons "
-            "shared: the best that was measured]",
+            help="Routed experts per layer, 2 to 128. [default: 8, 3 of them active, a quarter of the neurons shared, "
+            "scale fitted: the best that was measured]",
         ),
     ] = None,
     top_k: Annotated[
@@ -63,8 +63,13 @@ def factorize(
         Gate, typer.Option("--gate", help="softmax over the chosen experts (exports exactly), or the paper's hard 0/1.")
     ] = "softmax",
     scale: Annotated[
-        ScaleRule, typer.Option("--scale", help="Of the routed sum: 1, the paper's N/K, or fitted per layer.")
-    ] = "sum",
+        ScaleRule | None,
+        typer.Option(
+            "--scale",
+            help="Of the routed sum: 1, the paper's N/K, or fitted per layer, for one --top-k. "
+            "[default: sum with --experts]",
+        ),
+    ] = None,
     refit: Annotated[
         bool, typer.Option("--refit", help="Refit the down-projections to the routing, in closed form; changes values.")
     ] = False,

@@ -29,10 +29,9 @@ GROUPED_FROM_TOKENS = 449
 """On a GPU, where the arithmetic that `grouped` saves begins to outweigh its sort and gathers (an estimate: N = 4)."""
 SKIP_UP_TO_HIT = 0.9
 """Expected share of the experts that some token chose, up to which `skip` leaves enough unread."""
-RANGE_COST = 1.75
-"""What a range of experts in `skip` costs, in calls of `single`."""
-SKIP_UP_TO_HIT_16BIT, SKIP_UP_TO_RANGES_16BIT = 0.5, 2.5
-"""The same in 16 bits, where a call costs more: oneDNN looks up, or makes, a primitive for each width of a range."""
+RANGE_COST = {8: 1.75, 4: 1.75, 2: 3.3}
+"""What a range of experts in `skip` costs, in calls of `single`, by bytes per weight. In 16 bits oneDNN looks up, or
+makes, a primitive for each width of a range."""
 LOOP_COST_FLOPS, LOOP_COST_FLOPS_16BIT = 13.5e6, 100e6
 """What `loop` pays per expert on a CPU (calls, gather), as arithmetic done in that time."""
 LOOP_SLOWDOWN, LOOP_FULL_ROWS = 1.6, 64
@@ -194,10 +193,8 @@ def _skips(tokens: int, site: Site) -> bool:
     num_experts = site.shape.num_experts
     hit = _hit_share(tokens, site)
     ranges = num_experts * hit * (1 - hit)
-    if site.dtype.itemsize < 4:
-        return hit <= SKIP_UP_TO_HIT_16BIT and ranges <= SKIP_UP_TO_RANGES_16BIT
-    unread = num_experts * (1 - hit) * _expert_bytes(site)
-    return hit <= SKIP_UP_TO_HIT and unread > RANGE_COST * ranges * CALL_COST_BYTES[site.dtype.itemsize]
+    unread, size = num_experts * (1 - hit) * _expert_bytes(site), site.dtype.itemsize
+    return hit <= SKIP_UP_TO_HIT and unread > RANGE_COST[size] * ranges * CALL_COST_BYTES[size]
 
 
 @functools.lru_cache(maxsize=512)

@@ -79,7 +79,7 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
     refuse_existing(out, overwrite=config.overwrite)
     if shape.shared_size:
         needs = needs | {Stat.IMPORTANCE}
-    compressed = config.router == "analytic" or config.scale == "fitted" or config.refit
+    compressed = config.router == "analytic" or config.split.scale == "fitted" or config.refit
     reader = CheckpointReader(source.path)
     stored_tensors(empty_dense_model(dense), reader)
     plan = FactorizePlan(
@@ -87,7 +87,7 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
         out=out,
         source=source,
         dense=dense,
-        spec=FactoredSpec(shape, config.gate, config.scale),
+        spec=FactoredSpec(shape, config.gate, config.split.scale),
         strategy=strategy,
         provenance=provenance,
         needs=needs,

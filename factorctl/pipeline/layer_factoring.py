@@ -108,7 +108,7 @@ class LayerFactory:
         if self.config.router == "analytic":
             fit_router(ffn, fitting)
             self._store(tensors, "router", ffn)
-        if self.config.scale == "fitted":
+        if self.spec.scale == "fitted":
             record["fitted_a"] = fit_scale(ffn, fitting)
         if self.config.refit:
             result = refit_down(ffn, fitting, heldout, dtype=tensors["down"].dtype)

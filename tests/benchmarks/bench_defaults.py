@@ -86,6 +86,7 @@ CASES: dict[str, Case] = {
         OPTIONS
         | {
             "no-refit": {"refit": False},
+            "no-refit-fitted-scale": {"refit": False, "scale": "fitted"},
             "none-shared": {"top_k": 4, "shared_fraction": 0.0},
             "32-experts": {"num_experts": 32, "top_k": 11},
             "4-experts": {"num_experts": 4, "top_k": 1},

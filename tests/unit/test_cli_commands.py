@@ -101,6 +101,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
         (("--top-k", 2), "1R8E2K+S8"),
         (("--shared-fraction", 0.5), "1R8E3K+S24"),
         (("--experts", 8), "1R8E4K"),
+        (("--experts", 8, "--shared-fraction", 0.25, "--top-k", 3), "1R8E3K+S8"),
     ],
 )
 def test_without_a_number_of_experts_the_recommended_split_is_meant(

@@ -49,7 +49,9 @@ def test_skipping_ends_where_hardly_an_expert_goes_unread() -> None:
         return max((t for t in range(2, 100) if path_at(steps, t) == "skip"), default=1)
 
     assert [last_skip(n, k, torch.float32) for n, k in ((4, 2), (8, 2), (64, 8))] == [3, 4, 1]
-    assert [last_skip(n, k, torch.bfloat16) for n, k in ((4, 2), (8, 2), (64, 8))] == [1, 2, 1]
+    assert [last_skip(n, k, torch.bfloat16) for n, k in ((4, 2), (8, 2), (64, 8))] == [1, 1, 1]
+    wide = replace(CPU, hidden_size=2048, dtype=torch.bfloat16, shape=FactorShape(4, 1, 1408, 0))
+    assert [path_at(shipped_steps(wide), tokens) for tokens in (1, 4, 8)] == ["single", "skip", "skip"]
 
 
 def test_large_layers_never_mask_on_a_cpu() -> None:
