@@ -29,7 +29,7 @@ GROUPED_FROM_TOKENS = 449
 """On a GPU, where the arithmetic that `grouped` saves begins to outweigh its sort and gathers (an estimate: N = 4)."""
 SKIP_UP_TO_HIT = 0.9
 """Expected share of the experts that some token chose, up to which `skip` leaves enough unread."""
-RANGE_COST = {8: 1.75, 4: 1.75, 2: 3.3}
+RANGE_COST = {8: 1.75, 4: 1.75, 2: 3.8}
 """What a range of experts in `skip` costs, in calls of `single`, by bytes per weight. In 16 bits oneDNN looks up, or
 makes, a primitive for each width of a range."""
 LOOP_COST_FLOPS, LOOP_COST_FLOPS_16BIT = 13.5e6, 100e6

@@ -72,7 +72,7 @@ PRESETS: Mapping[PresetName, Recipe] = {
     # Chosen by trials on the demo model (docs/benchmarks, training-demo). PAR is a mean over layers: at a weight of 0.1
     # what distillation tells the gates drowns it, and routers drift from the teacher's choice, experts falling idle.
     "default": Recipe(
-        weights=LossWeights(lm=0.0, par=5.0, kd=1.0, mse=0.0, balance=0.01, z=0.0),
+        weights=LossWeights(lm=0.0, par=5.0, kd=1.0, mse=0.0, balance=0.5, z=0.0),
         optimizer="adamw",
         lr=2e-4,
         router_lr=4e-4,
