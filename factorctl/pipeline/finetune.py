@@ -305,6 +305,7 @@ def _loop_options(plan: FinetunePlan) -> LoopOptions:
         router_warmup=plan.config.router_warmup,
         save_every=plan.save_every,
         top_k=plan.spec.shape.top_k,
+        balance=recipe.weights.balance,
     )
 
 

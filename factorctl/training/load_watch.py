@@ -17,6 +17,8 @@ class LoadWatch:
     """Counts the load over windows of tokens and warns once of each expert that is dead in one."""
 
     top_k: int
+    balance: float
+    """The weight of the balance loss: what the warning says to raise."""
     progress: Progress
     tokens: int = 0
     load_LN: torch.Tensor | None = None
@@ -40,6 +42,6 @@ class LoadWatch:
                 self.progress.note(
                     f"layer {layer}: expert {expert} was chosen by {float(share_LN[layer, expert]):.2%} of the last "
                     f"{self.tokens:,} tokens (an even share is {self.top_k / share_LN.shape[1]:.0%}); "
-                    "raise the balance loss: --loss balance=0.1"
+                    f"raise the balance loss: --loss balance={max(0.1, 4 * self.balance):g}"
                 )
         self.load_LN, self.tokens = None, 0

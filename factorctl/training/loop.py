@@ -43,6 +43,8 @@ class LoopOptions:
     """Tokens at the start during which only routers learn."""
     save_every: int
     top_k: int
+    balance: float
+    """The weight of the balance loss."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class TrainingLoop:
         self.batches, self.options, self.run, self.progress = batches, options, run, progress
         self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.metrics = MetricsFile(run)
-        self.watch = LoadWatch(options.top_k, progress)
+        self.watch = LoadWatch(options.top_k, options.balance, progress)
 
     def train(self, start: Progressed) -> Progressed:
         """Go on from `start` to the last step; the last state is saved.

@@ -194,7 +194,7 @@ def test_bad_sizes_are_refused(options: dict[str, Any], message: str) -> None:
 def test_a_dead_expert_is_named_once_with_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_watch, "WINDOW_TOKENS", 1000)
     progress = SilentProgress()
-    watch = LoadWatch(2, progress)
+    watch = LoadWatch(2, 0.5, progress)
     load = torch.tensor([[500.0, 500.0, 500.0, 500.0], [1000.0, 996.0, 2.0, 2.0]])
     watch.add(load / 2, 500)
     assert progress.notes == []
@@ -203,6 +203,7 @@ def test_a_dead_expert_is_named_once_with_its_share(monkeypatch: pytest.MonkeyPa
     assert len(progress.notes) == 2
     assert progress.notes[0].startswith("layer 1: expert 2 was chosen by 0.20% of the last 1,000 tokens")
     assert "an even share is 50%" in progress.notes[0]
+    assert progress.notes[0].endswith("raise the balance loss: --loss balance=2")
     assert dead_experts([[0.5, 0.5, 0.5, 0.5]], 2) == []
 
 
