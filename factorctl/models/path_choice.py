@@ -153,7 +153,7 @@ def _before_loop(site: Site) -> int:
     enough = max(cost_tokens / (1 - share), LOOP_FULL_ROWS / share)
     if LOOP_SLOWDOWN * share < 1:
         enough = min(enough, cost_tokens / (1 - LOOP_SLOWDOWN * share))
-    return max((tokens for tokens in range(2, int(enough) + 1) if not _loop_spares_reading(tokens, site)), default=1)
+    return next((tokens for tokens in range(int(enough), 1, -1) if not _loop_spares_reading(tokens, site)), 1)
 
 
 def _loop_spares_reading(tokens: int, site: Site) -> bool:

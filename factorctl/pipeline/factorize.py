@@ -80,7 +80,7 @@ def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
         records = _write_layers(plan, builder, blocks, device, progress)
         _write_rest(plan, builder)
         spec = plan.spec
-        if config.split.scale == "fitted":
+        if spec.scale == "fitted":
             spec = replace(spec, fitted_a=tuple(record["fitted_a"] for record in records))
         manifest = _manifest(plan, spec, source, blocks, records)
         builder.write_file("config.json", dump_json(native_config(plan.dense, spec)))

@@ -136,7 +136,7 @@ def require_resources(plan: FactorizePlan) -> None:
     require_disk_space(plan.out.parent, plan.disk_bytes)
     hint = (
         "lower --calibration-tokens, or choose options that need no calibration "
-        "(--router random, no --refit, no --shared-fraction)"
+        "(--experts N --router random, no --refit, no --shared-fraction)"
     )
     require_memory(plan.memory_bytes, available_memory(), hint=hint)
 
