@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,24 +17,36 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Before torch starts threads: several workers share the cores, and a forked child must not wait for lost threads."""
 
+from factorctl.kernels.cpu import is_available  # noqa: E402  # after the number of threads is set
+
 pytest_plugins = ("faults.tally",)
 DenseSource = Callable[..., Path]
+
+
+def make_cache(directory: Path) -> str:
+    """An empty cache, but for the compiled kernel: it takes seconds to make and is the same for every test."""
+    kernels = Path(tempfile.gettempdir(), f"factorctl-tests-{os.getuid()}", "kernels")
+    kernels.mkdir(parents=True, exist_ok=True)
+    (directory / "kernels").symlink_to(kernels)
+    return str(directory)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fixtures that outlive a test stay out of the user's cache too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FACTORCTL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FACTORCTL_CACHE", make_cache(tmp_path_factory.mktemp("cache")))
         patch.delenv("FACTORCTL_DEBUG", raising=False)
+        patch.delenv("FACTORCTL_KERNEL", raising=False)
         patch.delenv("FACTORCTL_LOAD_PLUGINS", raising=False)
+        is_available()  # once: no test pays for it, none that breaks files or clocks breaks it
         yield
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees what another one cached."""
-    monkeypatch.setenv("FACTORCTL_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("FACTORCTL_CACHE", make_cache(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,11 @@ from transformers.activations import ACT2FN
 
 from factorctl.config import FactorShape, Gate
 from factorctl.errors import UsageError
+from factorctl.kernels import cpu as cpu_kernel
+from factorctl.kernels.cpu import CompiledFFN, FFNWeights
 from factorctl.models import path_choice
 from factorctl.models.few_token_linear import linear
-from factorctl.models.path_choice import Steps, path_at, steps_for
+from factorctl.models.path_choice import Steps, kernel_tokens, path_at, steps_for
 from factorctl.models.paths import (
     ROUTED_PATHS,
     ExpertWeights,
@@ -72,11 +74,12 @@ class FactoredFFN(nn.Module):
         super().__init__()
         self.shape, self.hidden_size = shape, hidden_size
         self.gate, self.scale_a, self.top_k = gate, scale_a, shape.top_k
-        self.activation = ACT2FN[activation]
+        self.activation_name, self.activation = activation, ACT2FN[activation]
         self.path: PathName | Literal["auto"] = "auto"
         self.chooser: Chooser | None = None
         """Chooses the experts instead of the router's largest logits: for controls. The gate stays the router's."""
         self._known_ladder: tuple[tuple[object, ...], Steps] = ((), ())
+        self._known_kernel: tuple[tuple[object, ...], CompiledFFN | None] = ((), None)
 
         def parameter(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*size, dtype=dtype, device=device))
@@ -137,39 +140,75 @@ class FactoredFFN(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x_TD = hidden_states.reshape(-1, self.hidden_size)
-        y_TD = self._output(x_TD, self.path_for(x_TD.shape[0]))
+        compiled = None if torch.is_grad_enabled() and x_TD.requires_grad else self.compiled_for(x_TD.dtype)
+        path = self._path_for(x_TD.shape[0], compiled)
+        y_TD = self._output(x_TD, path) if path != "kernel" or compiled is None else self._by_kernel(x_TD, compiled)
         return (y_TD if self.down_bias is None else y_TD + self.down_bias).view(hidden_states.shape)
 
     def path_for(self, tokens: int) -> PathName:
-        """The path that `tokens` tokens take: `path`, or what sizes, dtype and device suggest.
+        """The path that `tokens` tokens take: `path`, or what sizes, dtype, device and autograd suggest.
 
         Raises:
             UsageError: when `path` was set to one that this layer cannot take.
         """
-        if self.path != "auto":
-            return self._checked_path(self.path)
-        if self.top_k == self.shape.num_experts:
-            return "dense"
-        if self.top_k == 0 or tokens == 0:
-            return "masked"
-        return path_at(self._ladder(), tokens)
+        return self._path_for(tokens, self.compiled_for(self.gate_up.dtype))
 
-    def _ladder(self) -> Steps:
+    def _path_for(self, tokens: int, compiled: CompiledFFN | None) -> PathName:
+        if self.path != "auto":
+            return self._checked_path(self.path, compiled)
+        if 0 < self.top_k < self.shape.num_experts and tokens:
+            return path_at(self._ladder(kernel=compiled is not None), tokens)
+        if compiled is not None and 0 < tokens <= self._most_kernel_tokens():
+            return "kernel"
+        return "dense" if self.top_k == self.shape.num_experts else "masked"
+
+    def _ladder(self, *, kernel: bool) -> Steps:
         """The steps of this layer's site, looked up once: decoding one token cannot spare 50 us per layer for it."""
         weight = self.gate_up
         if torch.compiler.is_compiling():
-            return self._look_up_ladder()
-        site = self.top_k, weight.device, weight.dtype, torch.get_num_threads(), path_choice.generation()
+            return self._look_up_ladder(kernel=False)
+        site = self.top_k, weight.device, weight.dtype, torch.get_num_threads(), path_choice.generation(), kernel
         if site != self._known_ladder[0]:
-            self._known_ladder = site, self._look_up_ladder()
+            self._known_ladder = site, self._look_up_ladder(kernel=kernel)
         return self._known_ladder[1]
 
-    def _look_up_ladder(self) -> Steps:
+    def _look_up_ladder(self, *, kernel: bool) -> Steps:
         shape = replace(self.shape, top_k=self.top_k)
-        steps: Steps = steps_for(self.gate_up.device, self.gate_up.dtype, self.hidden_size, shape)
+        weight = self.gate_up
+        steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, shape, kernel=kernel)
         return steps
 
-    def _checked_path(self, path: PathName) -> PathName:
+    def _most_kernel_tokens(self) -> int:
+        """Where everything runs, or only the shared neurons."""
+        return kernel_tokens(self.gate_up.dtype, share=1.0)
+
+    def compiled_for(self, dtype: torch.dtype) -> CompiledFFN | None:
+        """This layer as the compiled kernel takes it; None where that cannot serve inputs of `dtype`."""
+        if torch.compiler.is_compiling():
+            return None
+        weights = FFNWeights(self.gate_up, self.shared_gate_up, self.down, self.router)
+        if not weights.are_free(dtype):
+            return None
+        key = (*weights.addresses(), self.top_k, self.gate, self.scale_a)
+        if key != self._known_kernel[0]:
+            self._known_kernel = key, self._compile(weights)
+        return self._known_kernel[1]
+
+    def _compile(self, weights: FFNWeights) -> CompiledFFN | None:
+        known = self.activation_name in cpu_kernel.ACTIVATIONS and self.gate_up_bias is None
+        if not known or not weights.fit_the_kernel() or not cpu_kernel.is_available():
+            return None
+        shape = replace(self.shape, top_k=self.top_k)
+        return CompiledFFN(weights, shape, activation=self.activation_name, gate=self.gate, scale_a=self.scale_a)
+
+    def _by_kernel(self, x_TD: torch.Tensor, compiled: CompiledFFN) -> torch.Tensor:
+        if self.chooser is None or not 0 < self.top_k < self.shape.num_experts:
+            return compiled(x_TD)
+        return compiled(x_TD, *self.route(x_TD))
+
+    def _checked_path(self, path: PathName, compiled: CompiledFFN | None) -> PathName:
+        if path == "kernel" and compiled is None:
+            raise UsageError(f"path 'kernel' cannot run here: {self._why_no_kernel()}", "choose 'masked'")
         if path == "dense" and self.top_k != self.shape.num_experts:
             raise UsageError(
                 f"path 'dense' runs all {self.shape.num_experts} experts, but top-k is {self.top_k}", "choose 'masked'"
@@ -180,6 +219,14 @@ class FactoredFFN(nn.Module):
                 f"path 'grouped' needs rows of a multiple of 16 bytes; D, H, S are {sizes}", "choose 'masked'"
             )
         return path
+
+    def _why_no_kernel(self) -> str:
+        if reason := cpu_kernel.reason_without():
+            return reason
+        return (
+            "it takes float32 and bfloat16 on a CPU, FFNs without gate and up biases, activations "
+            f"{', '.join(sorted(cpu_kernel.ACTIVATIONS))}, no gradient, and nobody who watches torch's dispatcher"
+        )
 
     def _output(self, x_TD: torch.Tensor, path: PathName) -> torch.Tensor:
         """Everything but the down-projection's bias."""

@@ -1,5 +1,7 @@
 """Matrix products of few tokens on a CPU, in the form that keeps all cores busy and its memory streaming.
 
+Without gradient that is the compiled kernel of `factorctl.kernels`. What follows serves where no compiler made one.
+
 MKL's float32 product x W^T of few rows runs on one core and leaves the others idle: a layer that waits for memory then
 takes twice as long as it need. Three other forms of the same product do better, each somewhere:
 
@@ -30,6 +32,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from factorctl.kernels import cpu as cpu_kernel
+
+MAX_KERNEL_TOKENS = {torch.float32: 128, torch.bfloat16: 8}
 MAX_TOKENS = 128
 MIN_WEIGHTS = 1 << 16
 """A smaller weight fits into a core's cache, and one core is done with it before a second has begun."""
@@ -44,12 +49,25 @@ MAX_COLUMNS_INPUTS = {1: 4096, 2: 4096, 3: 1024, 4: 1024}
 
 def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear(x, weight_OI, bias_O)` for x of [..., I]."""
+    if serves_kernel(x, weight_OI):
+        return cpu_kernel.linear(x, weight_OI, bias_O)
     bands = 1 if torch.compiler.is_compiling() else bands_for(x, weight_OI)
     if bands == 1:
         return F.linear(x, weight_OI, bias_O)
     x_TI = x.reshape(-1, x.shape[-1])
     y = form_for(len(x_TI), weight_OI)(x_TI, weight_OI, bands).view(*x.shape[:-1], -1)
     return y if bias_O is None else y + bias_O
+
+
+def serves_kernel(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+    """Whether the compiled kernel can take this product and is ahead of torch's."""
+    outputs, inputs = weight_OI.shape
+    return (
+        cpu_kernel.can_run(x, weight_OI)
+        and inputs <= x.numel() <= MAX_KERNEL_TOKENS[weight_OI.dtype] * inputs
+        and outputs * inputs >= MIN_WEIGHTS
+        and weight_OI.stride(1) == 1
+    )
 
 
 def bands_for(x: torch.Tensor, weight_OI: torch.Tensor) -> int:

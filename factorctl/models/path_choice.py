@@ -41,6 +41,9 @@ FLOPS_PER_BYTE = 4.2
 MIN_SAVED_TOKENS_16BIT = 6
 """bf16 GEMMs read weights, rather than compute, up to about as many tokens: nothing to save below."""
 MAX_SKIP_TOKENS = 1024
+KERNEL_ROWS = {4: 512, 2: 8}
+"""Tokens per expert up to which the compiled kernel is ahead of MKL in 32 and of oneDNN in 16 bits, which has
+instructions for products of bfloat16."""
 
 
 class Step(NamedTuple):
@@ -65,13 +68,16 @@ class Site:
     cuda: bool = False
     can_group: bool = False
     """Whether `grouped` runs at speed here: bf16, an SM80 GPU or later, aligned sizes."""
+    kernel: bool = False
+    """Whether the compiled CPU kernel serves here: without gradient, with an activation and a dtype that it knows."""
 
     @property
     def key(self) -> str:
         """The name of this site in the cache file."""
         shape = self.shape
         sizes = f"D{self.hidden_size} N{shape.num_experts} H{shape.expert_size} S{shape.shared_size} K{shape.top_k}"
-        return f"{self.device} | {str(self.dtype).removeprefix('torch.')} | {sizes}"
+        runtime = " | kernel" if self.kernel else ""
+        return f"{self.device} | {str(self.dtype).removeprefix('torch.')} | {sizes}{runtime}"
 
 
 @functools.lru_cache(maxsize=8)
@@ -92,12 +98,15 @@ def processor_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def site_of(device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape) -> Site:
-    """Look up the machine's side of a choice."""
+def site_of(
+    device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape, *, kernel: bool = False
+) -> Site:
+    """Look up the machine's side of a choice; whether the kernel serves is the layer's."""
     cuda = device.type == "cuda"
     aligned = can_group(dtype, hidden_size, shape.expert_size, shape.shared_size)
     fast = cuda and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
-    return Site(device_name(device, torch.get_num_threads()), dtype, hidden_size, shape, cuda, fast and aligned)
+    name = device_name(device, torch.get_num_threads())
+    return Site(name, dtype, hidden_size, shape, cuda, fast and aligned, kernel)
 
 
 def path_at(steps: Steps, tokens: int) -> PathName:
@@ -110,7 +119,20 @@ def path_at(steps: Steps, tokens: int) -> PathName:
 
 def shipped_steps(site: Site) -> Steps:
     """The ladder that comes with factorctl; docs/profile.md has the measurements behind it."""
-    return _gpu_steps(site) if site.cuda else _cpu_steps(site)
+    if site.cuda:
+        return _gpu_steps(site)
+    return _kernel_steps(site) if site.kernel else _cpu_steps(site)
+
+
+def _kernel_steps(site: Site) -> Steps:
+    """The kernel while it is ahead of GEMM libraries, which many rows per expert suit better."""
+    limit = kernel_tokens(site.dtype, site.shape.top_k / site.shape.num_experts)
+    return (Step(limit, "kernel"), *(step for step in _cpu_steps(site) if step.tokens is None or step.tokens > limit))
+
+
+def kernel_tokens(dtype: torch.dtype, share: float) -> int:
+    """Up to how many tokens the kernel serves where each uses this share of the experts, K/N."""
+    return int(KERNEL_ROWS[dtype.itemsize] / share)
 
 
 def _gpu_steps(site: Site) -> Steps:
@@ -198,15 +220,19 @@ def _skips(tokens: int, site: Site) -> bool:
 
 
 @functools.lru_cache(maxsize=512)
-def _steps(device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape, threads: int) -> Steps:
-    site = site_of(device, dtype, hidden_size, shape)
+def _steps(
+    device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape, threads: int, kernel: bool
+) -> Steps:
+    site = site_of(device, dtype, hidden_size, shape, kernel=kernel)
     return _tuned(cache_file()).get(site.key) or shipped_steps(site)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def steps_for(device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape) -> Steps:
+def steps_for(
+    device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape, *, kernel: bool = False
+) -> Steps:
     """The tuned ladder of this site if there is one, else the shipped one. A constant to torch.compile."""
-    return _steps(device, dtype, hidden_size, shape, torch.get_num_threads())
+    return _steps(device, dtype, hidden_size, shape, torch.get_num_threads(), kernel)
 
 
 def cache_file() -> Path:

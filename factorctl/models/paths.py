@@ -2,6 +2,7 @@
 
 | path      | runs                                             | meant for                                |
 |-----------|--------------------------------------------------|------------------------------------------|
+| `kernel`  | all in one compiled call, routing included       | CPU, without gradient: few to many tokens |
 | `dense`   | every expert with unit weight, two GEMMs         | K = N                                    |
 | `masked`  | the dense GEMMs, unchosen neurons set to zero    | middling batches; the oracle             |
 | `single`  | the chosen experts of one token after another    | CPU, one token                           |
@@ -10,10 +11,11 @@
 | `grouped` | the same in two grouped GEMMs                    | GPU, many tokens; training on a GPU      |
 | `slot`    | the weights of each (token, expert) pair, gathered | GPU, a few tokens                      |
 
-`single`, `skip` and `loop` read the routing on the host and therefore stay on CPUs; the others never synchronise and
-compile to a full graph. Weights are read through views of one expert-contiguous copy. transformers' experts functions
-`batched_mm` and `grouped_mm` hold the ideas of `slot` and `grouped`, but know no shared prefix and count on module
-attributes that change between releases; exported checkpoints run on them.
+`kernel` is `factorctl.kernels.cpu`; where no compiler made it, and under autograd, the others serve. `single`, `skip`
+and `loop` read the routing on the host and therefore stay on CPUs; the rest never synchronise and compile to a full
+graph. Weights are read through views of one expert-contiguous copy. transformers' experts functions `batched_mm` and
+`grouped_mm` hold the ideas of `slot` and `grouped`, but know no shared prefix and count on module attributes that
+change between releases; exported checkpoints run on them.
 
 T tokens, D hidden_size, F intermediate_size, N num_experts, H expert_size, S shared_size, K top_k,
 G = 2H rows of a gate|up pair, R = N*H routed neurons, P = T*K (token, expert) pairs.
@@ -32,7 +34,7 @@ from factorctl.models.few_token_linear import a_core_each, linear
 from factorctl.models.routing import Routing, TokenRouting, group_by_expert, scatter_weights
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-PathName = Literal["dense", "masked", "single", "skip", "loop", "grouped", "slot"]
+PathName = Literal["kernel", "dense", "masked", "single", "skip", "loop", "grouped", "slot"]
 
 Chosen = tuple[int, float | torch.Tensor]
 """An expert and its weight."""

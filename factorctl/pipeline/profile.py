@@ -111,6 +111,8 @@ def _profiled(config: ProfileConfig, progress: Progress) -> ProfileResult:
     dtype = compute_dtype(config.dtype, checkpoint.path, device, remarks)
     hardware = look_at_hardware(device, dtype)
     flag_busy(hardware, config, remarks)
+    if hardware.no_kernel:
+        remarks.append(f"computed by torch alone, without the compiled kernel: {hardware.no_kernel}")
     with progress.stage("Loading the checkpoint"):
         model = load(checkpoint.path, top_k=config.top_k, scale=config.scale, dtype=dtype, device=device, verify=False)
     tokens, text_name = profile_text(config, checkpoint, remarks, progress)
@@ -168,9 +170,8 @@ def flag_busy(hardware: Hardware, config: ProfileConfig, remarks: list[str]) -> 
 def tune(subject: Subject, progress: Progress) -> TuningReport:
     """Time the paths, cache the ladder of this site, and use it from here on."""
     site = model_site(subject.model)
-    before = steps_for(
-        next(subject.model.parameters()).device, site.dtype, subject.sizes.hidden_size, subject.sizes.shape
-    )
+    device = next(subject.model.parameters()).device
+    before = steps_for(device, site.dtype, site.hidden_size, site.shape, kernel=site.kernel)
     timings = time_paths(subject.model, subject.text, progress)
     steps = ladder(timings)
     write_tuned(cache_file(), {site.key: steps})

@@ -35,7 +35,8 @@ class FfnCost:
     dense_ms: float
     """The same layer with all experts on."""
     routing_share: float
-    """Router product, top-k and gate over the layer's time; the path's own gathering is not in it."""
+    """Router product, top-k and gate over the layer's time; the path's own gathering is not in it, but for `kernel`:
+    there it is what the layer takes longer than when it is told the experts."""
     experts_hit: float
     """Experts that some token chose."""
     weight_mbytes: float
@@ -59,13 +60,25 @@ def ffn_cost(model: PreTrainedModel, sizes: ModelSizes, text: RoutedText, tokens
             ffn(x_TD)
             ffn.top_k = top_k
 
+    path = ffns[0].path_for(tokens)
+    routings = [ffn.route(x_TD) for ffn, x_TD in layers] if sizes.routes and path == "kernel" else []
+
     def route() -> None:
         for ffn, x_TD in layers:
             ffn.route(x_TD)
 
-    ffn_ms, dense_ms = _medians_ms([lambda: run(top_k), lambda: run(num_experts)], clock)
-    routing_ms = _medians_ms([route], clock)[0] if sizes.routes else 0.0
-    path = ffns[0].path_for(tokens)
+    def run_routed() -> None:
+        for (ffn, x_TD), routing in zip(layers, routings, strict=True):
+            compiled = ffn.compiled_for(x_TD.dtype)
+            assert compiled is not None, "the kernel's path without the kernel"
+            compiled(x_TD, *routing)
+
+    compared = [lambda: run(top_k), lambda: run(num_experts), *([run_routed] if routings else [])]
+    ffn_ms, dense_ms, *routed_ms = _medians_ms(compared, clock)
+    if routed_ms:
+        routing_ms = max(0.0, ffn_ms - routed_ms[0])
+    else:
+        routing_ms = _medians_ms([route], clock)[0] if sizes.routes else 0.0
     hits = mean_hits(text.loads, top_k, tokens)
     read = num_experts if path in ("masked", "dense") else hits
     shape, neuron_bytes = sizes.shape, sizes.neuron_weights * itemsize

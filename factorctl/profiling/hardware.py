@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from factorctl.kernels import cpu as cpu_kernel
 from factorctl.models.path_choice import processor_name
 
 
@@ -23,6 +24,8 @@ class Hardware:
     memory_bytes: int
     load_1min: float
     """Runnable processes, averaged over the minute before."""
+    no_kernel: str | None = None
+    """Why the compiled CPU kernel does not run, where it could."""
 
     @property
     def busy(self) -> bool:
@@ -40,4 +43,5 @@ def look_at_hardware(device: torch.device, dtype: torch.dtype) -> Hardware:
         threads=torch.get_num_threads(),
         memory_bytes=psutil.virtual_memory().total,
         load_1min=round(os.getloadavg()[0], 2),
+        no_kernel=None if device.type == "cuda" else cpu_kernel.reason_without(),
     )

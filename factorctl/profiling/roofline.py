@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from factorctl.kernels import cpu as cpu_kernel
 from factorctl.models.few_token_linear import linear
 from factorctl.profiling.flops import count_flops
 from factorctl.profiling.runtime import synchronised_clock
@@ -29,7 +30,7 @@ class Machine:
     """What the device reached with matrices of the model's own sizes."""
 
     gemm_flops: float
-    """FLOP/s of a product with many tokens."""
+    """FLOP/s of a product with many tokens, torch's or the compiled kernel's."""
     bandwidth: float
     """Bytes/s of weights read in products with one token."""
 
@@ -48,6 +49,8 @@ def measure_machine(sizes: ModelSizes, dtype: torch.dtype, device: torch.device)
             linear(one, weight)
 
     gemm_seconds = _best(lambda: F.linear(many, weights[0]), device)
+    if cpu_kernel.can_run(many, weights[0]):
+        gemm_seconds = min(gemm_seconds, _best(lambda: cpu_kernel.linear(many, weights[0]), device))
     return Machine(
         gemm_flops=2 * tokens * rows * width / gemm_seconds,
         bandwidth=weights.numel() * dtype.itemsize / _best(read_all, device),

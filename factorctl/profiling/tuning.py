@@ -32,13 +32,16 @@ Timings = dict[int, dict[PathName, float]]
 def model_site(model: PreTrainedModel) -> Site:
     """What the choice of paths in this model depends on; all its layers are alike."""
     ffn = next(iter(factored_ffns(model)))
-    return site_of(ffn.gate_up.device, ffn.gate_up.dtype, ffn.hidden_size, ffn.shape)
+    weight = ffn.gate_up
+    kernel = ffn.compiled_for(weight.dtype) is not None
+    return site_of(weight.device, weight.dtype, ffn.hidden_size, ffn.shape, kernel=kernel)
 
 
 def candidates(site: Site, tokens: int) -> tuple[PathName, ...]:
     """Paths that may be chosen here: none that waits for the GPU, none that the sizes rule out."""
     if not site.cuda:
-        return ("single", "skip", "loop", "masked") if tokens == 1 else ("skip", "loop", "masked")
+        kernel: tuple[PathName, ...] = ("kernel",) if site.kernel else ()
+        return (*kernel, "single", "skip", "loop", "masked") if tokens == 1 else (*kernel, "skip", "loop", "masked")
     return ("slot", "masked", "grouped") if site.can_group else ("slot", "masked")
 
 

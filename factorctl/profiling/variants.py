@@ -18,29 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from factorctl.config import FactorShape
 from factorctl.models.building import decoder_layers, factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.few_token_linear import linear, use_stock_linears
-from factorctl.models.paths import gated
+from factorctl.models.few_token_linear import use_stock_linears
 
 VariantName = Literal["model", "dense", "narrow", "stock"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-class FusedFFN(nn.Module):
-    """A dense FFN of the shared neurons and the first `experts` experts: gate and up in one GEMM, weights copied."""
-
-    def __init__(self, ffn: FactoredFFN, experts: int) -> None:
-        super().__init__()
-        gate_FD, up_FD, self.down_DF = dense_weights(ffn, experts)
-        biases = dense_biases(ffn, experts)
-        self.gate_up_GD = torch.cat([gate_FD, up_FD])
-        self.gate_up_bias = None if biases is None else torch.cat(biases)
-        self.down_bias, self.activation = ffn.down_bias, ffn.activation
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = gated(linear(x, self.gate_up_GD, self.gate_up_bias), self.activation)
-        return linear(hidden, self.down_DF, self.down_bias)
 
 
 class StockFFN(nn.Module):
@@ -86,8 +70,31 @@ def with_all_experts(ffn: FactoredFFN, down_DF: torch.Tensor) -> FactoredFFN:
     """The dense FFN in the factored one's runtime, over the same weights but for `down`, given row after row."""
     dense = _sharing_copy(ffn)
     dense.top_k, dense.path = ffn.shape.num_experts, "auto"
-    dense.down = nn.Parameter(down_DF, requires_grad=False)
+    dense.down = _frozen(down_DF)
     return dense
+
+
+def dense_as_wide_as(ffn: FactoredFFN, experts: int) -> FactoredFFN:
+    """A dense FFN of the shared neurons and the first experts, in the factored one's runtime, weights copied."""
+    gate_FD, up_FD, down_DF = dense_weights(ffn, experts)
+    biases = dense_biases(ffn, experts)
+    narrow = FactoredFFN(
+        FactorShape(1, 1, down_DF.shape[1], 0),
+        ffn.hidden_size,
+        ffn.activation_name,
+        gate_up_bias=biases is not None,
+        device="meta",
+    )
+    narrow.gate_up, narrow.down = _frozen(torch.cat([gate_FD, up_FD])[None]), _frozen(down_DF)
+    narrow.router = _frozen(ffn.router[:1].detach())
+    if biases is not None:
+        narrow.gate_up_bias = _frozen(torch.cat(biases)[None])
+    narrow.down_bias = ffn.down_bias
+    return narrow
+
+
+def _frozen(weight: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
 
 
 def make_variants(model: PreTrainedModel) -> dict[VariantName, PreTrainedModel]:
@@ -96,7 +103,7 @@ def make_variants(model: PreTrainedModel) -> dict[VariantName, PreTrainedModel]:
     ffns = list(factored_ffns(model))
     anchors = zip(decoder_layers(dense), decoder_layers(narrow), decoder_layers(stock), ffns, strict=True)
     for dense_block, narrow_block, stock_block, ffn in anchors:
-        narrow_block.mlp, stock_block.mlp = FusedFFN(ffn, ffn.top_k), StockFFN(ffn)
+        narrow_block.mlp, stock_block.mlp = dense_as_wide_as(ffn, ffn.top_k), StockFFN(ffn)
         dense_block.mlp = with_all_experts(ffn, stock_block.mlp.down_DF)
     use_stock_linears(stock)
     return {"model": model, "dense": dense, "narrow": narrow, "stock": stock}

@@ -27,7 +27,7 @@ from factorctl.config import FactorShape
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.profiling.hardware import look_at_hardware
 from factorctl.profiling.sampling_statistics import Interval, ratio_of_medians
-from factorctl.profiling.variants import FusedFFN, StockFFN, with_all_experts
+from factorctl.profiling.variants import StockFFN, dense_as_wide_as, with_all_experts
 
 SIZES = {"SmolLM2-135M": (576, 1536), "TinyLlama-1.1B": (2048, 5632)}
 SPLITS = ((4, 1), (4, 2), (8, 2), (64, 8))
@@ -93,8 +93,11 @@ def measure(model: str, split: tuple[int, int], dtype: torch.dtype, counts: list
         "layer": cycle(factored),
         "dense": cycle([with_all_experts(ffn, plain.down_DF) for ffn, plain in zip(factored, stock, strict=True)]),
         "stock": cycle(stock),
-        "narrow": cycle([FusedFFN(ffn, split[1]) for ffn in factored]),
+        "narrow": cycle([dense_as_wide_as(ffn, split[1]) for ffn in factored]),
     }
+    for turn, ring in enumerate(rings.values()):
+        for _ in range(turn * len(factored) // len(rings)):
+            next(ring)  # rings that share weights stand at different layers: none warms the cache for another
     for tokens in counts:
         inputs = cycle([torch.randn(tokens, SIZES[model][0]).to(dtype) for _ in range(5)])
 

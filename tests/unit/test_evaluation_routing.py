@@ -99,7 +99,7 @@ def test_only_the_choice_is_exchanged(checkpoint: Path) -> None:
     model, ids = factorctl.load(checkpoint), some_ids()
     routed = model(ids).logits
     with choosing(model, lambda _, ffn: lambda x_TD: ffn.router_logits(x_TD).topk(2).indices):
-        assert torch.equal(model(ids).logits, routed)
+        torch.testing.assert_close(model(ids).logits, routed)
     with choosing(model, lambda _, ffn: lambda x_TD: ffn.router_logits(x_TD).topk(2, largest=False).indices):
         assert not torch.allclose(model(ids).logits, routed, atol=1e-3)
     assert torch.equal(model(ids).logits, routed), "the routers choose again"

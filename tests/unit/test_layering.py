@@ -14,15 +14,18 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "contracts": 0, "config": 0, "errors": 0, "memory": 0, "progress": 0, "token_counts": 0,
-    "models": 1, "checkpoint": 1, "data": 1,
+    "kernels": 1, "models": 1, "checkpoint": 1, "data": 1,
     "calibration": 2, "training": 2, "evaluation": 2, "profiling": 2, "exporting": 2,
     "pipeline": 3,
     "cli": 4,
 }  # fmt: skip
 """Part of factorctl -> layer. A part imports only from layers below its own."""
 
-SIDEWAYS = {("models", "checkpoint")} | {(part, "errors") for part in ("contracts", "config", "memory", "token_counts")}
-"""Imports within a layer that are meant: models are made from what is on disk; the ground layer shares its errors."""
+SIDEWAYS = {("models", "checkpoint"), ("models", "kernels"), ("kernels", "checkpoint")} | {
+    (part, "errors") for part in ("contracts", "config", "memory", "token_counts")
+}
+"""Imports within a layer that are meant: models are made from what is on disk and run on kernels, which are kept there;
+the ground layer shares its errors."""
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "lm_eval", "matplotlib", "scipy", "ot", "gguf"}
 ENTRANCES = {"factorctl/__init__.py", "factorctl/__main__.py"}

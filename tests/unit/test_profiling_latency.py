@@ -36,7 +36,7 @@ def test_anchors_are_the_models_that_they_stand_for(case: str, s: int) -> None:
     torch.testing.assert_close(logits["stock"], logits["dense"], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits["model"], logits["dense"], atol=1e-3)
     for block in variants["narrow"].model.layers:
-        assert block.mlp.down_DF.shape[1] == s + 2 * (48 - s) // 4
+        assert block.mlp.shape.intermediate_size == s + 2 * (48 - s) // 4
     for ffn in factored_ffns(model):
         assert ffn.top_k == 2
         ffn.top_k = 4

@@ -1,0 +1,108 @@
+"""Compiling the CPU kernel with this machine's own C++ compiler, once, as torch.compile does with its own.
+
+The library is kept in the cache under a name that its source, compiler, flags and processor determine. It runs on the
+OpenMP threads that torch has already started: a second pool would fight the first for the cores.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from factorctl.checkpoint.publishing import make_directory, write_file
+from factorctl.errors import FactorctlError, in_one_line
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-exceptions", "-fno-rtti",
+    "-fopenmp", "-fPIC", "-shared",
+)  # fmt: skip
+SECONDS = 120
+DIGEST_BYTES = 32
+
+
+class NoKernelError(Exception):
+    """Why there is no compiled kernel here, in a few words; factorctl then computes with torch alone."""
+
+
+def compiled_library(cache: Path) -> Path:
+    """The kernel as a shared library in `cache`: made if it is not there, made again if it was damaged.
+
+    Raises:
+        NoKernelError: there is no compiler, it fails, or its result cannot be kept.
+    """
+    compiler = _compiler()
+    library = cache / f"cpu-{_identity(compiler)}.so"
+    if not _is_whole(library):
+        content = _compile(compiler)
+        try:
+            make_directory(cache)
+            write_file(_digest_of(library), hashlib.sha256(content).digest())
+            write_file(library, content)
+        except FactorctlError as error:
+            raise NoKernelError(f"it cannot be kept: {in_one_line(error)}") from error
+    return library
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    for command in (named,) if named else COMPILERS:
+        if path := shutil.which(command):
+            return path
+    raise NoKernelError(f"no C++ compiler ({f'CXX={named}' if named else ', '.join(COMPILERS)}) is installed")
+
+
+def _identity(compiler: str) -> str:
+    parts = (compiler, *FLAGS, *_torch_threads(), _processor(), SOURCE.read_text())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _torch_threads() -> tuple[str, ...]:
+    """The OpenMP library that came with torch; where there is none, torch uses the system's, as the compiler does."""
+    return tuple(sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))
+
+
+def _processor() -> str:
+    """What -march=native looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    named = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join([platform.machine(), *sorted(named)])
+
+
+def _digest_of(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _is_whole(library: Path) -> bool:
+    """A damaged library would not fail to load but take the process down."""
+    try:
+        return hashlib.sha256(library.read_bytes()).digest() == _digest_of(library).read_bytes()
+    except OSError:
+        return False
+
+
+def _compile(compiler: str) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="factorctl-kernel-") as made:
+        library = Path(made, "cpu.so")
+        command = [compiler, *FLAGS, "-o", str(library), str(SOURCE), *_torch_threads()]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+            return library.read_bytes()
+        except subprocess.CalledProcessError as error:
+            said = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+            raise NoKernelError(f"{compiler} fails: {said[0][:200]}") from error
+        except (subprocess.TimeoutExpired, OSError) as error:
+            raise NoKernelError(f"{compiler} fails: {in_one_line(error)}") from error

@@ -1,0 +1,208 @@
+"""The compiled CPU kernel as Python functions over tensors: without gradient, float32 or bfloat16.
+
+It sees memory, not tensors: nothing here may be traced, differentiated or counted by torch's dispatcher, and whoever
+calls asks `can_run` first.
+
+T tokens, D hidden_size, N num_experts, H expert_size, S shared_size, K top_k, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from factorctl.config import FactorShape, Gate
+from factorctl.kernels.compiling import NoKernelError, compiled_library
+
+SWITCH = "FACTORCTL_KERNEL"
+ACTIVATIONS = {
+    "silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1, "quick_gelu": 2, "relu": 3,
+}  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16)
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of cpu.cpp. Addresses are plain integers, so that a module that holds one can be copied."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("gate_up", "shared_gate_up", "down", "router")),
+        *((name, ctypes.c_int64) for name in ("hidden_size", "num_experts", "expert_size", "shared_size", "top_k")),
+        ("down_row_stride", ctypes.c_int64),
+        ("down_column_stride", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("bfloat16", "hard_gate", "activation")),
+    )
+
+
+class FFNWeights(NamedTuple):
+    """What one FFN is made of; None where N or S is 0.
+
+    gate_up [N, 2H, D], shared_gate_up [2S, D], down [D, S + N*H] row after row or column after column, router [N, D].
+    """
+
+    gate_up: torch.Tensor | None
+    shared_gate_up: torch.Tensor | None
+    down: torch.Tensor
+    router: torch.Tensor | None
+
+    def are_free(self, dtype: torch.dtype) -> bool:
+        """Whether inputs of `dtype` meet weights of it on a CPU, no gradient must reach one, and nobody watches."""
+        if self.down.dtype != dtype or dtype not in DTYPES or not _is_plain(self.down) or unseen_calls_matter():
+            return False
+        return not (torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in self))
+
+    def addresses(self) -> tuple[int, ...]:
+        """Changes when a weight is exchanged or laid out anew."""
+        return (*(0 if weight is None else weight.data_ptr() for weight in self), *self.down.stride())
+
+    def fit_the_kernel(self) -> bool:
+        """Whether it can read them as they lie in memory."""
+        rows = [weight for weight in (self.gate_up, self.shared_gate_up, self.router) if weight is not None]
+        return (
+            all(_is_plain(weight) and weight.dtype == self.down.dtype for weight in (*rows, self.down))
+            and all(weight.is_contiguous() for weight in rows)
+            and 1 in self.down.stride()
+        )
+
+
+class CompiledFFN:
+    """One FFN that the kernel computes: addresses and sizes, set once."""
+
+    def __init__(
+        self, weights: FFNWeights, shape: FactorShape, *, activation: str, gate: Gate = "softmax", scale_a: float = 1.0
+    ) -> None:
+        """
+        Args:
+            shape: its `top_k` is how many experts each token gets; all of them, N, count with weight one.
+        """
+
+        def address(weight: torch.Tensor | None) -> int:
+            return 0 if weight is None else weight.data_ptr()
+
+        down = weights.down
+        self._layer = _Layer(
+            address(weights.gate_up), address(weights.shared_gate_up), address(down), address(weights.router),
+            down.shape[0], shape.num_experts, shape.expert_size, shape.shared_size, shape.top_k,
+            *down.stride(), scale_a * shape.top_k, down.dtype == torch.bfloat16, gate == "hard",
+            ACTIVATIONS[activation],
+        )  # fmt: skip
+
+    def __call__(
+        self, x_TD: torch.Tensor, ids_TK: torch.Tensor | None = None, weights_TK: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Its output, [T, D], without the down-projection's bias.
+
+        Args:
+            ids_TK, weights_TK: the experts and their float32 weights, where they are not the router's to choose.
+
+        Raises:
+            MemoryError: for the activations of T tokens.
+        """
+        x_TD = x_TD.contiguous()
+        y_TD = torch.empty_like(x_TD)
+        ids = 0 if ids_TK is None else (ids_TK := ids_TK.contiguous()).data_ptr()
+        weights = 0 if weights_TK is None else (weights_TK := weights_TK.contiguous()).data_ptr()
+        failed = _library().factorctl_ffn(
+            ctypes.byref(self._layer), x_TD.data_ptr(), x_TD.shape[0], ids, weights, y_TD.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for the FFN activations of {x_TD.shape[0]} tokens")
+        return y_TD
+
+
+def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear(x, weight_OI, bias_O)` for x of [..., I], where `can_run` and the weight's rows are contiguous."""
+    x = x.contiguous()
+    outputs, inputs = weight_OI.shape
+    y = x.new_empty(*x.shape[:-1], outputs)
+    failed = _library().factorctl_linear(
+        x.data_ptr(), weight_OI.data_ptr(), weight_OI.stride(0), 0 if bias_O is None else bias_O.data_ptr(),
+        y.data_ptr(), x.numel() // inputs, inputs, outputs, x.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory for the inputs of {x.numel() // inputs} tokens")
+    return y
+
+
+def can_run(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel may multiply these two: it is there, knows their dtype, and nobody watches.
+
+    A dispatch mode (FakeTensor, FlopCounterMode), a compiler or autocast would not see the call; autograd could not
+    follow it.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and x.dtype == weight.dtype
+        and weight.dtype in DTYPES
+        and x.is_cpu
+        and weight.is_cpu
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not unseen_calls_matter()
+        and is_available()
+    )
+
+
+def unseen_calls_matter() -> bool:
+    """Whether a dispatch mode or autocast is on."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.is_autocast_enabled("cpu")
+
+
+def is_available() -> bool:
+    """Whether this machine has the kernel; compiles it at the first question."""
+    return reason_without() is None
+
+
+@functools.cache
+def reason_without() -> str | None:
+    """Why factorctl computes with torch alone here; None where the kernel runs."""
+    if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
+        return f"{SWITCH} switches it off"
+    try:
+        _check(_library())
+    except NoKernelError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """The library, loaded.
+
+    Raises:
+        NoKernelError: there is none.
+    """
+    cache = Path(os.environ.get("FACTORCTL_CACHE") or Path.home() / ".cache" / "factorctl") / "kernels"
+    try:
+        library = ctypes.CDLL(str(compiled_library(cache)))
+    except OSError as error:
+        raise NoKernelError(f"it cannot be loaded: {error}") from error
+    address, size, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.factorctl_ffn.argtypes = (address, address, size, address, address, address, whole)
+    library.factorctl_linear.argtypes = (address, address, size, address, address, size, size, size, whole, whole)
+    return library
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """A tensor of this process's memory: no DTensor or quantised subclass, whose address says little."""
+    return type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_cpu
+
+
+def _check(library: ctypes.CDLL) -> None:
+    """A product against torch's, so that a compiler's mistake costs speed and not results.
+
+    Raises:
+        NoKernelError: they differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for dtype, tolerance in SELF_CHECK_TOLERANCE.items():
+        x, weight = (torch.randn(size, 77, generator=generator).to(dtype) for size in (9, 21))
+        exact = x.double() @ weight.double().t()
+        if not ((linear(x, weight).double() - exact).norm() <= tolerance * exact.norm()):
+            raise NoKernelError(f"it computes wrong {dtype} products when compiled here")
