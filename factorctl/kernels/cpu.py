@@ -51,9 +51,9 @@ class FFNWeights(NamedTuple):
     down: torch.Tensor
     router: torch.Tensor | None
 
-    def are_free(self, dtype: torch.dtype) -> bool:
-        """Whether inputs of `dtype` meet weights of it on a CPU, no gradient must reach one, and nobody watches."""
-        if self.down.dtype != dtype or dtype not in DTYPES or not _is_plain(self.down) or unseen_calls_matter():
+    def are_free(self) -> bool:
+        """Whether they are plain memory now, no gradient must reach one, and nobody watches."""
+        if not _is_plain(self.down) or unseen_calls_matter():
             return False
         return not (torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in self))
 
@@ -65,7 +65,8 @@ class FFNWeights(NamedTuple):
         """Whether it can read them as they lie in memory."""
         rows = [weight for weight in (self.gate_up, self.shared_gate_up, self.router) if weight is not None]
         return (
-            all(_is_plain(weight) and weight.dtype == self.down.dtype for weight in (*rows, self.down))
+            self.down.dtype in DTYPES
+            and all(_is_plain(weight) and weight.dtype == self.down.dtype for weight in (*rows, self.down))
             and all(weight.is_contiguous() for weight in rows)
             and 1 in self.down.stride()
         )
@@ -86,6 +87,7 @@ class CompiledFFN:
             return 0 if weight is None else weight.data_ptr()
 
         down = weights.down
+        self._dtype, self._hidden_size = down.dtype, down.shape[0]
         self._layer = _Layer(
             address(weights.gate_up), address(weights.shared_gate_up), address(down), address(weights.router),
             down.shape[0], shape.num_experts, shape.expert_size, shape.shared_size, shape.top_k,
@@ -93,10 +95,19 @@ class CompiledFFN:
             ACTIVATIONS[activation],
         )  # fmt: skip
 
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether `x` is [..., D] in the weights' dtype, and no gradient must reach it."""
+        return (
+            x.dtype == self._dtype
+            and x.is_cpu
+            and x.shape[-1] == self._hidden_size
+            and not (x.requires_grad and torch.is_grad_enabled())
+        )
+
     def __call__(
-        self, x_TD: torch.Tensor, ids_TK: torch.Tensor | None = None, weights_TK: torch.Tensor | None = None
+        self, x: torch.Tensor, ids_TK: torch.Tensor | None = None, weights_TK: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Its output, [T, D], without the down-projection's bias.
+        """Its output for x of [..., D], T tokens in all, without the down-projection's bias.
 
         Args:
             ids_TK, weights_TK: the experts and their float32 weights, where they are not the router's to choose.
@@ -104,17 +115,17 @@ class CompiledFFN:
         Raises:
             MemoryError: for the activations of T tokens.
         """
-        x_TD = x_TD.contiguous()
-        y_TD = torch.empty_like(x_TD)
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        tokens = x.numel() // self._hidden_size
         ids = 0 if ids_TK is None else (ids_TK := ids_TK.contiguous()).data_ptr()
         weights = 0 if weights_TK is None else (weights_TK := weights_TK.contiguous()).data_ptr()
         failed = _library().factorctl_ffn(
-            ctypes.byref(self._layer), x_TD.data_ptr(), x_TD.shape[0], ids, weights, y_TD.data_ptr(),
-            torch.get_num_threads(),
+            ctypes.byref(self._layer), x.data_ptr(), tokens, ids, weights, y.data_ptr(), torch.get_num_threads()
         )  # fmt: skip
         if failed:
-            raise MemoryError(f"no memory for the FFN activations of {x_TD.shape[0]} tokens")
-        return y_TD
+            raise MemoryError(f"no memory for the FFN activations of {tokens} tokens")
+        return y
 
 
 def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:

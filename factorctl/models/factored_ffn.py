@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from factorctl.kernels import cpu as cpu_kernel
 from factorctl.kernels.cpu import CompiledFFN, FFNWeights
 from factorctl.models import path_choice
 from factorctl.models.few_token_linear import linear
-from factorctl.models.path_choice import Steps, kernel_tokens, path_at, steps_for
+from factorctl.models.path_choice import Step, Steps, kernel_tokens, path_at, steps_for
 from factorctl.models.paths import (
     ROUTED_PATHS,
     ExpertWeights,
@@ -41,6 +41,13 @@ from factorctl.models.routing import Routing, TokenRouting, gate_weights, route,
 
 Chooser = Callable[[torch.Tensor], torch.Tensor]
 """FFN input [T, D] -> ids of the experts of each token, [T, K]."""
+
+
+class Plan(NamedTuple):
+    """How a layer runs: the ladder of its paths, and itself as the compiled kernel takes it, where that serves."""
+
+    compiled: CompiledFFN | None
+    steps: Steps
 
 
 class FactoredFFN(nn.Module):
@@ -78,8 +85,8 @@ class FactoredFFN(nn.Module):
         self.path: PathName | Literal["auto"] = "auto"
         self.chooser: Chooser | None = None
         """Chooses the experts instead of the router's largest logits: for controls. The gate stays the router's."""
-        self._known_ladder: tuple[tuple[object, ...], Steps] = ((), ())
-        self._known_kernel: tuple[tuple[object, ...], CompiledFFN | None] = ((), None)
+        nothing: tuple[tuple[object, ...], Plan] = (), Plan(None, ())
+        self._known_plans = {False: nothing, True: nothing}
 
         def parameter(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*size, dtype=dtype, device=device))
@@ -139,11 +146,15 @@ class FactoredFFN(nn.Module):
         return gated(linear(x_TD, self.shared_gate_up, self.shared_gate_up_bias), self.activation)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x_TD = hidden_states.reshape(-1, self.hidden_size)
-        compiled = None if torch.is_grad_enabled() and x_TD.requires_grad else self.compiled_for(x_TD.dtype)
-        path = self._path_for(x_TD.shape[0], compiled)
-        y_TD = self._output(x_TD, path) if path != "kernel" or compiled is None else self._by_kernel(x_TD, compiled)
-        return (y_TD if self.down_bias is None else y_TD + self.down_bias).view(hidden_states.shape)
+        plan = self._plan()
+        if plan.compiled is not None and not plan.compiled.takes(hidden_states):
+            plan = self._plan(kernel=False)
+        path = self._path_in(plan, hidden_states.numel() // self.hidden_size)
+        if path == "kernel" and plan.compiled is not None:
+            y = self._by_kernel(hidden_states, plan.compiled)
+        else:
+            y = self._output(hidden_states.reshape(-1, self.hidden_size), path).view(hidden_states.shape)
+        return y if self.down_bias is None else y + self.down_bias
 
     def path_for(self, tokens: int) -> PathName:
         """The path that `tokens` tokens take: `path`, or what sizes, dtype, device and autograd suggest.
@@ -151,48 +162,41 @@ class FactoredFFN(nn.Module):
         Raises:
             UsageError: when `path` was set to one that this layer cannot take.
         """
-        return self._path_for(tokens, self.compiled_for(self.gate_up.dtype))
+        return self._path_in(self._plan(), tokens)
 
-    def _path_for(self, tokens: int, compiled: CompiledFFN | None) -> PathName:
-        if self.path != "auto":
-            return self._checked_path(self.path, compiled)
-        if 0 < self.top_k < self.shape.num_experts and tokens:
-            return path_at(self._ladder(kernel=compiled is not None), tokens)
-        if compiled is not None and 0 < tokens <= self._most_kernel_tokens():
-            return "kernel"
-        return "dense" if self.top_k == self.shape.num_experts else "masked"
+    def compiled(self) -> CompiledFFN | None:
+        """This layer as the compiled kernel takes it; None where that cannot serve."""
+        return self._plan().compiled
 
-    def _ladder(self, *, kernel: bool) -> Steps:
-        """The steps of this layer's site, looked up once: decoding one token cannot spare 50 us per layer for it."""
-        weight = self.gate_up
+    def _path_in(self, plan: Plan, tokens: int) -> PathName:
+        return path_at(plan.steps, tokens) if self.path == "auto" else self._checked_path(self.path, plan.compiled)
+
+    def _plan(self, *, kernel: bool = True) -> Plan:
+        """How to run in the present state, looked up once: one token cannot spare 50 us per layer for it."""
         if torch.compiler.is_compiling():
-            return self._look_up_ladder(kernel=False)
-        site = self.top_k, weight.device, weight.dtype, torch.get_num_threads(), path_choice.generation(), kernel
-        if site != self._known_ladder[0]:
-            self._known_ladder = site, self._look_up_ladder(kernel=kernel)
-        return self._known_ladder[1]
+            return self._make_plan(None)
+        weights = self._weights
+        free = kernel and weights.are_free()
+        state: tuple[object, ...] = (
+            weights.addresses() if free else (self.gate_up.dtype, self.gate_up.device),
+            self.top_k, self.gate, self.scale_a, torch.get_num_threads(), path_choice.generation(),
+        )  # fmt: skip
+        if state != self._known_plans[free][0]:
+            self._known_plans[free] = state, self._make_plan(self._compile(weights) if free else None)
+        return self._known_plans[free][1]
 
-    def _look_up_ladder(self, *, kernel: bool) -> Steps:
-        shape = replace(self.shape, top_k=self.top_k)
-        weight = self.gate_up
-        steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, shape, kernel=kernel)
-        return steps
+    @property
+    def _weights(self) -> FFNWeights:
+        own = self._parameters  # four times as fast as four attributes of a module
+        return FFNWeights(own["gate_up"], own.get("shared_gate_up"), own["down"], own["router"])  # type: ignore[arg-type]
 
-    def _most_kernel_tokens(self) -> int:
-        """Where everything runs, or only the shared neurons."""
-        return kernel_tokens(self.gate_up.dtype, share=1.0)
-
-    def compiled_for(self, dtype: torch.dtype) -> CompiledFFN | None:
-        """This layer as the compiled kernel takes it; None where that cannot serve inputs of `dtype`."""
-        if torch.compiler.is_compiling():
-            return None
-        weights = FFNWeights(self.gate_up, self.shared_gate_up, self.down, self.router)
-        if not weights.are_free(dtype):
-            return None
-        key = (*weights.addresses(), self.top_k, self.gate, self.scale_a)
-        if key != self._known_kernel[0]:
-            self._known_kernel = key, self._compile(weights)
-        return self._known_kernel[1]
+    def _make_plan(self, compiled: CompiledFFN | None) -> Plan:
+        weight, kernel = self.gate_up, compiled is not None
+        if 0 < self.top_k < self.shape.num_experts:
+            steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, self.shape, self.top_k, kernel)
+            return Plan(compiled, steps)
+        first = (Step(kernel_tokens(weight.dtype, share=1.0), "kernel"),) if kernel else ()
+        return Plan(compiled, (*first, Step(None, "dense" if self.top_k else "masked")))
 
     def _compile(self, weights: FFNWeights) -> CompiledFFN | None:
         known = self.activation_name in cpu_kernel.ACTIVATIONS and self.gate_up_bias is None
@@ -201,10 +205,10 @@ class FactoredFFN(nn.Module):
         shape = replace(self.shape, top_k=self.top_k)
         return CompiledFFN(weights, shape, activation=self.activation_name, gate=self.gate, scale_a=self.scale_a)
 
-    def _by_kernel(self, x_TD: torch.Tensor, compiled: CompiledFFN) -> torch.Tensor:
+    def _by_kernel(self, x: torch.Tensor, compiled: CompiledFFN) -> torch.Tensor:
         if self.chooser is None or not 0 < self.top_k < self.shape.num_experts:
-            return compiled(x_TD)
-        return compiled(x_TD, *self.route(x_TD))
+            return compiled(x)
+        return compiled(x, *self.route(x.reshape(-1, self.hidden_size)))
 
     def _checked_path(self, path: PathName, compiled: CompiledFFN | None) -> PathName:
         if path == "kernel" and compiled is None:

@@ -12,7 +12,7 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, cast, get_args
 
@@ -229,10 +229,14 @@ def _steps(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def steps_for(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape, *, kernel: bool = False
+    device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape, top_k: int, kernel: bool = False
 ) -> Steps:
-    """The tuned ladder of this site if there is one, else the shipped one. A constant to torch.compile."""
-    return _steps(device, dtype, hidden_size, shape, torch.get_num_threads(), kernel)
+    """The tuned ladder of this site if there is one, else the shipped one. A constant to torch.compile.
+
+    Args:
+        top_k: instead of the shape's: torch.compile takes constants, and objects that the module holds.
+    """
+    return _steps(device, dtype, hidden_size, replace(shape, top_k=top_k), torch.get_num_threads(), kernel)
 
 
 def cache_file() -> Path:

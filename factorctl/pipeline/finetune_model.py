@@ -176,7 +176,7 @@ def _compile(plan: FinetunePlan, model: PreTrainedModel) -> None:
     tokens = plan.batch.micro_batch * plan.batch.block_length
     for student in factored_ffns(model):
         if 0 < student.top_k < student.shape.num_experts:
-            steps = steps_for(plan.device, plan.compute_dtype, student.hidden_size, student.shape)
+            steps = steps_for(plan.device, plan.compute_dtype, student.hidden_size, student.shape, student.top_k)
             student.path = path_at(steps, tokens)
     for block in decoder_layers(model):
         block.compile()

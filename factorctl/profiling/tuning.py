@@ -33,7 +33,7 @@ def model_site(model: PreTrainedModel) -> Site:
     """What the choice of paths in this model depends on; all its layers are alike."""
     ffn = next(iter(factored_ffns(model)))
     weight = ffn.gate_up
-    kernel = ffn.compiled_for(weight.dtype) is not None
+    kernel = ffn.compiled() is not None
     return site_of(weight.device, weight.dtype, ffn.hidden_size, ffn.shape, kernel=kernel)
 
 

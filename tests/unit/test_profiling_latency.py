@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_profiling_flops import factored
 
+from factorctl.kernels.cpu import is_available
 from factorctl.models.building import factored_ffns
 from factorctl.profiling.attribution import ffn_cost
 from factorctl.profiling.expert_load import layer_load, mean_hits, route_text
@@ -181,8 +182,9 @@ def test_timing_paths_puts_back_what_was_chosen(monkeypatch: pytest.MonkeyPatch)
     model, _ = factored()
     timings = time_paths(model, route_text(model, ids(1, 24)), SilentProgress())
     assert set(timings) == {1, 4}
-    assert set(timings[1]) == {"single", "skip", "loop", "masked"}
-    assert set(timings[4]) == {"skip", "loop", "masked"}
+    kernel = {"kernel"} if is_available() else set()
+    assert set(timings[1]) == {"single", "skip", "loop", "masked"} | kernel
+    assert set(timings[4]) == {"skip", "loop", "masked"} | kernel
     assert {ffn.path for ffn in factored_ffns(model)} == {"auto"}
 
 
