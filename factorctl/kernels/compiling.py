@@ -72,6 +72,13 @@ def _torch_threads() -> tuple[str, ...]:
     return tuple(sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))
 
 
+@functools.cache
+def multiplies_tiles() -> bool:
+    """Whether the processor has AMX, which oneDNN uses and this kernel does not."""
+    return "amx_bf16" in _processor().split()
+
+
+@functools.cache
 def _processor() -> str:
     """What -march=native looks at."""
     try:
@@ -102,7 +109,8 @@ def _compile(compiler: str) -> bytes:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
             return library.read_bytes()
         except subprocess.CalledProcessError as error:
-            said = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
-            raise NoKernelError(f"{compiler} fails: {said[0][:200]}") from error
+            errors = [line for line in error.stderr.splitlines() if "error" in line]
+            reason = errors[0][:200] if errors else f"exit status {error.returncode}"
+            raise NoKernelError(f"{compiler} fails: {reason}") from error
         except (subprocess.TimeoutExpired, OSError) as error:
             raise NoKernelError(f"{compiler} fails: {in_one_line(error)}") from error

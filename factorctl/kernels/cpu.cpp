@@ -35,15 +35,15 @@ constexpr int LANES = VECTOR_BYTES / 4;
 
 // A tile of sums that fills, but does not overflow, the vector registers: 32 of them with AVX-512 and NEON, else 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int TILE_TOKENS = 6, LONG_TILE = 16;
+constexpr int TILE_TOKENS = 6;
 #else
-constexpr int TILE_TOKENS = 3, LONG_TILE = 8;
+constexpr int TILE_TOKENS = 3;
 #endif
-constexpr int TILE_ROWS = 4;
+constexpr int TILE_ROWS = 4, TILE_VECTORS = 4;
+constexpr int FEW_TOKENS = 3;           // up to which threads wait for weights, which are fetched ahead
 constexpr int BLOCK = 16;               // neurons, or rows, that a thread takes at a time
 constexpr int64_t DEPTH = 1024;         // neurons that a tile of `down` sums up before the next tile: they stay in L2
 constexpr int PREFETCH_BYTES = 1024;    // ahead, within rows
-constexpr int PREFETCH_NEURONS = 8;     // ahead, across columns
 
 static_assert(BLOCK % LANES == 0 || LANES % BLOCK == 0, "blocks are padded to whole vectors");
 
@@ -71,6 +71,8 @@ INLINE Vector load(const Bfloat16 *p) {
 }
 INLINE void store(float *p, Vector v) { *reinterpret_cast<Unaligned *>(p) = v; }
 INLINE Vector splat(float value) { return value - Vector{}; }
+
+INLINE int at_most(int64_t left, int limit) { return left < limit ? int(left) : limit; }
 
 INLINE float widen(float value) { return value; }
 INLINE float widen(Bfloat16 value) {
@@ -169,7 +171,7 @@ INLINE void dot_tile(const Activations<W> *const *x, const W *const *w, int64_t 
         typename Step<W>::Loaded rows[R];
         for (int r = 0; r < R; r++) {
             rows[r] = Step<W>::weights(w[r] + i);
-            if (M == 1) __builtin_prefetch(reinterpret_cast<const char *>(w[r] + i) + PREFETCH_BYTES);
+            if (M <= FEW_TOKENS) __builtin_prefetch(reinterpret_cast<const char *>(w[r] + i) + PREFETCH_BYTES);
         }
         for (int m = 0; m < M; m++) {
             typename Step<W>::Loaded token = Step<W>::activations(x[m] + i);
@@ -213,10 +215,7 @@ INLINE void outer_tile(const Activations<W> *const *a, const W *b, int64_t strid
         for (int c = 0; c < C; c++) sums[m][c] = load(y[m] + c * LANES);
     for (int64_t h = 0; h < neurons; h++) {
         Vector row[C];
-        for (int c = 0; c < C; c++) {
-            row[c] = load(b + h * stride + c * LANES);
-            if (M == 1) __builtin_prefetch(b + (h + PREFETCH_NEURONS) * stride + c * LANES);
-        }
+        for (int c = 0; c < C; c++) row[c] = load(b + h * stride + c * LANES);
         for (int m = 0; m < M; m++) {
             Vector factor = splat(widen(a[m][h]));
             for (int c = 0; c < C; c++) sums[m][c] += factor * row[c];
@@ -238,7 +237,35 @@ void outer(int tokens, const Activations<W> *const *a, const W *b, int64_t strid
     }
 }
 
-INLINE int at_most(int64_t left, int limit) { return left < limit ? int(left) : limit; }
+// The same for few tokens and `width` elements: four neurons at a time are read from end to end, sums stay in L1.
+template <class W, int M>
+void outer_of_few(const Activations<W> *const *a, const W *b, int64_t stride, int64_t neurons, int64_t width, float *const *y) {
+    for (int64_t h = 0; h < neurons; h += TILE_ROWS) {
+        const int R = at_most(neurons - h, TILE_ROWS);
+        Vector factors[M][TILE_ROWS] = {};
+        const W *rows[TILE_ROWS];
+        for (int r = 0; r < TILE_ROWS; r++) {
+            rows[r] = b + (h + (r < R ? r : 0)) * stride;  // the last ones may be missing: times zero
+            for (int m = 0; m < M && r < R; m++) factors[m][r] = splat(widen(a[m][h + r]));
+        }
+        int64_t d = 0;
+        for (; d + LANES <= width; d += LANES) {
+            Vector loaded[TILE_ROWS];
+            for (int r = 0; r < TILE_ROWS; r++) {
+                loaded[r] = load(rows[r] + d);
+                __builtin_prefetch(rows[r] + TILE_ROWS * stride + d);
+            }
+            for (int m = 0; m < M; m++) {
+                Vector sum = load(y[m] + d);
+                for (int r = 0; r < TILE_ROWS; r++) sum += factors[m][r] * loaded[r];
+                store(y[m] + d, sum);
+            }
+        }
+        for (; d < width; d++)
+            for (int m = 0; m < M; m++)
+                for (int r = 0; r < R; r++) y[m][d] += widen(a[m][h + r]) * widen(rows[r][d]);
+    }
+}
 
 // ---- the layer ------------------------------------------------------------------------------------------------------
 
@@ -385,30 +412,39 @@ void gate_up_block(const Layer &layer, const Part<W> &part, int64_t first, const
 // y[:, from .. to) += hidden of the part times its columns of `down`, stored column after column.
 template <class W> void down_columns(const Layer &layer, const Part<W> &part, float *y, int64_t from, int64_t to) {
     const int64_t D = layer.hidden_size, stride = layer.down_column_stride;
+    const Activations<W> *hidden[TILE_TOKENS];
+    float *out[TILE_TOKENS];
+    auto point_at = [&](int64_t t, int M, int64_t neuron, int64_t d) {
+        for (int m = 0; m < M; m++) {
+            hidden[m] = part.hidden + (t + m) * part.hidden_stride + neuron;
+            out[m] = y + part.token_at(t + m) * D + d;
+        }
+    };
+    if (part.tokens <= FEW_TOKENS) {
+        const W *down = static_cast<const W *>(layer.down) + part.first_column * stride + from;
+        point_at(0, int(part.tokens), 0, from);
+        switch (part.tokens) {
+        case 1: return outer_of_few<W, 1>(hidden, down, stride, part.neurons, to - from, out);
+        case 2: return outer_of_few<W, 2>(hidden, down, stride, part.neurons, to - from, out);
+        case 3: return outer_of_few<W, 3>(hidden, down, stride, part.neurons, to - from, out);
+        }
+    }
     for (int64_t first = 0; first < part.neurons; first += DEPTH) {
         const int64_t neurons = part.neurons - first < DEPTH ? part.neurons - first : DEPTH;
         const W *down = static_cast<const W *>(layer.down) + (part.first_column + first) * stride;
         for (int64_t d = from; d < to;) {
             const int64_t vectors = (to - d) / LANES;
-            const int C = part.tokens == 1 && vectors >= LONG_TILE ? LONG_TILE : vectors >= 4 ? 4 : vectors ? 1 : 0;
+            const int C = vectors >= TILE_VECTORS ? TILE_VECTORS : vectors > 0;
             for (int64_t t = 0; t < part.tokens; t += TILE_TOKENS) {
                 const int M = at_most(part.tokens - t, TILE_TOKENS);
-                const Activations<W> *hidden[TILE_TOKENS];
-                float *out[TILE_TOKENS];
-                for (int m = 0; m < M; m++) {
-                    hidden[m] = part.hidden + (t + m) * part.hidden_stride + first;
-                    out[m] = y + part.token_at(t + m) * D + d;
-                }
-                switch (C) {
-                case LONG_TILE: outer_tile<W, 1, LONG_TILE>(hidden, down + d, stride, neurons, out); break;
-                case 4: outer<W, 4>(M, hidden, down + d, stride, neurons, out); break;
-                case 1: outer<W, 1>(M, hidden, down + d, stride, neurons, out); break;
-                default:
+                point_at(t, M, first, d);
+                if (C == TILE_VECTORS) outer<W, TILE_VECTORS>(M, hidden, down + d, stride, neurons, out);
+                else if (C == 1) outer<W, 1>(M, hidden, down + d, stride, neurons, out);
+                else
                     for (int m = 0; m < M; m++)
                         for (int64_t h = 0; h < neurons; h++)
                             for (int64_t rest = 0; rest < to - d; rest++)
                                 out[m][rest] += widen(hidden[m][h]) * widen(down[h * stride + d + rest]);
-                }
             }
             d += C ? C * LANES : to - d;
         }
@@ -468,6 +504,8 @@ int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given
     if (!arena.allocate()) return 1;
     if constexpr (!narrows) y = y_out;
     int64_t part_count = 0, blocks = 0, next_block = 0;
+    // A few logits take less time than a barrier after them.
+    const bool alone = !everyone && K && !given_ids && T <= TILE_TOKENS && N * D <= 8192;
 
     auto add_part = [&](const void *gate_up, int64_t neurons, int64_t column, int64_t tokens, const int32_t *own,
                         const float *weight_of, A *into) {
@@ -495,7 +533,7 @@ int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given
         if (widens) {
 #pragma omp barrier
         }
-        if (!everyone && K) {
+        if (!everyone && K && !alone) {
             if (given_ids) {
                 for (int64_t p = P * me / team; p < P * (me + 1) / team; p++)
                     ids[p] = int32_t(given_ids[p]), weights[p] = given_weights[p];
@@ -510,7 +548,10 @@ int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given
 #pragma omp barrier
         }
 #pragma omp single
-        add_parts();
+        {
+            if (alone) choose<W>(layer, x, int(T), logits, ids, weights);
+            add_parts();
+        }
         int64_t p = 0;
         for (int64_t b; (b = __atomic_fetch_add(&next_block, 1, __ATOMIC_RELAXED)) < blocks;) {
             while (p + 1 < part_count && parts[p + 1].first_block <= b) p++;

@@ -12,9 +12,11 @@ import ctypes
 import functools
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
+from torch import is_autocast_enabled
+from torch._C import _len_torch_dispatch_stack
 
 from factorctl.config import FactorShape, Gate
 from factorctl.kernels.compiling import NoKernelError, compiled_library
@@ -23,6 +25,7 @@ SWITCH = "FACTORCTL_KERNEL"
 ACTIVATIONS = {
     "silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1, "quick_gelu": 2, "relu": 3,
 }  # fmt: skip
+_PLAIN = (torch.nn.Parameter, torch.Tensor)
 DTYPES = (torch.float32, torch.bfloat16)
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -51,22 +54,12 @@ class FFNWeights(NamedTuple):
     down: torch.Tensor
     router: torch.Tensor | None
 
-    def are_free(self) -> bool:
-        """Whether they are plain memory now, no gradient must reach one, and nobody watches."""
-        if not _is_plain(self.down) or unseen_calls_matter():
-            return False
-        return not (torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in self))
-
-    def addresses(self) -> tuple[int, ...]:
-        """Changes when a weight is exchanged or laid out anew."""
-        return (*(0 if weight is None else weight.data_ptr() for weight in self), *self.down.stride())
-
     def fit_the_kernel(self) -> bool:
         """Whether it can read them as they lie in memory."""
         rows = [weight for weight in (self.gate_up, self.shared_gate_up, self.router) if weight is not None]
         return (
             self.down.dtype in DTYPES
-            and all(_is_plain(weight) and weight.dtype == self.down.dtype for weight in (*rows, self.down))
+            and all(is_plain(weight) and weight.dtype == self.down.dtype for weight in (*rows, self.down))
             and all(weight.is_contiguous() for weight in rows)
             and 1 in self.down.stride()
         )
@@ -162,7 +155,7 @@ def can_run(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def unseen_calls_matter() -> bool:
     """Whether a dispatch mode or autocast is on."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch.is_autocast_enabled("cpu")
+    return _len_torch_dispatch_stack() > 0 or is_autocast_enabled("cpu")
 
 
 def is_available() -> bool:
@@ -200,9 +193,9 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _is_plain(weight: torch.Tensor) -> bool:
-    """A tensor of this process's memory: no DTensor or quantised subclass, whose address says little."""
-    return type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_cpu
+def is_plain(weight: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    """A tensor in this process's memory: no DTensor or quantised subclass, whose address says little."""
+    return weight is not None and type(weight) in _PLAIN and weight.is_cpu
 
 
 def _check(library: ctypes.CDLL) -> None:

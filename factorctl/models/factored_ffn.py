@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from factorctl.config import FactorShape, Gate
 from factorctl.errors import UsageError
 from factorctl.kernels import cpu as cpu_kernel
-from factorctl.kernels.cpu import CompiledFFN, FFNWeights
+from factorctl.kernels.cpu import CompiledFFN, FFNWeights, unseen_calls_matter
 from factorctl.models import path_choice
 from factorctl.models.few_token_linear import linear
 from factorctl.models.path_choice import Step, Steps, kernel_tokens, path_at, steps_for
@@ -41,6 +41,9 @@ from factorctl.models.routing import Routing, TokenRouting, gate_weights, route,
 
 Chooser = Callable[[torch.Tensor], torch.Tensor]
 """FFN input [T, D] -> ids of the experts of each token, [T, K]."""
+
+
+SHORT_ROW_BYTES = 512
 
 
 class Plan(NamedTuple):
@@ -85,8 +88,7 @@ class FactoredFFN(nn.Module):
         self.path: PathName | Literal["auto"] = "auto"
         self.chooser: Chooser | None = None
         """Chooses the experts instead of the router's largest logits: for controls. The gate stays the router's."""
-        nothing: tuple[tuple[object, ...], Plan] = (), Plan(None, ())
-        self._known_plans = {False: nothing, True: nothing}
+        self._known_plan: tuple[tuple[object, ...], Plan] = (), Plan(None, ())
 
         def parameter(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*size, dtype=dtype, device=device))
@@ -115,10 +117,14 @@ class FactoredFFN(nn.Module):
         """Store `down` column after column, so that each expert's part of it is one block of memory.
 
         Shape and values stay. The products of one token then stream 1.5 times as fast as over rows that belong to all
-        experts. Only for float32 on a CPU, where a part of the experts runs: oneDNN's bfloat16 products and the dense
-        layer are faster with rows.
+        experts. Only on a CPU, where a part of the experts runs: the dense layer is faster with rows. So are products
+        of bfloat16, unless experts are so small that the kernel would read a few cache lines of each row.
         """
-        if self.down.is_cpu and self.down.dtype == torch.float32 and 0 < self.top_k < self.shape.num_experts:
+        if not (self.down.is_cpu and 0 < self.top_k < self.shape.num_experts):
+            return
+        dtype = self.down.dtype
+        short_rows = self.shape.expert_size * dtype.itemsize < SHORT_ROW_BYTES
+        if dtype == torch.float32 or (dtype == torch.bfloat16 and short_rows and cpu_kernel.is_available()):
             self.down.data = self.down.data.t().contiguous().t()
 
     def router_logits(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -148,7 +154,7 @@ class FactoredFFN(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         plan = self._plan()
         if plan.compiled is not None and not plan.compiled.takes(hidden_states):
-            plan = self._plan(kernel=False)
+            plan = self._make_plan(None)
         path = self._path_in(plan, hidden_states.numel() // self.hidden_size)
         if path == "kernel" and plan.compiled is not None:
             y = self._by_kernel(hidden_states, plan.compiled)
@@ -171,31 +177,32 @@ class FactoredFFN(nn.Module):
     def _path_in(self, plan: Plan, tokens: int) -> PathName:
         return path_at(plan.steps, tokens) if self.path == "auto" else self._checked_path(self.path, plan.compiled)
 
-    def _plan(self, *, kernel: bool = True) -> Plan:
-        """How to run in the present state, looked up once: one token cannot spare 50 us per layer for it."""
+    def _plan(self) -> Plan:
+        """How to run in the present state: looked up once, and compared in the fewest steps. What one token's layer
+        does in Python costs three times as much as elsewhere, because reading its weights has emptied the caches."""
         if torch.compiler.is_compiling():
             return self._make_plan(None)
-        weights = self._weights
-        free = kernel and weights.are_free()
-        state: tuple[object, ...] = (
-            weights.addresses() if free else (self.gate_up.dtype, self.gate_up.device),
+        own = self._parameters
+        gate_up, down, router, shared = own["gate_up"], own["down"], own["router"], own.get("shared_gate_up")
+        if gate_up is None or router is None or type(down) is not nn.Parameter:
+            return self._make_plan(None)
+        state = (
+            gate_up.data_ptr(), down.data_ptr(), router.data_ptr(), 0 if shared is None else shared.data_ptr(),
             self.top_k, self.gate, self.scale_a, torch.get_num_threads(), path_choice.generation(),
+            unseen_calls_matter()
+            or (torch.is_grad_enabled() and any(weight.requires_grad for weight in own.values() if weight is not None)),
         )  # fmt: skip
-        if state != self._known_plans[free][0]:
-            self._known_plans[free] = state, self._make_plan(self._compile(weights) if free else None)
-        return self._known_plans[free][1]
-
-    @property
-    def _weights(self) -> FFNWeights:
-        own = self._parameters  # four times as fast as four attributes of a module
-        return FFNWeights(own["gate_up"], own.get("shared_gate_up"), own["down"], own["router"])  # type: ignore[arg-type]
+        if state != self._known_plan[0]:
+            weights = FFNWeights(gate_up, shared, down, router)
+            self._known_plan = state, self._make_plan(None if state[-1] else self._compile(weights))
+        return self._known_plan[1]
 
     def _make_plan(self, compiled: CompiledFFN | None) -> Plan:
         weight, kernel = self.gate_up, compiled is not None
         if 0 < self.top_k < self.shape.num_experts:
             steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, self.shape, self.top_k, kernel)
             return Plan(compiled, steps)
-        first = (Step(kernel_tokens(weight.dtype, share=1.0), "kernel"),) if kernel else ()
+        first = (Step(kernel_tokens(weight.dtype), "kernel"),) if kernel else ()
         return Plan(compiled, (*first, Step(None, "dense" if self.top_k else "masked")))
 
     def _compile(self, weights: FFNWeights) -> CompiledFFN | None:

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from factorctl.kernels import cpu as cpu_kernel
 
-MAX_KERNEL_TOKENS = {torch.float32: 128, torch.bfloat16: 8}
+MAX_KERNEL_TOKENS = {torch.float32: 128, torch.bfloat16: 16}
 MAX_TOKENS = 128
 MIN_WEIGHTS = 1 << 16
 """A smaller weight fits into a core's cache, and one core is done with it before a second has begun."""

@@ -22,6 +22,7 @@ from factorctl.checkpoint.publishing import sole_writer, write_file
 from factorctl.checkpoint.strict_json import dump_json, read_json_object
 from factorctl.config import FactorShape
 from factorctl.errors import IntegrityError
+from factorctl.kernels.compiling import multiplies_tiles
 from factorctl.models.paths import CALL_COST_BYTES, PathName, can_group
 
 CACHE_VERSION = 1
@@ -41,9 +42,11 @@ FLOPS_PER_BYTE = 4.2
 MIN_SAVED_TOKENS_16BIT = 6
 """bf16 GEMMs read weights, rather than compute, up to about as many tokens: nothing to save below."""
 MAX_SKIP_TOKENS = 1024
-KERNEL_ROWS = {4: 512, 2: 8}
-"""Tokens per expert up to which the compiled kernel is ahead of MKL in 32 and of oneDNN in 16 bits, which has
-instructions for products of bfloat16."""
+KERNEL_ROWS, KERNEL_ROWS_OF_ALL = {4: 512, 2: 256}, {4: 512, 2: 64}
+"""Tokens per expert up to which the compiled kernel is ahead of `loop`, and tokens up to which it is ahead of one dense
+product, by bytes per weight: of MKL's in 32 bits, of oneDNN's in 16."""
+KERNEL_ROWS_BESIDE_AMX = 16
+"""The same in 16 bits on a processor that multiplies tiles of bfloat16, which the kernel does not (an estimate)."""
 
 
 class Step(NamedTuple):
@@ -126,13 +129,20 @@ def shipped_steps(site: Site) -> Steps:
 
 def _kernel_steps(site: Site) -> Steps:
     """The kernel while it is ahead of GEMM libraries, which many rows per expert suit better."""
-    limit = kernel_tokens(site.dtype, site.shape.top_k / site.shape.num_experts)
+    limit = kernel_tokens(site.dtype, share=site.shape.top_k / site.shape.num_experts)
     return (Step(limit, "kernel"), *(step for step in _cpu_steps(site) if step.tokens is None or step.tokens > limit))
 
 
-def kernel_tokens(dtype: torch.dtype, share: float) -> int:
-    """Up to how many tokens the kernel serves where each uses this share of the experts, K/N."""
-    return int(KERNEL_ROWS[dtype.itemsize] / share)
+def kernel_tokens(dtype: torch.dtype, *, share: float | None = None) -> int:
+    """Up to how many tokens the kernel serves where each uses this share of the experts, K/N.
+
+    Args:
+        share: None where every neuron runs for every token.
+    """
+    rows = (KERNEL_ROWS_OF_ALL if share is None else KERNEL_ROWS)[dtype.itemsize]
+    if dtype.itemsize == 2 and multiplies_tiles():
+        rows = min(rows, KERNEL_ROWS_BESIDE_AMX)
+    return int(rows / (share or 1.0))
 
 
 def _gpu_steps(site: Site) -> Steps:

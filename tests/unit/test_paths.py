@@ -10,6 +10,7 @@ from torch import nn
 
 from factorctl.config import FactorShape
 from factorctl.errors import UsageError
+from factorctl.kernels import cpu as cpu_kernel
 from factorctl.models import path_choice
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.paths import ROUTED_PATHS, runs
@@ -272,11 +273,23 @@ def test_the_layout_in_memory_changes_nothing_else(path: str) -> None:
         check(ffn, path, tokens_for(ffn, tokens))
 
 
-@pytest.mark.parametrize(("k", "dtype"), [(2, torch.bfloat16), (4, torch.float32), (0, torch.float32)])
-def test_rows_stay_rows_where_they_are_faster(k: int, dtype: torch.dtype) -> None:
-    ffn = make_ffn(n=4, k=k, h=8, s=8, dtype=dtype)
+@pytest.mark.parametrize(
+    ("k", "h", "dtype"), [(2, 256, torch.bfloat16), (4, 8, torch.float32), (0, 8, torch.float32), (2, 8, torch.float64)]
+)
+def test_rows_stay_rows_where_they_are_faster(k: int, h: int, dtype: torch.dtype) -> None:
+    ffn = make_ffn(n=4, k=k, h=h, s=8, dtype=dtype)
     ffn.keep_experts_together()
     assert ffn.down.is_contiguous()
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_small_experts_of_bfloat16_are_kept_together_for_the_kernel(
+    kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_kernel, "is_available", lambda: kernel)
+    ffn = make_ffn(n=4, k=2, h=8, dtype=torch.bfloat16)
+    ffn.keep_experts_together()
+    assert ffn.down.is_contiguous() != kernel
 
 
 def test_routing_on_the_host_takes_the_lower_of_equal_experts() -> None:
