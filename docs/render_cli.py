@@ -15,7 +15,8 @@ This page is made from the `--help` of every command by `make docs`; do not edit
 
 Stdout is the result, stderr is progress. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 integrity,
 4 resources, 130 interrupted (143 when terminated). `FACTORCTL_DEBUG=1` adds the traceback to an error;
-`FACTORCTL_CACHE` moves the cache; `FACTORCTL_LOAD_PLUGINS` chooses whose strategies are loaded.
+`FACTORCTL_CACHE` moves the cache; `FACTORCTL_LOAD_PLUGINS` chooses whose strategies are loaded; `FACTORCTL_KERNEL=off`
+computes with torch alone; `CXX` is the compiler of the CPU kernel.
 """
 
 

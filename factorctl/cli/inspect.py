@@ -106,7 +106,7 @@ def plugins(output: FormatOpt = "text") -> None:
 
 
 def doctor(workspace: WorkspaceOpt = DEFAULT_WORKSPACE, output: FormatOpt = "text") -> None:
-    """Report versions, devices, free disk and memory, and whether the hub can be reached."""
+    """Report versions, devices, the CPU kernel, free disk and memory, and whether the hub can be reached."""
     from factorctl.cli.render import facts_table, gigabytes, show
     from factorctl.pipeline.inspect import diagnose
 
@@ -117,6 +117,7 @@ def doctor(workspace: WorkspaceOpt = DEFAULT_WORKSPACE, output: FormatOpt = "tex
         "platform": found.platform,
         **found.libraries,
         "cpu": f"{found.cpu}, {found.cores} cores, bfloat16 {'yes' if found.bf16_on_cpu else 'no'}",
+        "cpu kernel": "compiled" if found.no_kernel is None else f"none, torch computes alone: {found.no_kernel}",
         "cuda": ", ".join(found.cuda_devices) or "none",
         "memory": f"{gigabytes(found.memory_available_bytes)} of {gigabytes(found.memory_bytes)} available",
         "disk": f"{gigabytes(found.disk_free_bytes)} free at {workspace}",

@@ -40,12 +40,10 @@ constexpr int TILE_TOKENS = 6;
 constexpr int TILE_TOKENS = 3;
 #endif
 constexpr int TILE_ROWS = 4, TILE_VECTORS = 4;
-constexpr int FEW_TOKENS = 3;           // up to which threads wait for weights, which are fetched ahead
-constexpr int BLOCK = 16;               // neurons, or rows, that a thread takes at a time
+constexpr int FEW_TOKENS = 3;           // up to which a product waits for its weights, not for arithmetic
+constexpr int MIN_BLOCK = 16, MAX_BLOCK = 64, BLOCKS_PER_THREAD = 8;  // of neurons, or rows, that a thread takes
+constexpr int64_t MAX_SUMS = 1 << 18;   // of all threads, where each sums up its own neurons
 constexpr int64_t DEPTH = 1024;         // neurons that a tile of `down` sums up before the next tile: they stay in L2
-constexpr int PREFETCH_BYTES = 1024;    // ahead, within rows
-
-static_assert(BLOCK % LANES == 0 || LANES % BLOCK == 0, "blocks are padded to whole vectors");
 
 using Vector = float __attribute__((vector_size(VECTOR_BYTES)));
 using Unaligned = float __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
@@ -94,7 +92,8 @@ INLINE Four quarter(Vector v) {
         memcpy(&same, &v, 16);
         return same;
     } else {
-        Four sum = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4 % LANES, 5 % LANES, 6 % LANES, 7 % LANES);
+        Four sum = __builtin_shufflevector(v, v, 0, 1, 2, 3) +
+                   __builtin_shufflevector(v, v, 4 % LANES, 5 % LANES, 6 % LANES, 7 % LANES);
         if constexpr (VECTOR_BYTES == 64)
             sum += __builtin_shufflevector(v, v, 8 % LANES, 9 % LANES, 10 % LANES, 11 % LANES) +
                    __builtin_shufflevector(v, v, 12 % LANES, 13 % LANES, 14 % LANES, 15 % LANES);
@@ -163,19 +162,38 @@ template <> struct Step<Bfloat16> {
 #endif
 
 // out[m][r] = x[m] . w[r], both contiguous.
+//
+// For few tokens row after row, because memory streams fastest in one piece; for more, rows share the loads of x.
 template <class W, int M, int R>
 INLINE void dot_tile(const Activations<W> *const *x, const W *const *w, int64_t inputs, float (*out)[TILE_ROWS]) {
+    constexpr int E = Step<W>::ELEMENTS;
     Vector sums[M][TILE_ROWS] = {};
     int64_t i = 0;
-    for (; i + Step<W>::ELEMENTS <= inputs; i += Step<W>::ELEMENTS) {
-        typename Step<W>::Loaded rows[R];
+    if constexpr (M <= FEW_TOKENS) {
         for (int r = 0; r < R; r++) {
-            rows[r] = Step<W>::weights(w[r] + i);
-            if (M <= FEW_TOKENS) __builtin_prefetch(reinterpret_cast<const char *>(w[r] + i) + PREFETCH_BYTES);
+            Vector odd[M] = {};  // two chains of sums: one would wait for itself
+            for (i = 0; i + 2 * E <= inputs; i += 2 * E) {
+                auto first = Step<W>::weights(w[r] + i), second = Step<W>::weights(w[r] + i + E);
+                for (int m = 0; m < M; m++) {
+                    Step<W>::add(sums[m][r], Step<W>::activations(x[m] + i), first);
+                    Step<W>::add(odd[m], Step<W>::activations(x[m] + i + E), second);
+                }
+            }
+            if (i + E <= inputs) {
+                for (int m = 0; m < M; m++)
+                    Step<W>::add(sums[m][r], Step<W>::activations(x[m] + i), Step<W>::weights(w[r] + i));
+                i += E;
+            }
+            for (int m = 0; m < M; m++) sums[m][r] += odd[m];
         }
-        for (int m = 0; m < M; m++) {
-            typename Step<W>::Loaded token = Step<W>::activations(x[m] + i);
-            for (int r = 0; r < R; r++) Step<W>::add(sums[m][r], token, rows[r]);
+    } else {
+        for (; i + E <= inputs; i += E) {
+            typename Step<W>::Loaded rows[R];
+            for (int r = 0; r < R; r++) rows[r] = Step<W>::weights(w[r] + i);
+            for (int m = 0; m < M; m++) {
+                auto token = Step<W>::activations(x[m] + i);
+                for (int r = 0; r < R; r++) Step<W>::add(sums[m][r], token, rows[r]);
+            }
         }
     }
     for (int m = 0; m < M; m++) {
@@ -198,7 +216,8 @@ void dots(int tokens, const Activations<W> *const *x, const W *const *w, int64_t
 }
 
 template <class W>
-void dots_of_rows(int rows, int tokens, const Activations<W> *const *x, const W *const *w, int64_t inputs, float (*out)[TILE_ROWS]) {
+void dots_of_rows(int rows, int tokens, const Activations<W> *const *x, const W *const *w, int64_t inputs,
+                  float (*out)[TILE_ROWS]) {
     switch (rows) {
     case 1: return dots<W, 1>(tokens, x, w, inputs, out);
     case 2: return dots<W, 2>(tokens, x, w, inputs, out);
@@ -237,33 +256,42 @@ void outer(int tokens, const Activations<W> *const *a, const W *b, int64_t strid
     }
 }
 
-// The same for few tokens and `width` elements: four neurons at a time are read from end to end, sums stay in L1.
+// The same for few tokens and `width` elements of each row; the sums stay in L1. One row after another streams fastest,
+// two share the sums' way to L1 and back.
 template <class W, int M>
-void outer_of_few(const Activations<W> *const *a, const W *b, int64_t stride, int64_t neurons, int64_t width, float *const *y) {
-    for (int64_t h = 0; h < neurons; h += TILE_ROWS) {
-        const int R = at_most(neurons - h, TILE_ROWS);
-        Vector factors[M][TILE_ROWS] = {};
-        const W *rows[TILE_ROWS];
-        for (int r = 0; r < TILE_ROWS; r++) {
-            rows[r] = b + (h + (r < R ? r : 0)) * stride;  // the last ones may be missing: times zero
-            for (int m = 0; m < M && r < R; m++) factors[m][r] = splat(widen(a[m][h + r]));
+void add_rows(const Activations<W> *const *a, const W *b, int64_t stride, int64_t neurons, int64_t width, float *const *y) {
+    constexpr int R = M <= FEW_TOKENS ? 1 : 2;
+    for (int64_t h = 0; h < neurons; h += R) {
+        const W *rows[R];
+        Vector factors[M][R];
+        for (int r = 0; r < R; r++) {
+            const bool there = h + r < neurons;  // the last row may stand alone: times zero then
+            rows[r] = b + (there ? h + r : h) * stride;
+            for (int m = 0; m < M; m++) factors[m][r] = splat(there ? widen(a[m][h + r]) : 0.f);
         }
         int64_t d = 0;
-        for (; d + LANES <= width; d += LANES) {
-            Vector loaded[TILE_ROWS];
-            for (int r = 0; r < TILE_ROWS; r++) {
-                loaded[r] = load(rows[r] + d);
-                __builtin_prefetch(rows[r] + TILE_ROWS * stride + d);
-            }
+        for (; d + LANES <= width; d += LANES)
             for (int m = 0; m < M; m++) {
                 Vector sum = load(y[m] + d);
-                for (int r = 0; r < TILE_ROWS; r++) sum += factors[m][r] * loaded[r];
+                for (int r = 0; r < R; r++) sum += factors[m][r] * load(rows[r] + d);
                 store(y[m] + d, sum);
             }
-        }
         for (; d < width; d++)
             for (int m = 0; m < M; m++)
-                for (int r = 0; r < R; r++) y[m][d] += widen(a[m][h + r]) * widen(rows[r][d]);
+                for (int r = 0; r < R; r++) y[m][d] += factors[m][r][0] * widen(rows[r][d]);
+    }
+}
+
+template <class W>
+void add_rows(int tokens, const Activations<W> *const *a, const W *b, int64_t stride, int64_t neurons, int64_t width,
+              float *const *y) {
+    switch (tokens) {
+    case 1: return add_rows<W, 1>(a, b, stride, neurons, width, y);
+    case 2: return add_rows<W, 2>(a, b, stride, neurons, width, y);
+    case 3: return add_rows<W, 3>(a, b, stride, neurons, width, y);
+    case 4: return add_rows<W, TILE_TOKENS < 4 ? 1 : 4>(a, b, stride, neurons, width, y);
+    case 5: return add_rows<W, TILE_TOKENS < 5 ? 1 : 5>(a, b, stride, neurons, width, y);
+    case 6: return add_rows<W, TILE_TOKENS < 6 ? 1 : 6>(a, b, stride, neurons, width, y);
     }
 }
 
@@ -291,7 +319,7 @@ template <class W> struct Part {
     const int32_t *token;    // null: all tokens in order
     const float *weight;     // null: one
     Activations<W> *hidden;  // [tokens, neurons]
-    int64_t hidden_stride, first_block;
+    int64_t hidden_stride, first_neuron;  // among those of all parts
 
     INLINE int64_t token_at(int64_t i) const { return token ? token[i] : i; }
 };
@@ -369,36 +397,31 @@ void group(const Layer &layer, int64_t pairs, const int32_t *ids, const float *w
     }
 }
 
-// hidden = act(gate x) * (up x) * weight for BLOCK neurons and all tokens of the part.
+// hidden = act(gate x) * (up x) * weight for a block of neurons and all tokens of the part.
 template <class W>
-void gate_up_block(const Layer &layer, const Part<W> &part, int64_t first, const Activations<W> *x) {
+void gate_up_block(const Layer &layer, const Part<W> &part, int64_t first, int neurons, const Activations<W> *x) {
     const int64_t D = layer.hidden_size;
-    const int neurons = at_most(part.neurons - first, BLOCK);
-    const W *gate = part.gate + first * D, *up = part.up + first * D;
     for (int64_t t = 0; t < part.tokens; t += TILE_TOKENS) {
         const int M = at_most(part.tokens - t, TILE_TOKENS);
         const Activations<W> *rows[TILE_TOKENS];
-        float gates[TILE_TOKENS][BLOCK + LANES], ups[TILE_TOKENS][BLOCK + LANES];
+        float gates[TILE_TOKENS][MAX_BLOCK + LANES], ups[TILE_TOKENS][MAX_BLOCK + LANES];
         for (int m = 0; m < M; m++) {
             rows[m] = x + part.token_at(t + m) * D;
-            memset(gates[m] + neurons, 0, LANES * 4);  // the rest of the last vector
-            memset(ups[m] + neurons, 0, LANES * 4);
+            memset(gates[m] + neurons, 0, LANES * sizeof(float));  // the rest of the last vector
+            memset(ups[m] + neurons, 0, LANES * sizeof(float));
         }
-        for (int h = 0; h < neurons; h += 2) {
-            float out[TILE_TOKENS][TILE_ROWS];
-            const bool two = h + 1 < neurons;
-            if (two) {
-                const W *w[TILE_ROWS] = {gate + h * D, gate + (h + 1) * D, up + h * D, up + (h + 1) * D};
-                dots<W, 4>(M, rows, w, D, out);
-            } else {
-                const W *w[TILE_ROWS] = {gate + h * D, up + h * D};
-                dots<W, 2>(M, rows, w, D, out);
+        auto multiply = [&](const W *weight, float (*into)[MAX_BLOCK + LANES]) {
+            for (int h = 0; h < neurons; h += TILE_ROWS) {
+                const int R = at_most(neurons - h, TILE_ROWS);
+                const W *w[TILE_ROWS];
+                float out[TILE_TOKENS][TILE_ROWS];
+                for (int r = 0; r < R; r++) w[r] = weight + (first + h + r) * D;
+                dots_of_rows<W>(R, M, rows, w, D, out);
+                for (int m = 0; m < M; m++) memcpy(into[m] + h, out[m], R * sizeof(float));
             }
-            for (int m = 0; m < M; m++) {
-                gates[m][h] = out[m][0], ups[m][h] = out[m][two ? 2 : 1];
-                if (two) gates[m][h + 1] = out[m][1], ups[m][h + 1] = out[m][3];
-            }
-        }
+        };
+        multiply(part.gate, gates);
+        multiply(part.up, ups);
         for (int m = 0; m < M; m++) {
             const float weight = part.weight ? part.weight[t + m] : 1.f;
             for (int h = 0; h < neurons; h += LANES)
@@ -409,26 +432,26 @@ void gate_up_block(const Layer &layer, const Part<W> &part, int64_t first, const
     }
 }
 
+// y += hidden of some of the part's neurons, `first` up to `end`, times their columns of `down`.
+template <class W>
+void down_of_neurons(const Layer &layer, const Part<W> &part, float *y, int64_t first, int64_t end) {
+    const int64_t D = layer.hidden_size, stride = layer.down_column_stride;
+    const W *down = static_cast<const W *>(layer.down) + (part.first_column + first) * stride;
+    for (int64_t t = 0; t < part.tokens; t += TILE_TOKENS) {
+        const int M = at_most(part.tokens - t, TILE_TOKENS);
+        const Activations<W> *hidden[TILE_TOKENS];
+        float *out[TILE_TOKENS];
+        for (int m = 0; m < M; m++) {
+            hidden[m] = part.hidden + (t + m) * part.hidden_stride + first;
+            out[m] = y + part.token_at(t + m) * D;
+        }
+        add_rows<W>(M, hidden, down, stride, end - first, D, out);
+    }
+}
+
 // y[:, from .. to) += hidden of the part times its columns of `down`, stored column after column.
 template <class W> void down_columns(const Layer &layer, const Part<W> &part, float *y, int64_t from, int64_t to) {
     const int64_t D = layer.hidden_size, stride = layer.down_column_stride;
-    const Activations<W> *hidden[TILE_TOKENS];
-    float *out[TILE_TOKENS];
-    auto point_at = [&](int64_t t, int M, int64_t neuron, int64_t d) {
-        for (int m = 0; m < M; m++) {
-            hidden[m] = part.hidden + (t + m) * part.hidden_stride + neuron;
-            out[m] = y + part.token_at(t + m) * D + d;
-        }
-    };
-    if (part.tokens <= FEW_TOKENS) {
-        const W *down = static_cast<const W *>(layer.down) + part.first_column * stride + from;
-        point_at(0, int(part.tokens), 0, from);
-        switch (part.tokens) {
-        case 1: return outer_of_few<W, 1>(hidden, down, stride, part.neurons, to - from, out);
-        case 2: return outer_of_few<W, 2>(hidden, down, stride, part.neurons, to - from, out);
-        case 3: return outer_of_few<W, 3>(hidden, down, stride, part.neurons, to - from, out);
-        }
-    }
     for (int64_t first = 0; first < part.neurons; first += DEPTH) {
         const int64_t neurons = part.neurons - first < DEPTH ? part.neurons - first : DEPTH;
         const W *down = static_cast<const W *>(layer.down) + (part.first_column + first) * stride;
@@ -437,7 +460,12 @@ template <class W> void down_columns(const Layer &layer, const Part<W> &part, fl
             const int C = vectors >= TILE_VECTORS ? TILE_VECTORS : vectors > 0;
             for (int64_t t = 0; t < part.tokens; t += TILE_TOKENS) {
                 const int M = at_most(part.tokens - t, TILE_TOKENS);
-                point_at(t, M, first, d);
+                const Activations<W> *hidden[TILE_TOKENS];
+                float *out[TILE_TOKENS];
+                for (int m = 0; m < M; m++) {
+                    hidden[m] = part.hidden + (t + m) * part.hidden_stride + first;
+                    out[m] = y + part.token_at(t + m) * D + d;
+                }
                 if (C == TILE_VECTORS) outer<W, TILE_VECTORS>(M, hidden, down + d, stride, neurons, out);
                 else if (C == 1) outer<W, 1>(M, hidden, down + d, stride, neurons, out);
                 else
@@ -470,6 +498,12 @@ template <class W> void down_rows(const Layer &layer, const Part<W> &part, float
     }
 }
 
+// How many neurons, or rows, a thread takes at a time: long pieces stream faster, short ones end together.
+INLINE int64_t block_of(int64_t total, int threads) {
+    const int64_t block = total / (BLOCKS_PER_THREAD * threads) / MIN_BLOCK * MIN_BLOCK;
+    return block < MIN_BLOCK ? MIN_BLOCK : block > MAX_BLOCK ? MAX_BLOCK : block;
+}
+
 // x as activations: as it is, or this thread's share of it widened into `own`.
 template <class W>
 INLINE const Activations<W> *as_activations(const W *x, Activations<W> *own, int64_t count, int me, int team) {
@@ -481,14 +515,14 @@ INLINE const Activations<W> *as_activations(const W *x, Activations<W> *own, int
 }
 
 template <class W>
-int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given_ids, const float *given_weights, W *y_out,
-              int threads) {
+int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given_ids, const float *given_weights,
+              W *y_out, int threads) {
     using A = Activations<W>;
     const int64_t D = layer.hidden_size, N = layer.num_experts, H = layer.expert_size, S = layer.shared_size;
     const int64_t K = layer.top_k, P = T * K;
     const bool everyone = K == N;  // then hidden is [T, F] and one product with all of `down`
     constexpr bool widens = sizeof(A) != sizeof(W), narrows = sizeof(W) != sizeof(float);
-    float *y, *logits, *weights, *weight;
+    float *y, *sums, *logits, *weights, *weight;
     A *x_own, *hidden, *shared_hidden;
     int32_t *ids, *token;
     int64_t *starts;
@@ -501,9 +535,11 @@ int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given
     arena.plan(&ids, P), arena.plan(&token, P), arena.plan(&weights, P), arena.plan(&weight, P);
     arena.plan(&starts, N + 2);
     arena.plan(&x_own, widens ? T * D : 0), arena.plan(&y, narrows ? T * D : 0);
+    const bool sums_fit = layer.down_column_stride != 1 && T * D * threads <= MAX_SUMS;
+    arena.plan(&sums, sums_fit ? T * D * threads : 0);
     if (!arena.allocate()) return 1;
     if constexpr (!narrows) y = y_out;
-    int64_t part_count = 0, blocks = 0, next_block = 0;
+    int64_t part_count = 0, total = 0, next = 0;
     // A few logits take less time than a barrier after them.
     const bool alone = !everyone && K && !given_ids && T <= TILE_TOKENS && N * D <= 8192;
 
@@ -511,8 +547,8 @@ int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given
                         const float *weight_of, A *into) {
         const W *gate = static_cast<const W *>(gate_up);
         const int64_t stride = everyone ? S + N * H : neurons;
-        parts[part_count++] = {gate, gate + neurons * D, neurons, column, tokens, own, weight_of, into, stride, blocks};
-        blocks += (neurons + BLOCK - 1) / BLOCK;
+        parts[part_count++] = {gate, gate + neurons * D, neurons, column, tokens, own, weight_of, into, stride, total};
+        total += neurons;
     };
     auto add_parts = [&] {
         if (S) add_part(layer.shared_gate_up, S, 0, T, nullptr, nullptr, everyone ? hidden : shared_hidden);
@@ -552,23 +588,45 @@ int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given
             if (alone) choose<W>(layer, x, int(T), logits, ids, weights);
             add_parts();
         }
+        const int64_t block = block_of(total, team);
         int64_t p = 0;
-        for (int64_t b; (b = __atomic_fetch_add(&next_block, 1, __ATOMIC_RELAXED)) < blocks;) {
-            while (p + 1 < part_count && parts[p + 1].first_block <= b) p++;
-            gate_up_block<W>(layer, parts[p], (b - parts[p].first_block) * BLOCK, x);
-        }
+        for (int64_t n; (n = __atomic_fetch_add(&next, block, __ATOMIC_RELAXED)) < total;)
+            for (const int64_t end = n + block < total ? n + block : total; n < end;) {  // perhaps of several parts
+                while (p + 1 < part_count && parts[p + 1].first_neuron <= n) p++;
+                const int64_t first = n - parts[p].first_neuron, left = parts[p].neurons - first;
+                const int neurons = int(left < end - n ? left : end - n);
+                gate_up_block<W>(layer, parts[p], first, neurons, x);
+                n += neurons;
+            }
 #pragma omp barrier
-        // Every thread owns a range of outputs: no two add to the same one, and the order of the sum never changes.
+        const Part<W> all = {nullptr, nullptr, S + N * H, 0, T, nullptr, nullptr, hidden, S + N * H, 0};
+        const Part<W> *down_parts = everyone ? &all : parts;
+        const int64_t down_count = everyone ? 1 : part_count;
         const int64_t vectors = (D + LANES - 1) / LANES, from = vectors * me / team * LANES;
         const int64_t end = vectors * (me + 1) / team * LANES, to = end < D ? end : D;
-        auto add_down = [&](const Part<W> &part) {
-            if (layer.down_column_stride == 1) down_rows<W>(layer, part, y, from, to);
-            else down_columns<W>(layer, part, y, from, to);
-        };
-        if (from < to) {
+        if (sums_fit && P + (S ? T : 0) <= TILE_TOKENS * part_count) {
+            // Few tokens wait for memory: every thread reads columns of its own, from end to end.
+            float *own = sums + me * T * D;
+            memset(own, 0, T * D * sizeof *own);
+            for (int64_t part = 0; part < down_count; part++) {
+                const int64_t start = down_parts[part].first_neuron, stop = start + down_parts[part].neurons;
+                const int64_t first = total * me / team, last = total * (me + 1) / team;
+                const int64_t begin = first > start ? first : start, finish = last < stop ? last : stop;
+                if (begin < finish) down_of_neurons<W>(layer, down_parts[part], own, begin - start, finish - start);
+            }
+#pragma omp barrier
+            for (int64_t t = 0; t < T; t++)
+                for (int64_t d = from; d < to; d++) {
+                    float sum = 0;
+                    for (int thread = 0; thread < team; thread++) sum += sums[(thread * T + t) * D + d];
+                    narrow(sum, y_out + t * D + d);
+                }
+        } else if (from < to) {
+            // Every thread owns a range of outputs: no two add to the same one.
             for (int64_t t = 0; t < T; t++) memset(y + t * D + from, 0, (to - from) * sizeof *y);
-            if (everyone) add_down({nullptr, nullptr, S + N * H, 0, T, nullptr, nullptr, hidden, S + N * H, 0});
-            else for (int64_t part = 0; part < part_count; part++) add_down(parts[part]);
+            for (int64_t part = 0; part < down_count; part++)
+                if (layer.down_column_stride == 1) down_rows<W>(layer, down_parts[part], y, from, to);
+                else down_columns<W>(layer, down_parts[part], y, from, to);
             for (int64_t t = 0; t < T && narrows; t++)
                 for (int64_t d = from; d < to; d++) narrow(y[t * D + d], y_out + t * D + d);
         }
@@ -585,21 +643,21 @@ int run_linear(const W *x_in, const W *weight, int64_t row_stride, const W *bias
     Arena arena;
     arena.plan(&x_own, widens ? T * inputs : 0);
     if (!arena.allocate()) return 1;
-    const int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
-    int64_t next_block = 0;
+    int64_t next = 0;
 #pragma omp parallel num_threads(threads)
     {
         const A *x = as_activations<W>(x_in, x_own, T * inputs, omp_get_thread_num(), omp_get_num_threads());
         if (widens) {
 #pragma omp barrier
         }
-        for (int64_t b; (b = __atomic_fetch_add(&next_block, 1, __ATOMIC_RELAXED)) < blocks;) {
-            const int64_t end = (b + 1) * BLOCK < outputs ? (b + 1) * BLOCK : outputs;
+        const int64_t block = block_of(outputs, omp_get_num_threads());
+        for (int64_t start; (start = __atomic_fetch_add(&next, block, __ATOMIC_RELAXED)) < outputs;) {
+            const int64_t end = start + block < outputs ? start + block : outputs;
             for (int64_t t = 0; t < T; t += TILE_TOKENS) {
                 const int M = at_most(T - t, TILE_TOKENS);
                 const A *rows[TILE_TOKENS];
                 for (int m = 0; m < M; m++) rows[m] = x + (t + m) * inputs;
-                for (int64_t o = b * BLOCK; o < end; o += TILE_ROWS) {
+                for (int64_t o = start; o < end; o += TILE_ROWS) {
                     const int R = at_most(end - o, TILE_ROWS);
                     const W *w[TILE_ROWS];
                     float out[TILE_TOKENS][TILE_ROWS];
@@ -618,18 +676,21 @@ int run_linear(const W *x_in, const W *weight, int64_t row_stride, const W *bias
 }  // namespace
 
 // Both return 0, or 1 when memory ran out.
-extern "C" int factorctl_ffn(const Layer *layer, const void *x, int64_t tokens, const int64_t *ids, const float *weights,
-                             void *y, int threads) {
-    if (layer->bfloat16)
-        return run_layer(*layer, static_cast<const Bfloat16 *>(x), tokens, ids, weights, static_cast<Bfloat16 *>(y), threads);
-    return run_layer(*layer, static_cast<const float *>(x), tokens, ids, weights, static_cast<float *>(y), threads);
+extern "C" int factorctl_ffn(const Layer *layer, const void *x, int64_t tokens, const int64_t *ids,
+                             const float *weights, void *y, int threads) {
+    auto run = [&](auto weight) {
+        using W = decltype(weight);
+        return run_layer(*layer, static_cast<const W *>(x), tokens, ids, weights, static_cast<W *>(y), threads);
+    };
+    return layer->bfloat16 ? run(Bfloat16()) : run(float());
 }
 
 extern "C" int factorctl_linear(const void *x, const void *weight, int64_t row_stride, const void *bias, void *y,
                                 int64_t tokens, int64_t inputs, int64_t outputs, int bfloat16, int threads) {
-    if (bfloat16)
-        return run_linear(static_cast<const Bfloat16 *>(x), static_cast<const Bfloat16 *>(weight), row_stride,
-                          static_cast<const Bfloat16 *>(bias), static_cast<Bfloat16 *>(y), tokens, inputs, outputs, threads);
-    return run_linear(static_cast<const float *>(x), static_cast<const float *>(weight), row_stride,
-                      static_cast<const float *>(bias), static_cast<float *>(y), tokens, inputs, outputs, threads);
+    auto run = [&](auto element) {
+        using W = decltype(element);
+        return run_linear(static_cast<const W *>(x), static_cast<const W *>(weight), row_stride,
+                          static_cast<const W *>(bias), static_cast<W *>(y), tokens, inputs, outputs, threads);
+    };
+    return bfloat16 ? run(Bfloat16()) : run(float());
 }

@@ -124,7 +124,7 @@ class FactoredFFN(nn.Module):
             return
         dtype = self.down.dtype
         short_rows = self.shape.expert_size * dtype.itemsize < SHORT_ROW_BYTES
-        if dtype == torch.float32 or (dtype == torch.bfloat16 and short_rows and cpu_kernel.is_available()):
+        if cpu_kernel.is_available() and (dtype == torch.float32 or (dtype == torch.bfloat16 and short_rows)):
             self.down.data = self.down.data.t().contiguous().t()
 
     def router_logits(self, x_TD: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,10 @@
 Without gradient that is the compiled kernel of `factorctl.kernels`. What follows serves where no compiler made one.
 
 MKL's float32 product x W^T of few rows runs on one core and leaves the others idle: a layer that waits for memory then
-takes twice as long as it need. Three other forms of the same product do better, each somewhere:
+takes twice as long as it need. Two other forms of the same product do better, each somewhere:
 
 - rows:    the weight's rows cut into bands, a band to each core, by a batched product;
-- columns: the same bands from the left, W x^T: MKL streams a contiguous weight of short rows at the memory's speed;
-- sums:    for a weight that lies in memory column after column, bands of the inputs, whose products are added.
+- columns: the same bands from the left, W x^T: MKL streams a contiguous weight of short rows at the memory's speed.
 
 Microseconds on 2 cores of a Zen 5 server, weights from memory, `F.linear` / rows / columns:
 
@@ -16,7 +15,6 @@ Microseconds on 2 cores of a Zen 5 server, weights from memory, `F.linear` / row
 | [3072, 576]                  | 656 / 458 / 243   | 1043 / 612 / 320   | 873 / 584 / 287    | 860 / 751 / 688    |
 | [2816, 2048]                 | 1344 / 942 / 738  | 2729 / 1385 / 1055 | 2678 / 1726 / 2087 | 2370 / 1780 / 2520 |
 | [2048, 1408] of rows of 5632 | 855 / 644 / 868   | 1797 / 916 / 1080  | 1451 / 856 / 1161  | 1237 / 1111 / 1690 |
-| the same, column after column | 619 / sums 441   | 1065 / sums 701    | 1926 / rows 1127   | 1327 / rows 978    |
 
 oneDNN's bfloat16 product uses all cores by itself and stays as it is. The dense model runs on the same products as the
 factored one, so that no speed-up comes from here.
@@ -42,7 +40,6 @@ BANDS_PER_THREAD = (4, 2, 1)
 """Preferred first; the number of bands has to divide the outputs."""
 MIN_BAND_ROWS = 256
 """With more than a band to a core: narrower ones take up to 1.1 times as long."""
-MAX_SUMS_TOKENS = 3
 MAX_COLUMNS_INPUTS = {1: 4096, 2: 4096, 3: 1024, 4: 1024}
 """By tokens: the longest contiguous rows that columns pay for."""
 
@@ -93,16 +90,9 @@ def bands_for(x: torch.Tensor, weight_OI: torch.Tensor) -> int:
 
 def form_for(tokens: int, weight_OI: torch.Tensor) -> Form:
     """The fastest form by the table above."""
-    if columns_together(weight_OI):
-        return in_sums if tokens <= MAX_SUMS_TOKENS else in_rows
     if weight_OI.is_contiguous() and weight_OI.shape[1] <= MAX_COLUMNS_INPUTS.get(tokens, 0):
         return in_columns
     return in_rows
-
-
-def columns_together(weight_OI: torch.Tensor) -> bool:
-    """Whether the weight lies in memory column after column."""
-    return weight_OI.stride(0) == 1 and weight_OI.stride(1) != 1
 
 
 def in_rows(x_TI: torch.Tensor, weight_OI: torch.Tensor, bands: int) -> torch.Tensor:
@@ -118,22 +108,7 @@ def in_columns(x_TI: torch.Tensor, weight_OI: torch.Tensor, bands: int) -> torch
     return y_BOT.flatten(0, 1).t().contiguous()
 
 
-def in_sums(x_TI: torch.Tensor, weight_OI: torch.Tensor, bands: int) -> torch.Tensor:
-    """x W^T, [T, O], as a sum over bands of the inputs, one to each core; `in_rows` where cores do not divide them."""
-    tokens, inputs = x_TI.shape
-    threads = torch.get_num_threads()
-    if inputs % threads:
-        return in_rows(x_TI, weight_OI, bands)
-    x_BTI = x_TI.view(tokens, threads, -1).transpose(0, 1)
-    return torch.bmm(x_BTI, weight_OI.t().unflatten(0, (threads, -1))).sum(0)
-
-
 Form = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-
-
-def a_core_each(x_1I: torch.Tensor, weight_OI: torch.Tensor) -> bool:
-    """Whether two such products are best done as one of batch 2: there are two cores, and bands would pay."""
-    return torch.get_num_threads() == 2 and bands_for(x_1I, weight_OI) > 1
 
 
 class FewTokenLinear(nn.Linear):

@@ -30,14 +30,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from factorctl.models.few_token_linear import a_core_each, linear
+from factorctl.models.few_token_linear import linear
 from factorctl.models.routing import Routing, TokenRouting, group_by_expert, scatter_weights
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 PathName = Literal["kernel", "dense", "masked", "single", "skip", "loop", "grouped", "slot"]
 
-Chosen = tuple[int, float | torch.Tensor]
-"""An expert and its weight."""
 Range = tuple[int, int]
 """Experts from the first number up to, not including, the second."""
 
@@ -145,9 +143,6 @@ def one_token(
     """The experts of one token, [1, D], in the fewest calls: on a CPU they cost a third of a small layer."""
     outputs = [] if shared is None else [shared.output_TD()]
     chosen = sorted(zip(routing.ids, routing.weights, strict=True), key=itemgetter(0))
-    if a_core_each(x_1D, experts.gate_up_NGD[0]):
-        while len(chosen) > 1:
-            outputs.append(_two_experts(x_1D, experts, chosen.pop(0), chosen.pop(0)))
     outputs += [_one_expert(x_1D, experts, *own) for own in chosen]
     y_1D = torch.zeros_like(x_1D) if not outputs else outputs[0]
     for own_1D in outputs[1:]:
@@ -162,18 +157,6 @@ def _one_expert(x_1D: torch.Tensor, experts: ExpertWeights, expert: int, weight:
         hidden_1H = hidden_1H * weight
     size = experts.expert_size
     return linear(hidden_1H, experts.down_DR[:, expert * size : (expert + 1) * size])
-
-
-def _two_experts(x_1D: torch.Tensor, experts: ExpertWeights, one: Chosen, other: Chosen) -> torch.Tensor:
-    """Both in the calls of one: any two experts are a slice with a stride."""
-    (first, first_weight), (second, second_weight) = one, other
-    both = slice(first, second + 1, second - first)
-    gate_up_2G = torch.bmm(experts.gate_up_NGD[both], x_1D.t().expand(2, -1, -1)).squeeze(2)
-    if experts.gate_up_bias_NG is not None:
-        gate_up_2G = gate_up_2G + experts.gate_up_bias_NG[both]
-    hidden_21H = gated(gate_up_2G, experts.activation).unsqueeze(1)
-    y_first, y_second = torch.bmm(hidden_21H, experts.down_NDH[both].transpose(1, 2)).unbind()
-    return y_first * first_weight + y_second * second_weight
 
 
 def skip(

@@ -16,6 +16,7 @@ from factorctl.checkpoint.aliases import ALIASES
 from factorctl.checkpoint.manifest import check_files, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.errors import IntegrityError, UsageError
+from factorctl.kernels.cpu import reason_without
 from factorctl.memory import available_memory
 from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.models.building import empty_factored_model, filled_ffn
@@ -206,6 +207,8 @@ class Diagnosis:
     disk_free_bytes: int
     cuda_devices: list[str]
     bf16_on_cpu: bool
+    no_kernel: str | None
+    """Why the compiled CPU kernel does not run; None where it does."""
     hub: str
     cache: str
 
@@ -225,6 +228,7 @@ def diagnose(workspace: Path) -> Diagnosis:
         disk_free_bytes=shutil.disk_usage(existing).free,
         cuda_devices=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         bf16_on_cpu=has_fast_bfloat16(),
+        no_kernel=reason_without(),
         hub=_hub_state(),
         cache=str(cache_directory()),
     )

@@ -311,6 +311,14 @@ def test_doctor_reports_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "This machine" in cli("doctor").stdout
 
 
+@pytest.mark.parametrize("reason", [None, "no C++ compiler (c++) is installed"])
+def test_doctor_says_whether_the_cpu_kernel_runs(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factorctl.pipeline.inspect._hub_state", lambda: "reachable")
+    monkeypatch.setattr("factorctl.pipeline.inspect.reason_without", lambda: reason)
+    assert cli("doctor", "--format", "json").json["no_kernel"] == reason
+    assert ("compiled" if reason is None else "torch computes alone") in cli("doctor").stdout
+
+
 def test_doctor_says_when_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import HfApi
 

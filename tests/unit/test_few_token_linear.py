@@ -8,16 +8,15 @@ from conftest import DenseSource
 from torch import nn
 from torch.nn import functional as F
 
+from factorctl.kernels import cpu as cpu_kernel
 from factorctl.models.few_token_linear import (
     MAX_TOKENS,
     FewTokenLinear,
     Form,
-    a_core_each,
     bands_for,
     form_for,
     in_columns,
     in_rows,
-    in_sums,
     linear,
     use_few_token_linears,
     use_stock_linears,
@@ -34,7 +33,7 @@ def draw(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
-FORMS = pytest.mark.parametrize("form", [in_rows, in_columns, in_sums])
+FORMS = pytest.mark.parametrize("form", [in_rows, in_columns])
 
 
 def columns_together(weight: torch.Tensor) -> torch.Tensor:
@@ -68,28 +67,13 @@ def test_gradients_flow_through_bands(form: Form) -> None:
     assert torch.autograd.gradcheck(lambda x, w: form(x, w, 4), inputs)
 
 
-def test_inputs_that_the_cores_do_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    x, weight = draw(1, 16), columns_together(draw(6, 16, seed=1))
-    torch.testing.assert_close(in_sums(x, weight, 6), F.linear(x, weight))
-
-
 def test_which_form_is_taken() -> None:
     short, long = draw(8, 576), draw(8, 2048)
     assert [form_for(tokens, short) for tokens in (1, 4, 5)] == [in_columns, in_columns, in_rows]
     assert [form_for(tokens, long) for tokens in (1, 2, 3)] == [in_columns, in_columns, in_rows]
     assert form_for(1, draw(8, 8192)) is in_rows, "rows too long"
     assert form_for(1, short[:, :100]) is in_rows, "rows with gaps"
-    assert [form_for(tokens, columns_together(long)) for tokens in (1, 3, 4)] == [in_sums, in_sums, in_rows]
-    assert form_for(1, columns_together(long)[:, 100:200]) is in_sums, "a block of columns"
-
-
-def test_two_products_at_once_need_two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = draw(512, 256)
-    for threads, expected in ((1, False), (2, True), (4, False)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert a_core_each(draw(1, 256), weight) is expected
-        assert not a_core_each(draw(1, 256).double(), weight.double())
+    assert form_for(1, columns_together(long)) is in_rows, "column after column"
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -112,7 +96,9 @@ def test_one_thread_has_nobody_to_share_with(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_linear_is_the_product_either_way() -> None:
+@pytest.mark.parametrize("kernel", [False, True])
+def test_linear_is_the_product_either_way(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernel, "is_available", lambda available=cpu_kernel.is_available(): kernel and available)
     weight, bias = draw(512, 256), draw(512, seed=1)
     for tokens in (1, 3, MAX_TOKENS + 1):
         for layout in (weight, columns_together(weight)):

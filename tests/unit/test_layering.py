@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,15 @@ def _run(node: ast.AST, *, functions: bool) -> Iterator[ast.AST]:
 def test_every_part_has_a_layer() -> None:
     parts = {path.stem if path.is_file() else path.name for path in (ROOT / "factorctl").iterdir()}
     assert parts - {"__init__", "__main__", "__pycache__", "py"} == LAYERS.keys()
+
+
+def test_an_installation_holds_every_package_and_file() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {name.replace(".", "/") for name in settings["packages"]} - {"factorctl_plugins"}
+    assert packages == {name_of(path.parent) for path in (ROOT / "factorctl").rglob("__init__.py")}
+    others = {path for path in (ROOT / "factorctl").rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    named = {path for pattern in settings["package-data"]["factorctl"] for path in (ROOT / "factorctl").glob(pattern)}
+    assert others | {ROOT / "factorctl" / "py.typed"} == named
 
 
 @pytest.mark.parametrize("path", files("factorctl"), ids=name_of)

@@ -131,6 +131,16 @@ def test_tuning_is_cached_for_this_machine(checkpoint: Path) -> None:
     assert set(result.tuning.timings_ms) == {1, 8}
 
 
+def test_a_missing_kernel_is_said(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = pipeline.look_at_hardware
+    monkeypatch.setattr(
+        pipeline, "look_at_hardware", lambda *args: dataclasses.replace(looked(*args), no_kernel="no C++ compiler")
+    )
+    result, notes = run(small(checkpoint, latency=False))
+    assert "computed by torch alone, without the compiled kernel: no C++ compiler" in notes
+    assert result.hardware.no_kernel == "no C++ compiler"
+
+
 def test_a_busy_machine_is_marked_or_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked = pipeline.look_at_hardware
     monkeypatch.setattr(
