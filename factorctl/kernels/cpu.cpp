@@ -226,9 +226,51 @@ void dots_of_rows(int rows, int tokens, const Activations<W> *const *x, const W 
     }
 }
 
+#if defined(__AVX512BF16__)
+// `outer_tile` by products of pairs: two neurons' weights are interleaved, and so are the sums until they are stored.
+template <int M, int C>
+INLINE void outer_pairs(const Bfloat16 *const *a, const Bfloat16 *b, int64_t stride, int64_t neurons, float *const *y) {
+    Vector low[M][C] = {}, high[M][C] = {};
+    for (int64_t h = 0; h < neurons; h += 2) {
+        const bool pair = h + 1 < neurons;  // the last may stand alone
+        __m512bh lows[C], highs[C];
+        for (int c = 0; c < C; c++) {
+            const Bfloat16 *at = b + h * stride + c * 2 * LANES;
+            const __m512i first = _mm512_loadu_si512(at);
+            const __m512i second = pair ? _mm512_loadu_si512(at + stride) : _mm512_setzero_si512();
+            lows[c] = (__m512bh)_mm512_unpacklo_epi16(first, second);
+            highs[c] = (__m512bh)_mm512_unpackhi_epi16(first, second);
+        }
+        for (int m = 0; m < M; m++) {
+            uint32_t factors = a[m][h];
+            if (pair) memcpy(&factors, a[m] + h, 4);
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(int(factors));
+            for (int c = 0; c < C; c++) {
+                low[m][c] = (Vector)_mm512_dpbf16_ps((__m512)low[m][c], lows[c], both);
+                high[m][c] = (Vector)_mm512_dpbf16_ps((__m512)high[m][c], highs[c], both);
+            }
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int c = 0; c < C; c++) {  // unpacking took four elements of every eight
+            const Vector l = low[m][c], u = high[m][c];
+            float *to = y[m] + c * 2 * LANES;
+            const Vector first =
+                __builtin_shufflevector(l, u, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+            const Vector second =
+                __builtin_shufflevector(l, u, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+            store(to, load(to) + first);
+            store(to + LANES, load(to + LANES) + second);
+        }
+}
+#endif
+
 // y[m][0 .. C vectors) += sum over h of a[m][h] * b[h]; b's neurons lie `stride` apart, each contiguous.
 template <class W, int M, int C>
 INLINE void outer_tile(const Activations<W> *const *a, const W *b, int64_t stride, int64_t neurons, float *const *y) {
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(W) == 2 && C % 2 == 0) return outer_pairs<M, C / 2>(a, b, stride, neurons, y);
+#endif
     Vector sums[M][C];
     for (int m = 0; m < M; m++)
         for (int c = 0; c < C; c++) sums[m][c] = load(y[m] + c * LANES);
@@ -256,29 +298,21 @@ void outer(int tokens, const Activations<W> *const *a, const W *b, int64_t strid
     }
 }
 
-// The same for few tokens and `width` elements of each row; the sums stay in L1. One row after another streams fastest,
-// two share the sums' way to L1 and back.
+// The same for few tokens and `width` elements of each neuron, one after another: that streams fastest. Sums stay in L1.
 template <class W, int M>
-void add_rows(const Activations<W> *const *a, const W *b, int64_t stride, int64_t neurons, int64_t width, float *const *y) {
-    constexpr int R = M <= FEW_TOKENS ? 1 : 2;
-    for (int64_t h = 0; h < neurons; h += R) {
-        const W *rows[R];
-        Vector factors[M][R];
-        for (int r = 0; r < R; r++) {
-            const bool there = h + r < neurons;  // the last row may stand alone: times zero then
-            rows[r] = b + (there ? h + r : h) * stride;
-            for (int m = 0; m < M; m++) factors[m][r] = splat(there ? widen(a[m][h + r]) : 0.f);
-        }
+void add_rows(const Activations<W> *const *a, const W *b, int64_t stride, int64_t neurons, int64_t width,
+              float *const *y) {
+    for (int64_t h = 0; h < neurons; h++) {
+        const W *row = b + h * stride;
+        Vector factors[M];
+        for (int m = 0; m < M; m++) factors[m] = splat(widen(a[m][h]));
         int64_t d = 0;
-        for (; d + LANES <= width; d += LANES)
-            for (int m = 0; m < M; m++) {
-                Vector sum = load(y[m] + d);
-                for (int r = 0; r < R; r++) sum += factors[m][r] * load(rows[r] + d);
-                store(y[m] + d, sum);
-            }
+        for (; d + LANES <= width; d += LANES) {
+            const Vector loaded = load(row + d);
+            for (int m = 0; m < M; m++) store(y[m] + d, load(y[m] + d) + factors[m] * loaded);
+        }
         for (; d < width; d++)
-            for (int m = 0; m < M; m++)
-                for (int r = 0; r < R; r++) y[m][d] += factors[m][r][0] * widen(rows[r][d]);
+            for (int m = 0; m < M; m++) y[m][d] += factors[m][0] * widen(row[d]);
     }
 }
 
@@ -289,9 +323,6 @@ void add_rows(int tokens, const Activations<W> *const *a, const W *b, int64_t st
     case 1: return add_rows<W, 1>(a, b, stride, neurons, width, y);
     case 2: return add_rows<W, 2>(a, b, stride, neurons, width, y);
     case 3: return add_rows<W, 3>(a, b, stride, neurons, width, y);
-    case 4: return add_rows<W, TILE_TOKENS < 4 ? 1 : 4>(a, b, stride, neurons, width, y);
-    case 5: return add_rows<W, TILE_TOKENS < 5 ? 1 : 5>(a, b, stride, neurons, width, y);
-    case 6: return add_rows<W, TILE_TOKENS < 6 ? 1 : 6>(a, b, stride, neurons, width, y);
     }
 }
 
@@ -437,10 +468,10 @@ template <class W>
 void down_of_neurons(const Layer &layer, const Part<W> &part, float *y, int64_t first, int64_t end) {
     const int64_t D = layer.hidden_size, stride = layer.down_column_stride;
     const W *down = static_cast<const W *>(layer.down) + (part.first_column + first) * stride;
-    for (int64_t t = 0; t < part.tokens; t += TILE_TOKENS) {
-        const int M = at_most(part.tokens - t, TILE_TOKENS);
-        const Activations<W> *hidden[TILE_TOKENS];
-        float *out[TILE_TOKENS];
+    for (int64_t t = 0; t < part.tokens; t += FEW_TOKENS) {
+        const int M = at_most(part.tokens - t, FEW_TOKENS);
+        const Activations<W> *hidden[FEW_TOKENS];
+        float *out[FEW_TOKENS];
         for (int m = 0; m < M; m++) {
             hidden[m] = part.hidden + (t + m) * part.hidden_stride + first;
             out[m] = y + part.token_at(t + m) * D;
@@ -604,7 +635,7 @@ int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given
         const int64_t down_count = everyone ? 1 : part_count;
         const int64_t vectors = (D + LANES - 1) / LANES, from = vectors * me / team * LANES;
         const int64_t end = vectors * (me + 1) / team * LANES, to = end < D ? end : D;
-        if (sums_fit && P + (S ? T : 0) <= TILE_TOKENS * part_count) {
+        if (sums_fit && P + (S ? T : 0) <= FEW_TOKENS * part_count) {
             // Few tokens wait for memory: every thread reads columns of its own, from end to end.
             float *own = sums + me * T * D;
             memset(own, 0, T * D * sizeof *own);

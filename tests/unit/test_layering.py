@@ -90,7 +90,9 @@ def test_an_installation_holds_every_package_and_file() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = {name.replace(".", "/") for name in settings["packages"]} - {"factorctl_plugins"}
     assert packages == {name_of(path.parent) for path in (ROOT / "factorctl").rglob("__init__.py")}
-    others = {path for path in (ROOT / "factorctl").rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    others = {
+        path for path in (ROOT / "factorctl").rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
     named = {path for pattern in settings["package-data"]["factorctl"] for path in (ROOT / "factorctl").glob(pattern)}
     assert others | {ROOT / "factorctl" / "py.typed"} == named
 

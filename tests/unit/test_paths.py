@@ -252,22 +252,20 @@ def test_the_layout_in_memory_changes_nothing_else(path: str) -> None:
         check(ffn, path, tokens_for(ffn, tokens))
 
 
-@pytest.mark.parametrize(
-    ("k", "h", "dtype"), [(2, 256, torch.bfloat16), (4, 8, torch.float32), (0, 8, torch.float32), (2, 8, torch.float64)]
-)
-def test_rows_stay_rows_where_they_are_faster(k: int, h: int, dtype: torch.dtype) -> None:
-    ffn = make_ffn(n=4, k=k, h=h, s=8, dtype=dtype)
+@pytest.mark.parametrize(("k", "dtype"), [(4, torch.float32), (0, torch.bfloat16), (2, torch.float64)])
+def test_rows_stay_rows_where_they_are_faster(k: int, dtype: torch.dtype) -> None:
+    ffn = make_ffn(n=4, k=k, h=8, s=8, dtype=dtype)
     ffn.keep_experts_together()
     assert ffn.down.is_contiguous()
 
 
 @pytest.mark.parametrize("kernel", [False, True])
-@pytest.mark.parametrize(("h", "dtype"), [(256, torch.float32), (8, torch.bfloat16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_are_kept_together_for_the_kernel(
-    h: int, dtype: torch.dtype, kernel: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_kernel, "is_available", lambda: kernel)
-    ffn = make_ffn(n=4, k=2, h=h, dtype=dtype)
+    ffn = make_ffn(n=4, k=2, h=8, dtype=dtype)
     ffn.keep_experts_together()
     assert ffn.down.is_contiguous() != kernel
 
