@@ -40,7 +40,8 @@ constexpr int TILE_TOKENS = 6;
 constexpr int TILE_TOKENS = 3;
 #endif
 constexpr int TILE_ROWS = 4, TILE_VECTORS = 4;
-constexpr int FEW_TOKENS = 3;           // up to which a product waits for its weights, not for arithmetic
+constexpr int ROW_BY_ROW = 2;           // tokens up to which a product waits for its weights, not for arithmetic
+constexpr int FEW_TOKENS = 3;           // up to which sums of whole rows stay in L1
 constexpr int MIN_BLOCK = 16, MAX_BLOCK = 64, BLOCKS_PER_THREAD = 8;  // of neurons, or rows, that a thread takes
 constexpr int64_t MAX_SUMS = 1 << 18;   // of all threads, where each sums up its own neurons
 constexpr int64_t DEPTH = 1024;         // neurons that a tile of `down` sums up before the next tile: they stay in L2
@@ -169,7 +170,7 @@ INLINE void dot_tile(const Activations<W> *const *x, const W *const *w, int64_t 
     constexpr int E = Step<W>::ELEMENTS;
     Vector sums[M][TILE_ROWS] = {};
     int64_t i = 0;
-    if constexpr (M <= FEW_TOKENS) {
+    if constexpr (M <= ROW_BY_ROW) {
         for (int r = 0; r < R; r++) {
             Vector odd[M] = {};  // two chains of sums: one would wait for itself
             for (i = 0; i + 2 * E <= inputs; i += 2 * E) {

@@ -91,9 +91,9 @@ class CompiledFFN:
     def takes(self, x: torch.Tensor) -> bool:
         """Whether `x` is [..., D] in the weights' dtype, and no gradient must reach it."""
         return (
-            x.dtype == self._dtype
+            x.dtype is self._dtype
             and x.is_cpu
-            and x.shape[-1] == self._hidden_size
+            and x.size(-1) == self._hidden_size
             and not (x.requires_grad and torch.is_grad_enabled())
         )
 
@@ -108,7 +108,8 @@ class CompiledFFN:
         Raises:
             MemoryError: for the activations of T tokens.
         """
-        x = x.contiguous()
+        if not x.is_contiguous():
+            x = x.contiguous()
         y = torch.empty_like(x)
         tokens = x.numel() // self._hidden_size
         ids = 0 if ids_TK is None else (ids_TK := ids_TK.contiguous()).data_ptr()

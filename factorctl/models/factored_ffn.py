@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
@@ -173,7 +174,7 @@ class FactoredFFN(nn.Module):
     def _plan(self) -> Plan:
         """How to run in the present state: looked up once, and compared in the fewest steps. What one token's layer
         does in Python costs three times as much as elsewhere, because reading its weights has emptied the caches."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._make_plan(None)
         own = self._parameters
         gate_up, down, router, shared = own["gate_up"], own["down"], own["router"], own.get("shared_gate_up")
