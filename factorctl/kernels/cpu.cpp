@@ -6,7 +6,7 @@
 //
 // Weights are float or bfloat16, sums are float. bfloat16 weights meet bfloat16 activations where the processor
 // multiplies pairs of them, else both are widened. Vectors are the compiler's own, so that one text serves
-// AVX-512, AVX2 and NEON. Bound by kernel.py; compiled by compiling.py.
+// AVX-512, AVX2 and NEON. Bound by cpu.py, compiled by compiling.py.
 //
 // T tokens, D hidden size, N experts of H neurons, S shared neurons, K experts chosen per token, P = T*K pairs.
 

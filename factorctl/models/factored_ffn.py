@@ -172,8 +172,10 @@ class FactoredFFN(nn.Module):
         return path_at(plan.steps, tokens) if self.path == "auto" else self._checked_path(self.path, plan.compiled)
 
     def _plan(self) -> Plan:
-        """How to run in the present state: looked up once, and compared in the fewest steps. What one token's layer
-        does in Python costs three times as much as elsewhere, because reading its weights has emptied the caches."""
+        """How to run in the present state: looked up once, then recognised in the fewest steps.
+
+        What Python does here costs a token three times as much as elsewhere: the weights have emptied the caches.
+        """
         if is_compiling():
             return self._make_plan(None)
         own = self._parameters

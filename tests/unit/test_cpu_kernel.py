@@ -117,6 +117,15 @@ def test_a_chooser_decides_instead_of_the_router() -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_a_chooser_that_names_no_expert_is_refused(wrong: int) -> None:
+    ffn = frozen(n=4, k=2, h=8)
+    compiled = ffn.compiled()
+    with pytest.raises(IndexError, match="but there are 4"):
+        compiled(tokens_for(ffn, 2), torch.tensor([[0, wrong], [1, 2]]), torch.ones(2, 2))
+
+
+@needs_kernel
 def test_what_is_not_a_number_stays_so_and_spoils_no_other_token() -> None:
     ffn = frozen(n=4, k=2, h=8, s=8)
     ffn.path = "kernel"
