@@ -127,6 +127,7 @@ INLINE Vector exponential(Vector x) {
     return p * (Vector)(((Integers)shifted - 0x4B400000 + 127) << 23);
 }
 
+enum Fault : int { NO_MEMORY = 1, NO_SUCH_EXPERT = 2 };
 enum Activation : int32_t { SILU = 0, GELU_TANH = 1, QUICK_GELU = 2, RELU = 3 };
 
 INLINE Vector activate(Vector x, int32_t activation) {
@@ -569,9 +570,10 @@ int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given
     arena.plan(&x_own, widens ? T * D : 0), arena.plan(&y, narrows ? T * D : 0);
     const bool sums_fit = layer.down_column_stride != 1 && T * D * threads <= MAX_SUMS;
     arena.plan(&sums, sums_fit ? T * D * threads : 0);
-    if (!arena.allocate()) return 1;
+    if (!arena.allocate()) return NO_MEMORY;
     if constexpr (!narrows) y = y_out;
     int64_t part_count = 0, total = 0, next = 0;
+    bool unknown = false;  // some expert that was asked for
     // A few logits take less time than a barrier after them.
     const bool alone = !everyone && K && !given_ids && T <= TILE_TOKENS && N * D <= 8192;
 
@@ -603,8 +605,10 @@ int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given
         }
         if (!everyone && K && !alone) {
             if (given_ids) {
-                for (int64_t p = P * me / team; p < P * (me + 1) / team; p++)
+                for (int64_t p = P * me / team; p < P * (me + 1) / team; p++) {
                     ids[p] = int32_t(given_ids[p]), weights[p] = given_weights[p];
+                    if (given_ids[p] < 0 || given_ids[p] >= N) __atomic_store_n(&unknown, true, __ATOMIC_RELAXED);
+                }
             } else {
                 const int64_t tiles = (T + TILE_TOKENS - 1) / TILE_TOKENS;
                 for (int64_t tile = tiles * me / team; tile < tiles * (me + 1) / team; tile++) {
@@ -618,7 +622,7 @@ int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given
 #pragma omp single
         {
             if (alone) choose<W>(layer, x, int(T), logits, ids, weights);
-            add_parts();
+            if (!unknown) add_parts();
         }
         const int64_t block = block_of(total, team);
         int64_t p = 0;
@@ -663,7 +667,7 @@ int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given
                 for (int64_t d = from; d < to; d++) narrow(y[t * D + d], y_out + t * D + d);
         }
     }
-    return 0;
+    return unknown ? NO_SUCH_EXPERT : 0;
 }
 
 template <class W>
@@ -674,7 +678,7 @@ int run_linear(const W *x_in, const W *weight, int64_t row_stride, const W *bias
     A *x_own;
     Arena arena;
     arena.plan(&x_own, widens ? T * inputs : 0);
-    if (!arena.allocate()) return 1;
+    if (!arena.allocate()) return NO_MEMORY;
     int64_t next = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -707,7 +711,7 @@ int run_linear(const W *x_in, const W *weight, int64_t row_stride, const W *bias
 
 }  // namespace
 
-// Both return 0, or 1 when memory ran out.
+// Both return 0, or one of the faults above.
 extern "C" int factorctl_ffn(const Layer *layer, const void *x, int64_t tokens, const int64_t *ids,
                              const float *weights, void *y, int threads) {
     auto run = [&](auto weight) {

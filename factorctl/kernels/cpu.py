@@ -27,6 +27,7 @@ ACTIVATIONS = {
 }  # fmt: skip
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 DTYPES = (torch.float32, torch.bfloat16)
+NO_SUCH_EXPERT = 2
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -110,25 +111,21 @@ class CompiledFFN:
             MemoryError: for the activations of T tokens.
         """
         if ids_TK is not None and weights_TK is not None:
-            ids_TK, weights_TK = self._checked(ids_TK), weights_TK.to(torch.float32).contiguous()
+            ids_TK, weights_TK = ids_TK.to(torch.int64).contiguous(), weights_TK.to(torch.float32).contiguous()
         if not x.is_contiguous():
             x = x.contiguous()
         y = torch.empty_like(x)
         tokens = x.numel() // self._hidden_size
         ids = 0 if ids_TK is None else ids_TK.data_ptr()
         weights = 0 if weights_TK is None else weights_TK.data_ptr()
-        failed = _library().factorctl_ffn(
+        fault = _library().factorctl_ffn(
             ctypes.byref(self._layer), x.data_ptr(), tokens, ids, weights, y.data_ptr(), torch.get_num_threads()
         )  # fmt: skip
-        if failed:
+        if fault == NO_SUCH_EXPERT:
+            raise IndexError(f"an expert was chosen that is none of the {self._layer.num_experts}")
+        if fault:
             raise MemoryError(f"no memory for the FFN activations of {tokens} tokens")
         return y
-
-    def _checked(self, ids_TK: torch.Tensor) -> torch.Tensor:
-        experts = self._layer.num_experts
-        if ids_TK.numel() and not 0 <= int(ids_TK.min()) <= int(ids_TK.max()) < experts:
-            raise IndexError(f"expert ids from {int(ids_TK.min())} to {int(ids_TK.max())}, but there are {experts}")
-        return ids_TK.to(torch.int64).contiguous()
 
 
 def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from factorctl.config import FactorShape
+from factorctl.kernels.cpu import CompiledFFN, FFNWeights
 from factorctl.models.building import factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.paths import PathName
@@ -35,8 +37,7 @@ class FfnCost:
     dense_ms: float
     """The same layer with all experts on."""
     routing_share: float
-    """Router product, top-k and gate over the layer's time; the path's own gathering is not in it, but for `kernel`:
-    there it is what the layer takes longer than when it is told the experts."""
+    """Router product, top-k and gate over the layer's time; the path's own gathering is not in it."""
     experts_hit: float
     """Experts that some token chose."""
     weight_mbytes: float
@@ -60,25 +61,18 @@ def ffn_cost(model: PreTrainedModel, sizes: ModelSizes, text: RoutedText, tokens
             ffn(x_TD)
             ffn.top_k = top_k
 
-    path = ffns[0].path_for(tokens)
-    routings = [ffn.route(x_TD) for ffn, x_TD in layers] if sizes.routes and path == "kernel" else []
-
     def route() -> None:
         for ffn, x_TD in layers:
             ffn.route(x_TD)
 
-    def run_routed() -> None:
-        for (ffn, x_TD), routing in zip(layers, routings, strict=True):
-            compiled = ffn.compiled()
-            assert compiled is not None, "the kernel's path without the kernel"
-            compiled(x_TD, *routing)
-
-    compared = [lambda: run(top_k), lambda: run(num_experts), *([run_routed] if routings else [])]
-    ffn_ms, dense_ms, *routed_ms = _medians_ms(compared, clock)
-    if routed_ms:
-        routing_ms = max(0.0, ffn_ms - routed_ms[0])
+    path = ffns[0].path_for(tokens)
+    ffn_ms, dense_ms = _medians_ms([lambda: run(top_k), lambda: run(num_experts)], clock)
+    if not sizes.routes:
+        routing_ms = 0.0
+    elif path == "kernel":
+        routing_ms = _kernel_routing_ms(layers, clock)
     else:
-        routing_ms = _medians_ms([route], clock)[0] if sizes.routes else 0.0
+        routing_ms = _medians_ms([route], clock)[0]
     hits = mean_hits(text.loads, top_k, tokens)
     read = num_experts if path in ("masked", "dense") else hits
     shape, neuron_bytes = sizes.shape, sizes.neuron_weights * itemsize
@@ -94,6 +88,31 @@ def ffn_cost(model: PreTrainedModel, sizes: ModelSizes, text: RoutedText, tokens
         executed_share=(shape.shared_size + _run_per_token(path, sizes, tokens, hits) * shape.expert_size)
         / shape.intermediate_size,
     )
+
+
+def _kernel_routing_ms(layers: Sequence[tuple[FactoredFFN, torch.Tensor]], clock: Clock) -> float:
+    """What the kernel takes longer when it routes than when it is told the experts, which have no neurons here: next to
+    those of a layer the difference would be lost in the noise.
+    """
+    routings = [ffn.route(x_TD) for ffn, x_TD in layers]
+    routers = [_without_neurons(ffn) for ffn, _ in layers]
+
+    def choose() -> None:
+        for router, (_, x_TD) in zip(routers, layers, strict=True):
+            router(x_TD)
+
+    def obey() -> None:
+        for router, (_, x_TD), routing in zip(routers, layers, routings, strict=True):
+            router(x_TD, *routing)
+
+    choosing_ms, obeying_ms = _medians_ms([choose, obey], clock)
+    return max(0.0, choosing_ms - obeying_ms)
+
+
+def _without_neurons(ffn: FactoredFFN) -> CompiledFFN:
+    weights = FFNWeights(ffn.gate_up, None, ffn.down, ffn.router)
+    shape = FactorShape(ffn.shape.num_experts, ffn.top_k, 0, 0)
+    return CompiledFFN(weights, shape, activation=ffn.activation_name, gate=ffn.gate, scale_a=ffn.scale_a)
 
 
 def _run_per_token(path: PathName, sizes: ModelSizes, tokens: int, hits: float) -> float:

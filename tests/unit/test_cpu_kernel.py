@@ -121,7 +121,7 @@ def test_a_chooser_decides_instead_of_the_router() -> None:
 def test_a_chooser_that_names_no_expert_is_refused(wrong: int) -> None:
     ffn = frozen(n=4, k=2, h=8)
     compiled = ffn.compiled()
-    with pytest.raises(IndexError, match="but there are 4"):
+    with pytest.raises(IndexError, match="none of the 4"):
         compiled(tokens_for(ffn, 2), torch.tensor([[0, wrong], [1, 2]]), torch.ones(2, 2))
 
 
