@@ -90,9 +90,10 @@ class CompiledFFN:
         )  # fmt: skip
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether `x` is [..., D] in the weights' dtype, and no gradient must reach it."""
+        """Whether `x` is a plain [..., D] in the weights' dtype, and no gradient must reach it."""
         return (
-            x.dtype is self._dtype
+            type(x) in _PLAIN
+            and x.dtype is self._dtype
             and x.is_cpu
             and x.size(-1) == self._hidden_size
             and not (x.requires_grad and torch.is_grad_enabled())
@@ -152,8 +153,8 @@ def can_run(x: torch.Tensor, weight: torch.Tensor) -> bool:
         not torch.compiler.is_compiling()
         and x.dtype == weight.dtype
         and weight.dtype in DTYPES
-        and x.is_cpu
-        and weight.is_cpu
+        and is_plain(x)
+        and is_plain(weight)
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not unseen_calls_matter()
         and is_available()

@@ -56,6 +56,18 @@ def test_token_counts(tokens: int, together: bool, dtype: torch.dtype) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 65])
+def test_threads_share_the_work(tokens: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for k, d in ((2, 96), (4, 70), (0, 3)):
+        ffn = frozen(n=4, k=k, h=40, s=24, d=d)
+        for _ in range(2):
+            check(ffn, tokens_for(ffn, tokens))
+            ffn.down.data = ffn.down.data.t().contiguous().t()
+
+
+@needs_kernel
 @pytest.mark.parametrize("gate", ["softmax", "hard"])
 @pytest.mark.parametrize(("n", "k"), [(4, 1), (4, 3), (4, 4), (64, 1), (64, 8), (64, 40)])
 def test_experts_and_gates(gate: str, n: int, k: int) -> None:
@@ -139,7 +151,9 @@ def test_what_is_not_a_number_stays_so_and_spoils_no_other_token() -> None:
 
 
 @needs_kernel
-def test_results_repeat_bit_for_bit() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_results_repeat_bit_for_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     ffn = frozen(n=8, k=3, h=24, s=40, d=80)
     ffn.path = "kernel"
     x_TD = tokens_for(ffn, 33)
