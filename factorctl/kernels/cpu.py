@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
@@ -177,7 +178,8 @@ def reason_without() -> str | None:
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
         return f"{SWITCH} switches it off"
     try:
-        _check(_library())
+        _library()
+        _check()
     except NoKernelError as error:
         return str(error)
     return None
@@ -206,15 +208,29 @@ def is_plain(weight: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     return weight is not None and type(weight) in _PLAIN and weight.is_cpu
 
 
-def _check(library: ctypes.CDLL) -> None:
-    """A product against torch's, so that a compiler's mistake costs speed and not results.
+def _check() -> None:
+    """Small products against torch's, so that a compiler's mistake costs speed and not results.
 
     Raises:
         NoKernelError: they differ.
     """
     generator = torch.Generator().manual_seed(0)
+    experts, size, width = 2, 24, 77
     for dtype, tolerance in SELF_CHECK_TOLERANCE.items():
-        x, weight = (torch.randn(size, 77, generator=generator).to(dtype) for size in (9, 21))
-        exact = x.double() @ weight.double().t()
-        if not ((linear(x, weight).double() - exact).norm() <= tolerance * exact.norm()):
+
+        def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        x, gate_up, down = draw(9, width), draw(experts, 2 * size, width), draw(width, experts * size)
+        found = [(linear(x, gate_up[0]), x.double() @ gate_up[0].double().t())]
+        for tokens, layout in itertools.product((1, 9), (down, down.t().contiguous().t())):
+            ids_T = torch.arange(tokens) % experts
+            compiled = CompiledFFN(
+                FFNWeights(gate_up, None, layout, None), FactorShape(experts, 1, size, 0), activation="relu"
+            )
+            gate, up = torch.einsum("tgd,td->tg", gate_up[ids_T].double(), x[:tokens].double()).chunk(2, dim=1)
+            down_TDH = down.double().unflatten(1, (experts, size)).transpose(0, 1)[ids_T]
+            y = compiled(x[:tokens], ids_T[:, None], torch.ones(tokens, 1))
+            found.append((y, torch.einsum("tdh,th->td", down_TDH, gate.relu() * up)))
+        if any(not (y.double() - exact).norm() <= tolerance * exact.norm() for y, exact in found):
             raise NoKernelError(f"it computes wrong {dtype} products when compiled here")
