@@ -46,8 +46,7 @@ def compiled_library(cache: Path) -> Path:
         content = _compile(compiler)
         try:
             make_directory(cache)
-            write_file(_digest_of(library), hashlib.sha256(content).digest())
-            write_file(library, content)
+            write_file(library, content + hashlib.sha256(content).digest())
         except FactorctlError as error:
             raise NoKernelError(f"it cannot be kept: {in_one_line(error)}") from error
     return library
@@ -89,16 +88,13 @@ def _processor() -> str:
     return "\n".join([platform.machine(), *sorted(named)])
 
 
-def _digest_of(library: Path) -> Path:
-    return library.with_suffix(".sha256")
-
-
 def _is_whole(library: Path) -> bool:
-    """A damaged library would not fail to load but take the process down."""
+    """Whether it ends in its own digest, which loaders ignore: a damaged one would take the process down."""
     try:
-        return hashlib.sha256(library.read_bytes()).digest() == _digest_of(library).read_bytes()
+        content = library.read_bytes()
     except OSError:
         return False
+    return hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
 
 
 def _compile(compiler: str) -> bytes:
