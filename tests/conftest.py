@@ -19,15 +19,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from factorctl.kernels.cpu import is_available  # noqa: E402  # after the number of threads is set
 
+KERNELS = Path(tempfile.gettempdir(), f"factorctl-tests-{os.getuid()}", "kernels")
+KERNELS.mkdir(parents=True, exist_ok=True)
+with pytest.MonkeyPatch.context() as first:
+    first.setenv("FACTORCTL_CACHE", str(KERNELS.parent))
+    first.delenv("FACTORCTL_KERNEL", raising=False)
+    is_available()  # before any test asks: none pays for it, none that breaks files or clocks breaks it
+
 pytest_plugins = ("faults.tally",)
 DenseSource = Callable[..., Path]
 
 
 def make_cache(directory: Path) -> str:
     """An empty cache, but for the compiled kernel: it takes seconds to make and is the same for every test."""
-    kernels = Path(tempfile.gettempdir(), f"factorctl-tests-{os.getuid()}", "kernels")
-    kernels.mkdir(parents=True, exist_ok=True)
-    (directory / "kernels").symlink_to(kernels)
+    (directory / "kernels").symlink_to(KERNELS)
     return str(directory)
 
 
@@ -39,7 +44,6 @@ def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.delenv("FACTORCTL_DEBUG", raising=False)
         patch.delenv("FACTORCTL_KERNEL", raising=False)
         patch.delenv("FACTORCTL_LOAD_PLUGINS", raising=False)
-        is_available()  # once: no test pays for it, none that breaks files or clocks breaks it
         yield
 
 
