@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ import torch
 
 from factorctl.checkpoint.publishing import make_directory, write_file
 from factorctl.errors import FactorctlError, in_one_line
+from factorctl.processor import instruction_sets
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -61,7 +61,7 @@ def _compiler() -> str:
 
 
 def _identity(compiler: str) -> str:
-    parts = (compiler, *FLAGS, *_torch_threads(), _processor(), SOURCE.read_text())
+    parts = (compiler, *FLAGS, *_torch_threads(), instruction_sets(), SOURCE.read_text())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -69,23 +69,6 @@ def _identity(compiler: str) -> str:
 def _torch_threads() -> tuple[str, ...]:
     """The OpenMP library that came with torch; where there is none, torch uses the system's, as the compiler does."""
     return tuple(sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))
-
-
-@functools.cache
-def multiplies_tiles() -> bool:
-    """Whether the processor has AMX, which oneDNN uses and this kernel does not."""
-    return "amx_bf16" in _processor().split()
-
-
-@functools.cache
-def _processor() -> str:
-    """What -march=native looks at."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    named = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([platform.machine(), *sorted(named)])
 
 
 def _is_whole(library: Path) -> bool:

@@ -12,13 +12,13 @@ import ctypes
 import functools
 import itertools
 import os
-from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import is_autocast_enabled
 from torch._C import _len_torch_dispatch_stack
 
+from factorctl.cache import cache_directory
 from factorctl.config import FactorShape, Gate
 from factorctl.kernels.compiling import NoKernelError, compiled_library
 
@@ -192,9 +192,8 @@ def _library() -> ctypes.CDLL:
     Raises:
         NoKernelError: there is none.
     """
-    cache = Path(os.environ.get("FACTORCTL_CACHE") or Path.home() / ".cache" / "factorctl") / "kernels"
     try:
-        library = ctypes.CDLL(str(compiled_library(cache)))
+        library = ctypes.CDLL(str(compiled_library(cache_directory() / "kernels")))
     except OSError as error:
         raise NoKernelError(f"it cannot be loaded: {error}") from error
     address, size, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int

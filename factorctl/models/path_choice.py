@@ -8,8 +8,6 @@ device, dtype and shape, in a JSON file that readers ignore, with a warning, whe
 from __future__ import annotations
 
 import functools
-import os
-import platform
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,12 +16,13 @@ from typing import NamedTuple, cast, get_args
 
 import torch
 
+from factorctl.cache import cache_directory
 from factorctl.checkpoint.publishing import sole_writer, write_file
 from factorctl.checkpoint.strict_json import dump_json, read_json_object
 from factorctl.config import FactorShape
 from factorctl.errors import IntegrityError
-from factorctl.kernels.compiling import multiplies_tiles
 from factorctl.models.paths import CALL_COST_BYTES, PathName, can_group
+from factorctl.processor import multiplies_tiles, processor_name
 
 CACHE_VERSION = 1
 GROUPED_FROM_TOKENS = 449
@@ -89,16 +88,6 @@ def device_name(device: torch.device, threads: int) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def processor_name() -> str:
-    """The processor's marketing name where Linux tells it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def site_of(
@@ -250,8 +239,8 @@ def steps_for(
 
 
 def cache_file() -> Path:
-    """Where tuned ladders live: beside factorctl's other caches, see $FACTORCTL_CACHE."""
-    return Path(os.environ.get("FACTORCTL_CACHE") or Path.home() / ".cache" / "factorctl") / "paths.json"
+    """Where tuned ladders live: beside factorctl's other caches."""
+    return cache_directory() / "paths.json"
 
 
 def read_tuned(file: Path) -> dict[str, Steps]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from factorctl.cache import cache_directory
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.sources import Source
 from factorctl.config import FactorizeConfig
@@ -15,7 +16,6 @@ from factorctl.errors import UsageError
 from factorctl.models.families import DenseModel
 from factorctl.models.loading import load_dense
 from factorctl.pipeline.tokenizers import load_tokenizer
-from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
 
 BLOCK_LENGTH = 512

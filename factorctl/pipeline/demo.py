@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from factorctl.cache import cache_directory
 from factorctl.checkpoint.aliases import DEMO
 from factorctl.checkpoint.publishing import make_directory, sole_writer, write_file
 from factorctl.checkpoint.sources import resolve
@@ -23,7 +24,6 @@ from factorctl.models.loading import load, load_dense
 from factorctl.pipeline.recipe import Recipe, parse_recipe
 from factorctl.pipeline.run_recipe import StageOutcome, run_recipe
 from factorctl.pipeline.tokenizers import load_tokenizer
-from factorctl.pipeline.workspace import cache_directory
 from factorctl.profiling.sampling_statistics import Interval
 from factorctl.progress import Progress, SilentProgress
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from factorctl.cache import cache_directory
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import Manifest, check_files, is_artefact, read_manifest
 from factorctl.checkpoint.sources import Source, resolve
@@ -22,7 +23,7 @@ from factorctl.models.families import FAMILIES
 from factorctl.models.loading import NativeCheckpoint, load, load_dense, open_checkpoint
 from factorctl.pipeline.recorded_source import describe_source, find_recorded_source
 from factorctl.pipeline.tokenizers import has_tokenizer, load_tokenizer
-from factorctl.pipeline.workspace import cache_directory, newest_checkpoint
+from factorctl.pipeline.workspace import newest_checkpoint
 from factorctl.progress import Progress
 
 

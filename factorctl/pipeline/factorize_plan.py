@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from factorctl.cache import cache_directory
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader, TensorEntry
 from factorctl.checkpoint.sources import Source, resolve
@@ -22,7 +23,7 @@ from factorctl.models.loading import stored_tensors
 from factorctl.models.strategies import StrategyProvenance, get_strategy
 from factorctl.pipeline.devices import storage_dtype, torch_device
 from factorctl.pipeline.time_estimate import factorize_seconds
-from factorctl.pipeline.workspace import cache_directory, output_path
+from factorctl.pipeline.workspace import output_path
 from factorctl.progress import Progress
 
 

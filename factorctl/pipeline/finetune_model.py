@@ -12,6 +12,7 @@ from accelerate.utils import patch_environment
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from factorctl.cache import cache_directory
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.data.blocks import TokenBlocks
@@ -26,7 +27,6 @@ from factorctl.models.path_choice import path_at, steps_for
 from factorctl.models.slicing import FactoredTensors
 from factorctl.pipeline import tokenizers
 from factorctl.pipeline.finetune_plan import FinetunePlan
-from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
 from factorctl.training.distiller import Distiller
 from factorctl.training.optimizers import choose_trained

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from factorctl.cache import cache_directory
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader
@@ -24,7 +25,7 @@ from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint
 from factorctl.pipeline.devices import torch_device
 from factorctl.pipeline.recorded_source import find_recorded_source, has_recorded_weights, holds_dense_values
-from factorctl.pipeline.workspace import cache_directory, newest_checkpoint, output_path
+from factorctl.pipeline.workspace import newest_checkpoint, output_path
 from factorctl.progress import Progress
 from factorctl.training.batches import BatchPlan, plan_batches
 from factorctl.training.head_losses import chunk_tokens

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from factorctl import __version__
+from factorctl.cache import cache_directory
 from factorctl.checkpoint.aliases import ALIASES
 from factorctl.checkpoint.manifest import check_files, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
@@ -22,11 +23,10 @@ from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.models.building import empty_factored_model, filled_ffn
 from factorctl.models.dense_ffn import IDENTITY_TOLERANCE, cast_ffn, dense_output
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint, read_factored_ffn, stored_tensors
-from factorctl.models.path_choice import processor_name
 from factorctl.models.slicing import unslice_ffn
 from factorctl.models.strategies import StrategyInfo, available
 from factorctl.pipeline.provenance import library_versions
-from factorctl.pipeline.workspace import cache_directory
+from factorctl.processor import processor_name
 from factorctl.progress import Progress
 
 

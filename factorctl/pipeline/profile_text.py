@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from factorctl.cache import cache_directory
 from factorctl.config import ProfileConfig
 from factorctl.data.building import build_token_blocks
 from factorctl.data.sampling import ModelSampler
 from factorctl.data.spec import parse_data_spec
 from factorctl.models.loading import NativeCheckpoint, load
 from factorctl.pipeline.tokenizers import load_tokenizer
-from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
 
 RANDOM = "random"

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from factorctl.cache import cache_directory
 from factorctl.checkpoint.hashing import hash_file
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.checkpoint.sources import Source, copied_files, resolve
 from factorctl.errors import FactorctlError, UsageError
-from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
 
 

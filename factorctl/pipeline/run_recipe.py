@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from factorctl import __version__
+from factorctl.cache import cache_directory
 from factorctl.checkpoint.hashing import hash_file, hash_value
 from factorctl.checkpoint.manifest import MANIFEST_NAME, check_files, is_artefact, read_manifest
 from factorctl.checkpoint.publishing import make_directory, refuse_impossible_name, sole_writer, writable, write_file
@@ -36,7 +37,6 @@ from factorctl.pipeline.profile import profile
 from factorctl.pipeline.provenance import library_versions
 from factorctl.pipeline.recipe import Recipe, Stage, StageConfig
 from factorctl.pipeline.recorded_source import describe_source
-from factorctl.pipeline.workspace import cache_directory
 from factorctl.progress import Progress
 
 LOCK_NAME = "recipe.lock.json"

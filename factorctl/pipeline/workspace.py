@@ -1,8 +1,7 @@
-"""Where artefacts, caches and the newest checkpoint are."""
+"""Where artefacts and the newest checkpoint are."""
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from pathlib import Path
@@ -12,11 +11,6 @@ from factorctl.errors import UsageError
 
 CLOCK_TOLERANCE = 60
 """Seconds by which the clocks of machines that share a directory may differ."""
-
-
-def cache_directory() -> Path:
-    """Where fetched wheels, dequantised models and token blocks are kept: $FACTORCTL_CACHE or ~/.cache/factorctl."""
-    return Path(os.environ.get("FACTORCTL_CACHE") or Path.home() / ".cache" / "factorctl")
 
 
 def output_path(out: Path | None, workspace: Path, model: str, suffix: str) -> Path:

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from factorctl.kernels import cpu as cpu_kernel
-from factorctl.models.path_choice import processor_name
+from factorctl.processor import processor_name
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from factorctl.models.path_choice import processor_name
+from factorctl.processor import processor_name
 
 LIBRARIES = ("factorctl", "torch", "transformers", "numpy")
 

