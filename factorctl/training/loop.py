@@ -28,7 +28,7 @@ from factorctl.training.optimizers import Schedule, is_router, set_learning_rate
 from factorctl.training.out_of_memory import memory_bytes, memory_explained
 from factorctl.training.sharding import whole
 from factorctl.training.signals import StopRequest, stop_request
-from factorctl.training.state import Progressed, newest_state, save_state
+from factorctl.training.state import Progressed, newest_state, save_state, state_path
 
 _MEANS = (*PARTS, "total", "agreement")
 
@@ -86,6 +86,10 @@ class TrainingLoop:
         self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.metrics = MetricsFile(run)
         self.watch = LoadWatch(options.top_k, options.balance, progress)
+        # Processes that train together must decide alike, or one waits for ever for the others. So they do not ask the
+        # disk, where the first may already have written, nor their signals, which come to each in its own time.
+        self._stopped = False
+        self._saved_step: int | None = None
 
     def train(self, start: Progressed) -> Progressed:
         """Go on from `start` to the last step; the last state is saved.
@@ -96,22 +100,20 @@ class TrainingLoop:
             KeyboardInterrupt: or what the caller's SIGTERM handler raises, once the state is saved.
         """
         plan, now = self.batches.plan, start
+        if newest_state(self.run) == state_path(self.run, start.step):
+            self._saved_step = start.step
         with stop_request() as request:
             with self.progress.stage("Training", total=plan.tokens, unit="tokens") as task:
                 task.advance(start.tokens)
-                while now.step < plan.steps:
+                while now.step < plan.steps and not self._stopped:
                     now = self._advance(now, request, task)
-                    if request.signal is not None or self._stopped:
-                        break
-            if request.signal is not None or self._stopped:
+            if self._stopped or request.signal is not None:
                 self._save_once(now)
                 self.progress.note(f"saved {now.tokens:,} tokens in; go on with the same command and --resume")
                 request.obey()
                 raise KeyboardInterrupt  # another process was asked to stop
         self.watch.look()
         return now
-
-    _stopped = False
 
     def _advance(self, now: Progressed, request: StopRequest, task: Task) -> Progressed:
         """One step, its metrics, and a state when one is due."""
@@ -134,7 +136,8 @@ class TrainingLoop:
         due = after.tokens // options.save_every > now.tokens // options.save_every
         if due or after.step == plan.steps:
             self._save_once(after)
-        self._stopped = summary.stops
+        alone = self.accelerator.num_processes == 1
+        self._stopped = summary.stops or (alone and request.signal is not None)
         return after
 
     def _gradients(self, step: int, request: StopRequest) -> StepSummary:
@@ -168,11 +171,11 @@ class TrainingLoop:
                 parameter.grad = None
 
     def _save_once(self, now: Progressed) -> None:
-        newest = newest_state(self.run)
-        if newest is None or not newest.name.endswith(f"-{now.step:08d}"):
+        if now.step != self._saved_step:
             model = self.accelerator.unwrap_model(self.model)
             save_state(self.run, now, model, self.optimizers, writes=self.accelerator.is_main_process)
             self.accelerator.wait_for_everyone()
+            self._saved_step = now.step
 
     def _report(self, now: Progressed, summary: StepSummary, seconds: float, task: Task) -> None:
         plan = self.batches.plan

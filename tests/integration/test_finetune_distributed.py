@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +27,8 @@ from factorctl.config import FinetuneConfig
 from factorctl.pipeline import finetune as pipeline
 from factorctl.progress import SilentProgress
 from factorctl.training.distiller import Distiller
-from factorctl.training.state import newest_state
+from factorctl.training.loop import TrainingLoop
+from factorctl.training.state import Progressed, newest_state
 
 TOLERANCE = 2e-5
 """Largest difference of any weight after eight steps. The two add gradients in another order; AdamW's division by the
@@ -100,19 +102,45 @@ def test_two_processes_train_as_one(setting: Setting, tmp_path: Path, launcher: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two", "two.training"]
 
 
-def run_as(rank: int, port: int, config: FinetuneConfig, shares: bool, interrupted_in: int | None, cache: str) -> None:
-    """One of two processes; the second may be interrupted in the middle of a step."""
+@dataclass(frozen=True)
+class Mishap:
+    """What befalls the second of two processes."""
+
+    interrupted_in: int | None = None
+    """The step in the middle of which it is interrupted."""
+    interrupted_after: int | None = None
+    """The step at whose end, when the two have agreed to go on, it is interrupted."""
+    late_to_save: bool = False
+    """It looks for something to save when the first has long written its part."""
+
+
+NO_MISHAP = Mishap()
+
+
+def run_as(rank: int, port: int, config: FinetuneConfig, shares: bool, mishap: Mishap, cache: str) -> None:
+    """One of two processes."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"ACCELERATE_USE_FSDP": str(shares), "FSDP_VERSION": "2", "FACTORCTL_CACHE": cache}
     genuine, steps = Distiller.forward, 0
+    genuine_report, genuine_save_once = TrainingLoop._report, TrainingLoop._save_once
 
     def forward(this: Distiller, *args: Any, **options: Any) -> Any:
         nonlocal steps
         steps += torch.is_grad_enabled()
-        if rank == 1 and steps == interrupted_in and torch.is_grad_enabled():
+        if rank == 1 and steps == mishap.interrupted_in and torch.is_grad_enabled():
             signal.raise_signal(signal.SIGINT)
         return genuine(this, *args, **options)
+
+    def report(this: TrainingLoop, now: Progressed, *args: Any) -> None:
+        if rank == 1 and now.step == mishap.interrupted_after:
+            signal.raise_signal(signal.SIGINT)
+        genuine_report(this, now, *args)
+
+    def save_once(this: TrainingLoop, now: Progressed) -> None:
+        if rank == 1 and mishap.late_to_save:
+            time.sleep(1)
+        genuine_save_once(this, now)
 
     def load(*args: Any) -> Distiller:
         distiller = build(*args)
@@ -123,22 +151,26 @@ def run_as(rank: int, port: int, config: FinetuneConfig, shares: bool, interrupt
 
     build = pipeline.build_distiller
     Distiller.forward = forward  # type: ignore[method-assign]
+    TrainingLoop._report, TrainingLoop._save_once = report, save_once  # type: ignore[method-assign]
     pipeline.build_distiller = load
     pipeline.draw_training = lambda run, *_: (run / "training.png").write_bytes(b"")  # type: ignore[assignment]
     with suppress(KeyboardInterrupt):
         pipeline.finetune(config, SilentProgress())
 
 
-def two(config: FinetuneConfig, *, shares: bool = True, interrupted_in: int | None = None) -> None:
+def two(config: FinetuneConfig, mishap: Mishap = NO_MISHAP, *, shares: bool = True) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (port, config, shares, interrupted_in, os.environ["FACTORCTL_CACHE"])
+    arguments = (port, config, shares, mishap, os.environ["FACTORCTL_CACHE"])
     processes = [SPAWN.Process(target=run_as, args=(rank, *arguments)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
+    for process in processes:
+        if process.is_alive():  # they wait for each other
+            process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
 
 
@@ -154,7 +186,7 @@ def test_a_shared_model_is_saved_and_resumed_bit_for_bit(
     pipeline.finetune(alone, SilentProgress())
     two(straight)
     assert_same_weights(tmp_path / "straight", tmp_path / "alone", tmp_path / "base")
-    two(broken, interrupted_in=3)
+    two(broken, Mishap(interrupted_in=3))
     assert newest_state(tmp_path / "broken.training") == tmp_path / "broken.training" / "state-00000002"
     assert not (tmp_path / "broken").exists()
     two(replace(broken, resume=True))
@@ -163,7 +195,21 @@ def test_a_shared_model_is_saved_and_resumed_bit_for_bit(
 
 def test_a_run_of_whole_models_goes_on_with_a_shared_one(setting: Setting, tmp_path: Path) -> None:
     config = replace(setting.config, out=tmp_path / "tuned")
-    two(config, shares=False, interrupted_in=3)
+    two(config, Mishap(interrupted_in=3), shares=False)
     assert newest_state(tmp_path / "tuned.training") == tmp_path / "tuned.training" / "state-00000003"
     two(replace(config, resume=True))
     assert_same_weights(config.out, setting.config.out, setting.config.checkpoint)
+
+
+def test_whole_models_wait_for_each_other_at_a_state_whoever_is_late(setting: Setting, tmp_path: Path) -> None:
+    config = replace(setting.config, out=tmp_path / "late")
+    two(config, Mishap(late_to_save=True), shares=False)
+    assert_same_weights(config.out, setting.config.out, setting.config.checkpoint)
+
+
+def test_both_stop_at_the_next_step_that_they_agree_on(setting: Setting, tmp_path: Path) -> None:
+    """A signal that comes when a step's numbers have been exchanged is news to the other process."""
+    config = replace(setting.config, out=tmp_path / "stopped")
+    two(config, Mishap(interrupted_after=2), shares=False)
+    assert newest_state(tmp_path / "stopped.training") == tmp_path / "stopped.training" / "state-00000003"
+    assert not config.out.exists()
