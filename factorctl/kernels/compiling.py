@@ -21,6 +21,7 @@ from factorctl.errors import FactorctlError, in_one_line
 from factorctl.processor import instruction_sets
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-exceptions", "-fno-rtti",
@@ -61,7 +62,7 @@ def _compiler() -> str:
 
 
 def _identity(compiler: str) -> str:
-    parts = (compiler, *FLAGS, *_torch_threads(), instruction_sets(), SOURCE.read_text())
+    parts = (compiler, *FLAGS, *_torch_threads(), instruction_sets(), *(path.read_text() for path in SOURCES))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -2,335 +2,15 @@
 //
 // Next to a small layer, calls into a framework cost as much as its weights take to read; and a framework's product
 // cannot take its rows from wherever the router points. Here threads start once per layer, take blocks of neurons in
-// turn, and read every chosen weight once, in the order in which it lies in memory. Nothing is gathered or copied.
-//
-// Weights are float or bfloat16, sums are float. bfloat16 weights meet bfloat16 activations where the processor
-// multiplies pairs of them, else both are widened. Vectors are the compiler's own, so that one text serves
-// AVX-512, AVX2 and NEON. Bound by cpu.py, compiled by compiling.py.
+// turn, and read every chosen weight once. Bound by cpu.py, compiled by compiling.py.
 //
 // T tokens, D hidden size, N experts of H neurons, S shared neurons, K experts chosen per token, P = T*K pairs.
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "few_tokens.h"
+#include "many_tokens.h"
 
 extern "C" int omp_get_thread_num(void);
 extern "C" int omp_get_num_threads(void);
-
-namespace {
-
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64;
-#elif defined(__AVX__)
-constexpr int VECTOR_BYTES = 32;
-#else
-constexpr int VECTOR_BYTES = 16;
-#endif
-constexpr int LANES = VECTOR_BYTES / 4;
-
-// A tile of sums that fills, but does not overflow, the vector registers: 32 of them with AVX-512 and NEON, else 16.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int TILE_TOKENS = 6;
-#else
-constexpr int TILE_TOKENS = 3;
-#endif
-constexpr int TILE_ROWS = 4, TILE_VECTORS = 4;
-constexpr int ROW_BY_ROW = 2;           // tokens up to which a product waits for its weights, not for arithmetic
-constexpr int FEW_TOKENS = 3;           // up to which sums of whole rows stay in L1
-constexpr int MIN_BLOCK = 16, MAX_BLOCK = 64, BLOCKS_PER_THREAD = 8;  // of neurons, or rows, that a thread takes
-constexpr int64_t MAX_SUMS = 1 << 18;   // of all threads, where each sums up its own neurons
-constexpr int64_t DEPTH = 1024;         // neurons that a tile of `down` sums up before the next tile: they stay in L2
-
-using Vector = float __attribute__((vector_size(VECTOR_BYTES)));
-using Unaligned = float __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
-using Integers = int32_t __attribute__((vector_size(VECTOR_BYTES)));
-using Unsigned = uint32_t __attribute__((vector_size(VECTOR_BYTES)));
-using Halves = uint16_t __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2)));
-using Four = float __attribute__((vector_size(16)));
-using FourUnaligned = float __attribute__((vector_size(16), aligned(4)));
-using Bfloat16 = uint16_t;
-
-#define INLINE inline __attribute__((always_inline))
-
-// What activations are kept as next to weights of type W.
-template <class W> struct Kept { using Type = float; };
-#if defined(__AVX512BF16__)
-template <> struct Kept<Bfloat16> { using Type = Bfloat16; };
-#endif
-template <class W> using Activations = typename Kept<W>::Type;
-
-INLINE Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
-INLINE Vector load(const Bfloat16 *p) {
-    return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves *>(p), Unsigned) << 16);
-}
-INLINE void store(float *p, Vector v) { *reinterpret_cast<Unaligned *>(p) = v; }
-INLINE Vector splat(float value) { return value - Vector{}; }
-
-INLINE int at_most(int64_t left, int limit) { return left < limit ? int(left) : limit; }
-
-INLINE float widen(float value) { return value; }
-INLINE float widen(Bfloat16 value) {
-    uint32_t bits = uint32_t(value) << 16;
-    float wide;
-    memcpy(&wide, &bits, 4);
-    return wide;
-}
-INLINE void narrow(float value, float *to) { *to = value; }
-INLINE void narrow(float value, Bfloat16 *to) {  // to the nearest, ties to even, as torch rounds; NaN stays NaN
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    *to = value != value ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-INLINE Four quarter(Vector v) {
-    if constexpr (VECTOR_BYTES == 16) {
-        Four same;
-        memcpy(&same, &v, 16);
-        return same;
-    } else {
-        Four sum = __builtin_shufflevector(v, v, 0, 1, 2, 3) +
-                   __builtin_shufflevector(v, v, 4 % LANES, 5 % LANES, 6 % LANES, 7 % LANES);
-        if constexpr (VECTOR_BYTES == 64)
-            sum += __builtin_shufflevector(v, v, 8 % LANES, 9 % LANES, 10 % LANES, 11 % LANES) +
-                   __builtin_shufflevector(v, v, 12 % LANES, 13 % LANES, 14 % LANES, 15 % LANES);
-        return sum;
-    }
-}
-
-// The sums over the lanes of four vectors, by transposing while adding.
-INLINE Four sums_of(Vector a, Vector b, Vector c, Vector d) {
-    Four p = quarter(a), q = quarter(b), r = quarter(c), s = quarter(d);
-    Four t = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
-    Four u = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
-    return __builtin_shufflevector(t, u, 0, 1, 4, 5) + __builtin_shufflevector(t, u, 2, 3, 6, 7);
-}
-
-// e^x to 2 units in the last place; the constants are those of Cephes' expf. NaN stays NaN.
-INLINE Vector exponential(Vector x) {
-    x = x < -87.3f ? splat(-87.3f) : x;
-    x = x > 88.3f ? splat(88.3f) : x;
-    Vector shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the low bits now hold the nearest integer
-    Vector n = shifted - 12582912.f;
-    Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vector p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.f;
-    return p * (Vector)(((Integers)shifted - 0x4B400000 + 127) << 23);
-}
-
-enum Fault : int { NO_MEMORY = 1, NO_SUCH_EXPERT = 2 };
-enum Activation : int32_t { SILU = 0, GELU_TANH = 1, QUICK_GELU = 2, RELU = 3 };
-
-INLINE Vector activate(Vector x, int32_t activation) {
-    switch (activation) {
-    case GELU_TANH:  // (1 + tanh u) / 2 is the sigmoid of 2u
-        return x / (1.f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x)));
-    case QUICK_GELU:
-        return x / (1.f + exponential(-1.702f * x));
-    case RELU:
-        return x < 0.f ? splat(0.f) : x;
-    default:
-        return x / (1.f + exponential(-x));
-    }
-}
-
-// ---- products -------------------------------------------------------------------------------------------------------
-
-// sums += x * w, element by element, for as many elements as the vectors hold; several elements may share a lane.
-template <class W> struct Step {
-    static constexpr int ELEMENTS = LANES;
-    using Loaded = Vector;
-    static INLINE Loaded weights(const W *w) { return load(w); }
-    static INLINE Loaded activations(const float *x) { return load(x); }
-    static INLINE void add(Vector &sums, Loaded x, Loaded w) { sums += x * w; }
-};
-#if defined(__AVX512BF16__)
-template <> struct Step<Bfloat16> {
-    static constexpr int ELEMENTS = 2 * LANES;
-    using Loaded = __m512bh;
-    static INLINE Loaded weights(const Bfloat16 *w) { return (__m512bh)_mm512_loadu_si512(w); }
-    static INLINE Loaded activations(const Bfloat16 *x) { return (__m512bh)_mm512_loadu_si512(x); }
-    static INLINE void add(Vector &sums, Loaded x, Loaded w) { sums = (Vector)_mm512_dpbf16_ps((__m512)sums, x, w); }
-};
-#endif
-
-// out[m][r] = x[m] . w[r], both contiguous.
-//
-// For few tokens row after row, because memory streams fastest in one piece; for more, rows share the loads of x.
-template <class W, int M, int R>
-INLINE void dot_tile(const Activations<W> *const *x, const W *const *w, int64_t inputs, float (*out)[TILE_ROWS]) {
-    constexpr int E = Step<W>::ELEMENTS;
-    Vector sums[M][TILE_ROWS] = {};
-    int64_t i = 0;
-    if constexpr (M <= ROW_BY_ROW) {
-        for (int r = 0; r < R; r++) {
-            Vector odd[M] = {};  // two chains of sums: one would wait for itself
-            for (i = 0; i + 2 * E <= inputs; i += 2 * E) {
-                auto first = Step<W>::weights(w[r] + i), second = Step<W>::weights(w[r] + i + E);
-                for (int m = 0; m < M; m++) {
-                    Step<W>::add(sums[m][r], Step<W>::activations(x[m] + i), first);
-                    Step<W>::add(odd[m], Step<W>::activations(x[m] + i + E), second);
-                }
-            }
-            if (i + E <= inputs) {
-                for (int m = 0; m < M; m++)
-                    Step<W>::add(sums[m][r], Step<W>::activations(x[m] + i), Step<W>::weights(w[r] + i));
-                i += E;
-            }
-            for (int m = 0; m < M; m++) sums[m][r] += odd[m];
-        }
-    } else {
-        for (; i + E <= inputs; i += E) {
-            typename Step<W>::Loaded rows[R];
-            for (int r = 0; r < R; r++) rows[r] = Step<W>::weights(w[r] + i);
-            for (int m = 0; m < M; m++) {
-                auto token = Step<W>::activations(x[m] + i);
-                for (int r = 0; r < R; r++) Step<W>::add(sums[m][r], token, rows[r]);
-            }
-        }
-    }
-    for (int m = 0; m < M; m++) {
-        *reinterpret_cast<FourUnaligned *>(out[m]) = sums_of(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
-        for (int64_t rest = i; rest < inputs; rest++)
-            for (int r = 0; r < R; r++) out[m][r] += widen(x[m][rest]) * widen(w[r][rest]);
-    }
-}
-
-template <class W, int R>
-void dots(int tokens, const Activations<W> *const *x, const W *const *w, int64_t inputs, float (*out)[TILE_ROWS]) {
-    switch (tokens) {
-    case 1: return dot_tile<W, 1, R>(x, w, inputs, out);
-    case 2: return dot_tile<W, 2, R>(x, w, inputs, out);
-    case 3: return dot_tile<W, 3, R>(x, w, inputs, out);
-    case 4: return dot_tile<W, TILE_TOKENS < 4 ? 1 : 4, R>(x, w, inputs, out);
-    case 5: return dot_tile<W, TILE_TOKENS < 5 ? 1 : 5, R>(x, w, inputs, out);
-    case 6: return dot_tile<W, TILE_TOKENS < 6 ? 1 : 6, R>(x, w, inputs, out);
-    }
-}
-
-template <class W>
-void dots_of_rows(int rows, int tokens, const Activations<W> *const *x, const W *const *w, int64_t inputs,
-                  float (*out)[TILE_ROWS]) {
-    switch (rows) {
-    case 1: return dots<W, 1>(tokens, x, w, inputs, out);
-    case 2: return dots<W, 2>(tokens, x, w, inputs, out);
-    case 3: return dots<W, 3>(tokens, x, w, inputs, out);
-    case 4: return dots<W, 4>(tokens, x, w, inputs, out);
-    }
-}
-
-#if defined(__AVX512BF16__)
-// `outer_tile` by products of pairs: two neurons' weights are interleaved, and so are the sums until they are stored.
-template <int M, int C>
-INLINE void outer_pairs(const Bfloat16 *const *a, const Bfloat16 *b, int64_t stride, int64_t neurons, float *const *y) {
-    Vector low[M][C] = {}, high[M][C] = {};
-    for (int64_t h = 0; h < neurons; h += 2) {
-        const bool pair = h + 1 < neurons;  // the last may stand alone
-        __m512bh lows[C], highs[C];
-        for (int c = 0; c < C; c++) {
-            const Bfloat16 *at = b + h * stride + c * 2 * LANES;
-            const __m512i first = _mm512_loadu_si512(at);
-            const __m512i second = pair ? _mm512_loadu_si512(at + stride) : _mm512_setzero_si512();
-            lows[c] = (__m512bh)_mm512_unpacklo_epi16(first, second);
-            highs[c] = (__m512bh)_mm512_unpackhi_epi16(first, second);
-        }
-        for (int m = 0; m < M; m++) {
-            uint32_t factors = a[m][h];
-            if (pair) memcpy(&factors, a[m] + h, 4);
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(int(factors));
-            for (int c = 0; c < C; c++) {
-                low[m][c] = (Vector)_mm512_dpbf16_ps((__m512)low[m][c], lows[c], both);
-                high[m][c] = (Vector)_mm512_dpbf16_ps((__m512)high[m][c], highs[c], both);
-            }
-        }
-    }
-    for (int m = 0; m < M; m++)
-        for (int c = 0; c < C; c++) {  // unpacking took four elements of every eight
-            const Vector l = low[m][c], u = high[m][c];
-            float *to = y[m] + c * 2 * LANES;
-            const Vector first =
-                __builtin_shufflevector(l, u, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-            const Vector second =
-                __builtin_shufflevector(l, u, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-            store(to, load(to) + first);
-            store(to + LANES, load(to + LANES) + second);
-        }
-}
-#endif
-
-// y[m][0 .. C vectors) += sum over h of a[m][h] * b[h]; b's neurons lie `stride` apart, each contiguous.
-template <class W, int M, int C>
-INLINE void outer_tile(const Activations<W> *const *a, const W *b, int64_t stride, int64_t neurons, float *const *y) {
-#if defined(__AVX512BF16__)
-    if constexpr (sizeof(W) == 2 && C % 2 == 0) return outer_pairs<M, C / 2>(a, b, stride, neurons, y);
-#endif
-    Vector sums[M][C];
-    for (int m = 0; m < M; m++)
-        for (int c = 0; c < C; c++) sums[m][c] = load(y[m] + c * LANES);
-    for (int64_t h = 0; h < neurons; h++) {
-        Vector row[C];
-        for (int c = 0; c < C; c++) row[c] = load(b + h * stride + c * LANES);
-        for (int m = 0; m < M; m++) {
-            Vector factor = splat(widen(a[m][h]));
-            for (int c = 0; c < C; c++) sums[m][c] += factor * row[c];
-        }
-    }
-    for (int m = 0; m < M; m++)
-        for (int c = 0; c < C; c++) store(y[m] + c * LANES, sums[m][c]);
-}
-
-template <class W, int C>
-void outer(int tokens, const Activations<W> *const *a, const W *b, int64_t stride, int64_t neurons, float *const *y) {
-    switch (tokens) {
-    case 1: return outer_tile<W, 1, C>(a, b, stride, neurons, y);
-    case 2: return outer_tile<W, 2, C>(a, b, stride, neurons, y);
-    case 3: return outer_tile<W, 3, C>(a, b, stride, neurons, y);
-    case 4: return outer_tile<W, TILE_TOKENS < 4 ? 1 : 4, C>(a, b, stride, neurons, y);
-    case 5: return outer_tile<W, TILE_TOKENS < 5 ? 1 : 5, C>(a, b, stride, neurons, y);
-    case 6: return outer_tile<W, TILE_TOKENS < 6 ? 1 : 6, C>(a, b, stride, neurons, y);
-    }
-}
-
-// The same for few tokens and `width` elements of each neuron, one after another: that streams fastest. Sums stay in L1.
-template <class W, int M>
-void add_rows(const Activations<W> *const *a, const W *b, int64_t stride, int64_t neurons, int64_t width,
-              float *const *y) {
-    for (int64_t h = 0; h < neurons; h++) {
-        const W *row = b + h * stride;
-        Vector factors[M];
-        for (int m = 0; m < M; m++) factors[m] = splat(widen(a[m][h]));
-        int64_t d = 0;
-        for (; d + LANES <= width; d += LANES) {
-            const Vector loaded = load(row + d);
-            for (int m = 0; m < M; m++) store(y[m] + d, load(y[m] + d) + factors[m] * loaded);
-        }
-        for (; d < width; d++)
-            for (int m = 0; m < M; m++) y[m][d] += factors[m][0] * widen(row[d]);
-    }
-}
-
-template <class W>
-void add_rows(int tokens, const Activations<W> *const *a, const W *b, int64_t stride, int64_t neurons, int64_t width,
-              float *const *y) {
-    switch (tokens) {
-    case 1: return add_rows<W, 1>(a, b, stride, neurons, width, y);
-    case 2: return add_rows<W, 2>(a, b, stride, neurons, width, y);
-    case 3: return add_rows<W, 3>(a, b, stride, neurons, width, y);
-    }
-}
-
-// ---- the layer ------------------------------------------------------------------------------------------------------
-
-}  // namespace
 
 struct Layer {
     const void *gate_up;         // [N, 2H, D]; per expert the gate rows, then the up rows
@@ -345,6 +25,14 @@ struct Layer {
 
 namespace {
 
+enum Fault : int { NO_MEMORY = 1, NO_SUCH_EXPERT = 2 };
+
+constexpr int MIN_BLOCK = 16, MAX_BLOCK = 64, BLOCKS_PER_THREAD = 8;  // of neurons, or rows, that a thread takes
+constexpr int MAX_FEW = 2 * FEW_TOKENS;  // tokens that read rows as they lie
+constexpr int64_t MAX_SUMS = 1 << 18;    // of all threads, where each sums up its own neurons
+constexpr int64_t FEW_LOGITS = 8192;     // weights of routers so small that a barrier takes longer
+constexpr int64_t IN_L1 = 1024;          // outputs that few tokens sum up at a time
+
 // Neurons that run together, and the tokens that use them.
 template <class W> struct Part {
     const W *gate, *up;
@@ -355,6 +43,21 @@ template <class W> struct Part {
     int64_t hidden_stride, first_neuron;  // among those of all parts
 
     INLINE int64_t token_at(int64_t i) const { return token ? token[i] : i; }
+    INLINE bool has_few() const { return tokens <= MAX_FEW; }
+};
+
+// Activations, token after token.
+template <class A> struct Tokens {
+    const A *first;
+    int64_t stride;
+    INLINE const A *operator[](int64_t t) const { return first + t * stride; }
+};
+
+// Some neurons of a part; none when `neurons` is 0.
+template <class W> struct Piece {
+    const Part<W> *part;
+    int64_t first;
+    int neurons;
 };
 
 // One allocation for everything that a call needs, each piece on its own cache lines.
@@ -380,41 +83,84 @@ class Arena {
     char *memory_ = nullptr;
 };
 
-// The K experts with the largest logits, of equal ones the lower, and their weights; for up to TILE_TOKENS tokens.
+// A logit as torch keeps it, so that every path chooses alike.
+template <class W> INLINE float as_torch_rounds(float logit) {
+    W rounded;
+    narrow(logit, &rounded);
+    return widen(rounded);
+}
+
+// logits[t, from .. to) of some tokens.
 template <class W>
-void choose(const Layer &layer, const Activations<W> *x, int tokens, float *logits, int32_t *ids, float *weights) {
-    const int64_t D = layer.hidden_size, N = layer.num_experts, K = layer.top_k;
-    const Activations<W> *rows[TILE_TOKENS];
-    for (int m = 0; m < tokens; m++) rows[m] = x + m * D;
-    for (int64_t e = 0; e < N; e += TILE_ROWS) {
-        int R = at_most(N - e, TILE_ROWS);
-        const W *w[TILE_ROWS];
-        float out[TILE_TOKENS][TILE_ROWS];
-        for (int r = 0; r < R; r++) w[r] = static_cast<const W *>(layer.router) + (e + r) * D;
-        dots_of_rows<W>(R, tokens, rows, w, D, out);
-        for (int m = 0; m < tokens; m++)
-            for (int r = 0; r < R; r++) {  // rounded as torch's logits are, so that every path chooses alike
-                W rounded;
-                narrow(out[m][r], &rounded);
-                logits[m * N + e + r] = widen(rounded);
-            }
-    }
-    for (int m = 0; m < tokens; m++) {
-        const float *own = logits + m * N;
-        int32_t *id = ids + m * K;
-        float *weight = weights + m * K, sum = 0;
-        for (int64_t e = 0, found = 0; e < N; e++) {  // the best so far, in order
-            if (found == K && !(own[e] > own[id[K - 1]])) continue;
-            int64_t k = found < K ? found++ : K - 1;
-            for (; k > 0 && own[e] > own[id[k - 1]]; k--) id[k] = id[k - 1];
-            id[k] = int32_t(e);
+void score_rows(const Layer &layer, Tokens<Activations<W>> x, int64_t start, int64_t tokens, int64_t from, int64_t to,
+                float *logits) {
+    const int64_t D = layer.hidden_size, N = layer.num_experts;
+    for (int64_t t = 0; t < tokens; t += FEW_TOKENS) {
+        const int M = at_most(tokens - t, FEW_TOKENS);
+        const Activations<W> *rows[FEW_TOKENS];
+        for (int m = 0; m < M; m++) rows[m] = x[start + t + m];
+        for (int64_t e = from; e < to; e += TILE_ROWS) {
+            const int R = at_most(to - e, TILE_ROWS);
+            const W *w[TILE_ROWS];
+            float out[FEW_TOKENS][TILE_ROWS];
+            for (int r = 0; r < R; r++) w[r] = static_cast<const W *>(layer.router) + (e + r) * D;
+            dots_of_rows<W>(R, M, rows, w, D, out);
+            for (int m = 0; m < M; m++)
+                for (int r = 0; r < R; r++) logits[(t + m) * N + e + r] = as_torch_rounds<W>(out[m][r]);
         }
-        for (int64_t k = 0; k < K; k++) {
-            weight[k] = layer.hard_gate || K == 1 ? 1.f : expf(own[id[k]] - own[id[0]]);
-            sum += weight[k];
-        }
-        for (int64_t k = 0; k < K; k++) weight[k] *= layer.scale / sum;
     }
+}
+
+// The same for many tokens and up to C vectors of experts, whose router rows make a panel.
+template <class W, int C>
+void score_panel(const Layer &layer, Tokens<Activations<W>> x, int64_t start, const Tiles &tiles, int64_t from,
+                 int count, float *panel, float *logits) {
+    const W *w[WIDTH];
+    for (int r = 0; r < count; r++) w[r] = static_cast<const W *>(layer.router) + (from + r) * layer.hidden_size;
+    const Lines none = Ahead::nothing(panel).while_packing(tiles);
+    pack_rows<W, C>(w, count, layer.hidden_size, panel, none);
+    for (int64_t tile = 0; tile < tiles.count; tile++) {
+        const int64_t t = tiles.start(tile);
+        const int M = tiles.size(tile);
+        const Activations<W> *rows[TILE_TOKENS];
+        float sums[TILE_TOKENS][WIDTH] = {}, *out[TILE_TOKENS];
+        for (int m = 0; m < M; m++) rows[m] = x[start + t + m], out[m] = sums[m];
+        multiply_panel<Activations<W>, C>(M, rows, panel, layer.hidden_size, none, out);
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < count; r++)
+                logits[(t + m) * layer.num_experts + from + r] = as_torch_rounds<W>(sums[m][r]);
+    }
+}
+
+// All logits of some tokens.
+template <class W>
+void score_all(const Layer &layer, Tokens<Activations<W>> x, int64_t start, int64_t tokens, float *panel,
+               float *logits) {
+    const int64_t N = layer.num_experts;
+    if (tokens <= FEW_TOKENS || N < LANES) return score_rows<W>(layer, x, start, tokens, 0, N, logits);
+    const Tiles tiles(tokens, TILE_TOKENS);
+    for (int64_t e = 0; e < N; e += WIDTH) {
+        const int count = at_most(N - e, WIDTH);
+        if (count > SINGLE_VECTOR) score_panel<W, PANEL_VECTORS>(layer, x, start, tiles, e, count, panel, logits);
+        else score_panel<W, 1>(layer, x, start, tiles, e, count, panel, logits);
+    }
+}
+
+// The K experts of one token with the largest logits, of equal ones the lower, and their weights.
+void choose(const Layer &layer, const float *logits, int32_t *ids, float *weights) {
+    const int64_t K = layer.top_k;
+    for (int64_t e = 0, found = 0; e < layer.num_experts; e++) {  // the best so far, in order
+        if (found == K && !(logits[e] > logits[ids[K - 1]])) continue;
+        int64_t k = found < K ? found++ : K - 1;
+        for (; k > 0 && logits[e] > logits[ids[k - 1]]; k--) ids[k] = ids[k - 1];
+        ids[k] = int32_t(e);
+    }
+    float sum = 0;
+    for (int64_t k = 0; k < K; k++) {
+        weights[k] = layer.hard_gate || K == 1 ? 1.f : expf(logits[ids[k]] - logits[ids[0]]);
+        sum += weights[k];
+    }
+    for (int64_t k = 0; k < K; k++) weights[k] *= layer.scale / sum;
 }
 
 // Pairs sorted by expert; within an expert the tokens keep their order.
@@ -430,105 +176,179 @@ void group(const Layer &layer, int64_t pairs, const int32_t *ids, const float *w
     }
 }
 
-// hidden = act(gate x) * (up x) * weight for a block of neurons and all tokens of the part.
+// hidden[m] = act(gates) * ups * weight for LANES neurons, of which `neurons` exist.
 template <class W>
-void gate_up_block(const Layer &layer, const Part<W> &part, int64_t first, int neurons, const Activations<W> *x) {
+INLINE void put_hidden(const Layer &layer, const Part<W> &part, int64_t m, int64_t first, int neurons, Vector gates,
+                       Vector ups) {
+    const float weight = part.weight ? part.weight[m] : 1.f;
+    float values[LANES];
+    Activations<W> narrowed[LANES];
+    store(values, activate(gates, layer.activation) * ups * weight);
+    for (int h = 0; h < LANES; h++) narrow(values[h], narrowed + h);
+    memcpy(part.hidden + m * part.hidden_stride + first, narrowed, neurons * sizeof *narrowed);
+}
+
+// The hidden activations of a piece's neurons, for few tokens.
+template <class W> void gate_up_rows(const Layer &layer, const Piece<W> &piece, Tokens<Activations<W>> x) {
+    const Part<W> &part = *piece.part;
     const int64_t D = layer.hidden_size;
-    for (int64_t t = 0; t < part.tokens; t += TILE_TOKENS) {
-        const int M = at_most(part.tokens - t, TILE_TOKENS);
-        const Activations<W> *rows[TILE_TOKENS];
-        float gates[TILE_TOKENS][MAX_BLOCK + LANES], ups[TILE_TOKENS][MAX_BLOCK + LANES];
-        for (int m = 0; m < M; m++) {
-            rows[m] = x + part.token_at(t + m) * D;
-            memset(gates[m] + neurons, 0, LANES * sizeof(float));  // the rest of the last vector
-            memset(ups[m] + neurons, 0, LANES * sizeof(float));
-        }
-        auto multiply = [&](const W *weight, float (*into)[MAX_BLOCK + LANES]) {
-            for (int h = 0; h < neurons; h += TILE_ROWS) {
-                const int R = at_most(neurons - h, TILE_ROWS);
-                const W *w[TILE_ROWS];
-                float out[TILE_TOKENS][TILE_ROWS];
-                for (int r = 0; r < R; r++) w[r] = weight + (first + h + r) * D;
-                dots_of_rows<W>(R, M, rows, w, D, out);
-                for (int m = 0; m < M; m++) memcpy(into[m] + h, out[m], R * sizeof(float));
+    const Tiles tiles(part.tokens, FEW_TOKENS);
+    const Activations<W> *tokens[MAX_FEW];
+    float gates[MAX_FEW][MAX_BLOCK + LANES], ups[MAX_FEW][MAX_BLOCK + LANES];
+    for (int64_t t = 0; t < part.tokens; t++) {
+        tokens[t] = x[part.token_at(t)];
+        memset(gates[t] + piece.neurons, 0, LANES * sizeof(float));  // the rest of the last vector
+        memset(ups[t] + piece.neurons, 0, LANES * sizeof(float));
+    }
+    auto multiply = [&](const W *weight, float (*into)[MAX_BLOCK + LANES]) {
+        for (int h = 0; h < piece.neurons; h += TILE_ROWS) {
+            const int R = at_most(piece.neurons - h, TILE_ROWS);
+            const W *w[TILE_ROWS];
+            for (int r = 0; r < R; r++) w[r] = weight + (piece.first + h + r) * D;
+            for (int64_t tile = 0; tile < tiles.count; tile++) {
+                const int64_t start = tiles.start(tile);
+                const int M = tiles.size(tile);
+                float out[FEW_TOKENS][TILE_ROWS];
+                dots_of_rows<W>(R, M, tokens + start, w, D, out);
+                for (int m = 0; m < M; m++) memcpy(into[start + m] + h, out[m], R * sizeof(float));
             }
-        };
-        multiply(part.gate, gates);
-        multiply(part.up, ups);
+        }
+    };
+    multiply(part.gate, gates);
+    multiply(part.up, ups);
+    for (int64_t t = 0; t < part.tokens; t++)
+        for (int h = 0; h < piece.neurons; h += LANES)
+            put_hidden<W>(layer, part, t, piece.first + h, at_most(piece.neurons - h, LANES), load(gates[t] + h),
+                          load(ups[t] + h));
+}
+
+// The same for many tokens and up to LANES neurons: their gates and ups share a panel of C vectors.
+template <class W, int C>
+void gate_up_panel(const Layer &layer, const Piece<W> &piece, const Piece<W> &following, Tokens<Activations<W>> x,
+                   float *panel) {
+    const Part<W> &part = *piece.part;
+    const int64_t D = layer.hidden_size;
+    const W *rows[WIDTH];
+    for (int h = 0; h < piece.neurons; h++) {
+        rows[h] = part.gate + (piece.first + h) * D;
+        rows[piece.neurons + h] = part.up + (piece.first + h) * D;
+    }
+    const Tiles tiles(part.tokens, TILE_TOKENS);
+    Ahead ahead = Ahead::nothing(panel);
+    if (const Part<W> *next = following.part)
+        ahead = Ahead::of_pieces(next->gate + following.first * D, next->up + following.first * D);
+    pack_rows<W, C>(rows, 2 * piece.neurons, D, panel, ahead.while_packing(tiles));
+    for (int64_t tile = 0; tile < tiles.count; tile++) {
+        const int64_t start = tiles.start(tile);
+        const int M = tiles.size(tile);
+        const Activations<W> *tokens[TILE_TOKENS];
+        float sums[TILE_TOKENS][WIDTH + LANES], *out[TILE_TOKENS];
         for (int m = 0; m < M; m++) {
-            const float weight = part.weight ? part.weight[t + m] : 1.f;
-            for (int h = 0; h < neurons; h += LANES)
-                store(gates[m] + h, activate(load(gates[m] + h), layer.activation) * load(ups[m] + h) * weight);
-            Activations<W> *hidden = part.hidden + (t + m) * part.hidden_stride + first;
-            for (int h = 0; h < neurons; h++) narrow(gates[m][h], hidden + h);
+            tokens[m] = x[part.token_at(start + m)], out[m] = sums[m];
+            memset(sums[m], 0, sizeof sums[m]);
         }
+        multiply_panel<Activations<W>, C>(M, tokens, panel, D, ahead.during(tile, tiles), out);
+        for (int m = 0; m < M; m++)
+            put_hidden<W>(layer, part, start + m, piece.first, piece.neurons, load(sums[m]),
+                          load(sums[m] + piece.neurons));
     }
 }
 
-// y += hidden of some of the part's neurons, `first` up to `end`, times their columns of `down`.
-template <class W>
-void down_of_neurons(const Layer &layer, const Part<W> &part, float *y, int64_t first, int64_t end) {
+// Some of a part's neurons, and some of the outputs.
+struct Area {
+    int64_t neuron, neurons, from, to;
+};
+
+// y += hidden * down for up to FEW_TOKENS tokens and `down` stored column after column: a neuron's weights at once.
+template <class W> void down_columns(const Layer &layer, const Part<W> &part, float *y, Area area) {
     const int64_t D = layer.hidden_size, stride = layer.down_column_stride;
-    const W *down = static_cast<const W *>(layer.down) + (part.first_column + first) * stride;
-    for (int64_t t = 0; t < part.tokens; t += FEW_TOKENS) {
-        const int M = at_most(part.tokens - t, FEW_TOKENS);
-        const Activations<W> *hidden[FEW_TOKENS];
-        float *out[FEW_TOKENS];
-        for (int m = 0; m < M; m++) {
-            hidden[m] = part.hidden + (t + m) * part.hidden_stride + first;
-            out[m] = y + part.token_at(t + m) * D;
-        }
-        add_rows<W>(M, hidden, down, stride, end - first, D, out);
+    const W *down = static_cast<const W *>(layer.down) + (part.first_column + area.neuron) * stride;
+    const int M = int(part.tokens);
+    const Activations<W> *hidden[FEW_TOKENS];
+    float *out[FEW_TOKENS];
+    for (int m = 0; m < M; m++) hidden[m] = part.hidden + m * part.hidden_stride + area.neuron;
+    const int64_t most = M > ROW_BY_ROW ? IN_L1 : D;
+    for (int64_t d = area.from; d < area.to; d += most) {
+        for (int m = 0; m < M; m++) out[m] = y + part.token_at(m) * D + d;
+        add_neurons<W>(M, hidden, down + d, stride, area.neurons, area.to - d < most ? area.to - d : most, out);
     }
 }
 
-// y[:, from .. to) += hidden of the part times its columns of `down`, stored column after column.
-template <class W> void down_columns(const Layer &layer, const Part<W> &part, float *y, int64_t from, int64_t to) {
-    const int64_t D = layer.hidden_size, stride = layer.down_column_stride;
-    for (int64_t first = 0; first < part.neurons; first += DEPTH) {
-        const int64_t neurons = part.neurons - first < DEPTH ? part.neurons - first : DEPTH;
-        const W *down = static_cast<const W *>(layer.down) + (part.first_column + first) * stride;
-        for (int64_t d = from; d < to;) {
-            const int64_t vectors = (to - d) / LANES;
-            const int C = vectors >= TILE_VECTORS ? TILE_VECTORS : vectors > 0;
-            for (int64_t t = 0; t < part.tokens; t += TILE_TOKENS) {
-                const int M = at_most(part.tokens - t, TILE_TOKENS);
-                const Activations<W> *hidden[TILE_TOKENS];
-                float *out[TILE_TOKENS];
-                for (int m = 0; m < M; m++) {
-                    hidden[m] = part.hidden + (t + m) * part.hidden_stride + first;
-                    out[m] = y + part.token_at(t + m) * D + d;
-                }
-                if (C == TILE_VECTORS) outer<W, TILE_VECTORS>(M, hidden, down + d, stride, neurons, out);
-                else if (C == 1) outer<W, 1>(M, hidden, down + d, stride, neurons, out);
-                else
-                    for (int m = 0; m < M; m++)
-                        for (int64_t h = 0; h < neurons; h++)
-                            for (int64_t rest = 0; rest < to - d; rest++)
-                                out[m][rest] += widen(hidden[m][h]) * widen(down[h * stride + d + rest]);
-            }
-            d += C ? C * LANES : to - d;
-        }
-    }
-}
-
-// The same for `down` stored row after row.
-template <class W> void down_rows(const Layer &layer, const Part<W> &part, float *y, int64_t from, int64_t to) {
-    const W *down = static_cast<const W *>(layer.down) + part.first_column;
-    for (int64_t d = from; d < to; d += TILE_ROWS) {
-        const int R = at_most(to - d, TILE_ROWS);
+// y += hidden * down for few tokens and `down` stored row after row.
+template <class W> void down_rows(const Layer &layer, const Part<W> &part, float *y, Area area) {
+    const W *down = static_cast<const W *>(layer.down) + part.first_column + area.neuron;
+    const Tiles tiles(part.tokens, FEW_TOKENS);
+    const Activations<W> *hidden[MAX_FEW];
+    for (int64_t t = 0; t < part.tokens; t++) hidden[t] = part.hidden + t * part.hidden_stride + area.neuron;
+    for (int64_t d = area.from; d < area.to; d += TILE_ROWS) {
+        const int R = at_most(area.to - d, TILE_ROWS);
         const W *w[TILE_ROWS];
         for (int r = 0; r < R; r++) w[r] = down + (d + r) * layer.down_row_stride;
-        for (int64_t t = 0; t < part.tokens; t += TILE_TOKENS) {
-            const int M = at_most(part.tokens - t, TILE_TOKENS);
-            const Activations<W> *hidden[TILE_TOKENS];
-            float out[TILE_TOKENS][TILE_ROWS];
-            for (int m = 0; m < M; m++) hidden[m] = part.hidden + (t + m) * part.hidden_stride;
-            dots_of_rows<W>(R, M, hidden, w, part.neurons, out);
+        for (int64_t tile = 0; tile < tiles.count; tile++) {
+            const int64_t start = tiles.start(tile);
+            const int M = tiles.size(tile);
+            float out[FEW_TOKENS][TILE_ROWS];
+            dots_of_rows<W>(R, M, hidden + start, w, area.neurons, out);
             for (int m = 0; m < M; m++)
-                for (int r = 0; r < R; r++) y[part.token_at(t + m) * layer.hidden_size + d + r] += out[m][r];
+                for (int r = 0; r < R; r++) y[part.token_at(start + m) * layer.hidden_size + d + r] += out[m][r];
         }
     }
+}
+
+// The same for many tokens and up to C vectors of outputs, whose weights make a panel.
+template <class W, int C>
+void down_panel(const Layer &layer, const Part<W> &part, float *y, Area area, float *panel) {
+    using A = Activations<W>;
+    const int64_t D = layer.hidden_size, stride = layer.down_column_stride;
+    const int count = int(area.to - area.from);
+    const W *down = static_cast<const W *>(layer.down) + (part.first_column + area.neuron) * stride +
+                    area.from * layer.down_row_stride;
+    const Tiles tiles(part.tokens, TILE_TOKENS);
+    Ahead ahead;
+    if (stride == 1) {
+        const W *rows[WIDTH];
+        for (int r = 0; r < count; r++) rows[r] = down + r * layer.down_row_stride;
+        ahead = Ahead::of_rows(down + count * layer.down_row_stride, layer.down_row_stride);
+        pack_rows<W, C>(rows, count, area.neurons, panel, ahead.while_packing(tiles));
+    } else {
+        ahead = Ahead::of_columns(down + count, stride);
+        pack_columns<W, C>(down, stride, count, area.neurons, panel, ahead.while_packing(tiles));
+    }
+    const bool in_place = count == C * LANES;
+    for (int64_t tile = 0; tile < tiles.count; tile++) {
+        const int64_t start = tiles.start(tile);
+        const int M = tiles.size(tile);
+        const A *hidden[TILE_TOKENS];
+        float sums[TILE_TOKENS][WIDTH], *out[TILE_TOKENS];
+        for (int m = 0; m < M; m++) {
+            hidden[m] = part.hidden + (start + m) * part.hidden_stride + area.neuron;
+            out[m] = in_place ? y + part.token_at(start + m) * D + area.from : sums[m];
+            if (!in_place) memset(sums[m], 0, sizeof sums[m]);
+        }
+        multiply_panel<A, C>(M, hidden, panel, area.neurons, ahead.during(tile, tiles), out);
+        for (int m = 0; m < M && !in_place; m++)
+            for (int r = 0; r < count; r++) y[part.token_at(start + m) * D + area.from + r] += sums[m][r];
+    }
+}
+
+template <class W>
+void down_panels(const Layer &layer, const Part<W> &part, float *y, Area area, float *panel) {
+    const int64_t end = area.neuron + area.neurons;
+    for (int64_t neuron = area.neuron; neuron < end; neuron += DEPTH)
+        for (int64_t d = area.from; d < area.to; d += WIDTH) {
+            const Area own = {neuron, end - neuron < DEPTH ? end - neuron : DEPTH, d, d + at_most(area.to - d, WIDTH)};
+            if (own.to - d > SINGLE_VECTOR) down_panel<W, PANEL_VECTORS>(layer, part, y, own, panel);
+            else down_panel<W, 1>(layer, part, y, own, panel);
+        }
+}
+
+// y[:, area's outputs] += hidden of the area's neurons * down
+template <class W> void down(const Layer &layer, const Part<W> &part, float *y, Area area, float *panel) {
+    if (area.neurons <= 0 || area.from >= area.to) return;
+    const bool by_rows = layer.down_column_stride == 1;
+    if (by_rows && part.has_few()) down_rows<W>(layer, part, y, area);
+    else if (!by_rows && part.tokens <= FEW_TOKENS) down_columns<W>(layer, part, y, area);
+    else down_panels<W>(layer, part, y, area, panel);
 }
 
 // How many neurons, or rows, a thread takes at a time: long pieces stream faster, short ones end together.
@@ -537,138 +357,209 @@ INLINE int64_t block_of(int64_t total, int threads) {
     return block < MIN_BLOCK ? MIN_BLOCK : block > MAX_BLOCK ? MAX_BLOCK : block;
 }
 
-// x as activations: as it is, or this thread's share of it widened into `own`.
+// This thread's share of T tokens, converted and spread.
 template <class W>
-INLINE const Activations<W> *as_activations(const W *x, Activations<W> *own, int64_t count, int me, int team) {
-    if constexpr (sizeof(W) == sizeof(Activations<W>)) return x;
-    else {
-        for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) own[i] = widen(x[i]);
-        return own;
-    }
+INLINE void copy_tokens(const W *x, int64_t T, int64_t width, Activations<W> *to, int64_t stride, int me, int team) {
+    for (int64_t t = T * me / team; t < T * (me + 1) / team; t++)
+        for (int64_t i = 0; i < width; i++) narrow(widen(x[t * width + i]), to + t * stride + i);
 }
 
-template <class W>
-int run_layer(const Layer &layer, const W *x_in, int64_t T, const int64_t *given_ids, const float *given_weights,
-              W *y_out, int threads) {
+// One call: what it is about, the memory that it needs, and its steps, each of which all threads take part in.
+template <class W> class Call {
     using A = Activations<W>;
-    const int64_t D = layer.hidden_size, N = layer.num_experts, H = layer.expert_size, S = layer.shared_size;
-    const int64_t K = layer.top_k, P = T * K;
+    static constexpr bool NARROWS = sizeof(W) != sizeof(float);
+
+  public:
+    Call(const Layer &layer, const W *x, int64_t T, const int64_t *given_ids, const float *given_weights, W *y)
+        : layer(layer), D(layer.hidden_size), N(layer.num_experts), H(layer.expert_size), S(layer.shared_size),
+          K(layer.top_k), T(T), x_in(x), y_out(y), given_ids(given_ids), given_weights(given_weights) {}
+
+    int compute(int threads) {
+        if (!allocate(threads)) return NO_MEMORY;
+#pragma omp parallel num_threads(threads)
+        {
+            const int me = omp_get_thread_num(), team = omp_get_num_threads();
+            if (copies) {
+                copy_tokens<W>(x_in, T, D, x_own, x.stride, me, team);
+#pragma omp barrier
+            }
+            if (!everyone && (many || given_ids || N * D > FEW_LOGITS)) {
+                route(me, team);
+#pragma omp barrier
+            }
+#pragma omp single
+            {
+                if (routes && !many) route_few();
+                if (!unknown) add_parts();
+            }
+            gate_up(me, team);
+#pragma omp barrier
+            if (sums && P + (S ? T : 0) <= FEW_TOKENS * part_count) {
+                down_by_neurons(me, team);
+#pragma omp barrier
+                add_up(me, team);
+            } else {
+                down_by_outputs(me, team);
+            }
+        }
+        return unknown ? NO_SUCH_EXPERT : 0;
+    }
+
+  private:
+    const Layer &layer;
+    const int64_t D, N, H, S, K, T, P = T * K, F = S + N * H;
+    const W *x_in;
+    W *y_out;
+    const int64_t *given_ids;
+    const float *given_weights;
     const bool everyone = K == N;  // then hidden is [T, F] and one product with all of `down`
-    constexpr bool widens = sizeof(A) != sizeof(W), narrows = sizeof(W) != sizeof(float);
-    float *y, *sums, *logits, *weights, *weight;
+    const bool routes = !everyone && K && !given_ids, many = T > MAX_FEW, copies = many || sizeof(A) != sizeof(W);
+    const int64_t hidden_stride = everyone ? F : many ? spread<A>(H) : H, shared_stride = everyone ? F : S;
+    const int64_t panel_floats = panel_size(D > DEPTH ? D : DEPTH);
+    Arena arena;
+    Tokens<A> x{reinterpret_cast<const A *>(x_in), many ? spread<A>(D) : D};
     A *x_own, *hidden, *shared_hidden;
+    float *logits, *weights, *weight, *panels, *sums = nullptr, *y;
     int32_t *ids, *token;
     int64_t *starts;
     Part<W> *parts;
-    Arena arena;
-    arena.plan(&hidden, everyone ? T * (S + N * H) : P * H);
-    arena.plan(&shared_hidden, everyone ? 0 : T * S);
-    arena.plan(&parts, N + 1);
-    arena.plan(&logits, everyone ? 0 : N * TILE_TOKENS * threads);
-    arena.plan(&ids, P), arena.plan(&token, P), arena.plan(&weights, P), arena.plan(&weight, P);
-    arena.plan(&starts, N + 2);
-    arena.plan(&x_own, widens ? T * D : 0), arena.plan(&y, narrows ? T * D : 0);
-    const bool sums_fit = layer.down_column_stride != 1 && T * D * threads <= MAX_SUMS;
-    arena.plan(&sums, sums_fit ? T * D * threads : 0);
-    if (!arena.allocate()) return NO_MEMORY;
-    if constexpr (!narrows) y = y_out;
     int64_t part_count = 0, total = 0, next = 0;
     bool unknown = false;  // some expert that was asked for
-    // A few logits take less time than a barrier after them.
-    const bool alone = !everyone && K && !given_ids && T <= TILE_TOKENS && N * D <= 8192;
 
-    auto add_part = [&](const void *gate_up, int64_t neurons, int64_t column, int64_t tokens, const int32_t *own,
-                        const float *weight_of, A *into) {
+    bool allocate(int threads) {
+        const bool sums_fit = layer.down_column_stride != 1 && T * D * threads <= MAX_SUMS;
+        arena.plan(&hidden, (everyone ? T : P) * hidden_stride);
+        arena.plan(&shared_hidden, everyone ? 0 : T * S);
+        arena.plan(&parts, N + 1);
+        arena.plan(&logits, routes ? T * N : 0);
+        arena.plan(&ids, P), arena.plan(&token, P), arena.plan(&weights, P), arena.plan(&weight, P);
+        arena.plan(&starts, N + 2);
+        arena.plan(&x_own, copies ? T * x.stride : 0), arena.plan(&y, NARROWS ? T * D : 0);
+        arena.plan(&panels, T > FEW_TOKENS ? panel_floats * threads : 0);
+        if (sums_fit) arena.plan(&sums, T * D * threads);
+        if (!arena.allocate()) return false;
+        if (copies) x.first = x_own;
+        if constexpr (!NARROWS) y = y_out;
+        return true;
+    }
+
+    void route(int me, int team) {
+        if (given_ids) {
+            for (int64_t p = P * me / team; p < P * (me + 1) / team; p++) {
+                ids[p] = int32_t(given_ids[p]), weights[p] = given_weights[p];
+                if (given_ids[p] < 0 || given_ids[p] >= N) __atomic_store_n(&unknown, true, __ATOMIC_RELAXED);
+            }
+        } else if (K && many) {
+            const int64_t start = T * me / team, end = T * (me + 1) / team;
+            score_all<W>(layer, x, start, end - start, panels + me * panel_floats, logits + start * N);
+            for (int64_t t = start; t < end; t++) choose(layer, logits + t * N, ids + t * K, weights + t * K);
+        } else if (K) {
+            score_rows<W>(layer, x, 0, T, N * me / team, N * (me + 1) / team, logits);
+        }
+    }
+
+    // What is left to one thread: a few logits take less time than a barrier after them.
+    void route_few() {
+        if (N * D <= FEW_LOGITS) score_rows<W>(layer, x, 0, T, 0, N, logits);
+        for (int64_t t = 0; t < T; t++) choose(layer, logits + t * N, ids + t * K, weights + t * K);
+    }
+
+    void add_part(const void *gate_up, int64_t neurons, int64_t column, int64_t tokens, const int32_t *own,
+                  const float *weight_of, A *into, int64_t stride) {
         const W *gate = static_cast<const W *>(gate_up);
-        const int64_t stride = everyone ? S + N * H : neurons;
         parts[part_count++] = {gate, gate + neurons * D, neurons, column, tokens, own, weight_of, into, stride, total};
         total += neurons;
-    };
-    auto add_parts = [&] {
-        if (S) add_part(layer.shared_gate_up, S, 0, T, nullptr, nullptr, everyone ? hidden : shared_hidden);
+    }
+
+    void add_parts() {
+        A *shared = everyone ? hidden : shared_hidden;
+        if (S) add_part(layer.shared_gate_up, S, 0, T, nullptr, nullptr, shared, shared_stride);
         if (!everyone) group(layer, P, ids, weights, starts, token, weight);
         for (int64_t e = 0; e < N && K; e++) {
             const void *gate_up = static_cast<const W *>(layer.gate_up) + e * 2 * H * D;
             const int64_t column = S + e * H;
-            if (everyone) add_part(gate_up, H, column, T, nullptr, nullptr, hidden + column);
-            else if (const int64_t start = starts[e], count = starts[e + 1] - start; count)
-                add_part(gate_up, H, column, count, token + start, weight + start, hidden + start * H);
-        }
-    };
-
-#pragma omp parallel num_threads(threads)
-    {
-        const int me = omp_get_thread_num(), team = omp_get_num_threads();
-        const A *x = as_activations<W>(x_in, x_own, T * D, me, team);
-        if (widens) {
-#pragma omp barrier
-        }
-        if (!everyone && K && !alone) {
-            if (given_ids) {
-                for (int64_t p = P * me / team; p < P * (me + 1) / team; p++) {
-                    ids[p] = int32_t(given_ids[p]), weights[p] = given_weights[p];
-                    if (given_ids[p] < 0 || given_ids[p] >= N) __atomic_store_n(&unknown, true, __ATOMIC_RELAXED);
-                }
-            } else {
-                const int64_t tiles = (T + TILE_TOKENS - 1) / TILE_TOKENS;
-                for (int64_t tile = tiles * me / team; tile < tiles * (me + 1) / team; tile++) {
-                    const int64_t t = tile * TILE_TOKENS;
-                    choose<W>(layer, x + t * D, at_most(T - t, TILE_TOKENS), logits + me * TILE_TOKENS * N, ids + t * K,
-                              weights + t * K);
-                }
+            if (everyone) {
+                add_part(gate_up, H, column, T, nullptr, nullptr, hidden + column, hidden_stride);
+            } else if (const int64_t start = starts[e], count = starts[e + 1] - start; count) {
+                A *into = hidden + start * hidden_stride;
+                add_part(gate_up, H, column, count, token + start, weight + start, into, hidden_stride);
             }
-#pragma omp barrier
-        }
-#pragma omp single
-        {
-            if (alone) choose<W>(layer, x, int(T), logits, ids, weights);
-            if (!unknown) add_parts();
-        }
-        const int64_t block = block_of(total, team);
-        int64_t p = 0;
-        for (int64_t n; (n = __atomic_fetch_add(&next, block, __ATOMIC_RELAXED)) < total;)
-            for (const int64_t end = n + block < total ? n + block : total; n < end;) {  // perhaps of several parts
-                while (p + 1 < part_count && parts[p + 1].first_neuron <= n) p++;
-                const int64_t first = n - parts[p].first_neuron, left = parts[p].neurons - first;
-                const int neurons = int(left < end - n ? left : end - n);
-                gate_up_block<W>(layer, parts[p], first, neurons, x);
-                n += neurons;
-            }
-#pragma omp barrier
-        const Part<W> all = {nullptr, nullptr, S + N * H, 0, T, nullptr, nullptr, hidden, S + N * H, 0};
-        const Part<W> *down_parts = everyone ? &all : parts;
-        const int64_t down_count = everyone ? 1 : part_count;
-        const int64_t vectors = (D + LANES - 1) / LANES, from = vectors * me / team * LANES;
-        const int64_t end = vectors * (me + 1) / team * LANES, to = end < D ? end : D;
-        if (sums_fit && P + (S ? T : 0) <= FEW_TOKENS * part_count) {
-            // Few tokens wait for memory: every thread reads columns of its own, from end to end.
-            float *own = sums + me * T * D;
-            memset(own, 0, T * D * sizeof *own);
-            for (int64_t part = 0; part < down_count; part++) {
-                const int64_t start = down_parts[part].first_neuron, stop = start + down_parts[part].neurons;
-                const int64_t first = total * me / team, last = total * (me + 1) / team;
-                const int64_t begin = first > start ? first : start, finish = last < stop ? last : stop;
-                if (begin < finish) down_of_neurons<W>(layer, down_parts[part], own, begin - start, finish - start);
-            }
-#pragma omp barrier
-            for (int64_t t = 0; t < T; t++)
-                for (int64_t d = from; d < to; d++) {
-                    float sum = 0;
-                    for (int thread = 0; thread < team; thread++) sum += sums[(thread * T + t) * D + d];
-                    narrow(sum, y_out + t * D + d);
-                }
-        } else if (from < to) {
-            // Every thread owns a range of outputs: no two add to the same one.
-            for (int64_t t = 0; t < T; t++) memset(y + t * D + from, 0, (to - from) * sizeof *y);
-            for (int64_t part = 0; part < down_count; part++)
-                if (layer.down_column_stride == 1) down_rows<W>(layer, down_parts[part], y, from, to);
-                else down_columns<W>(layer, down_parts[part], y, from, to);
-            for (int64_t t = 0; t < T && narrows; t++)
-                for (int64_t d = from; d < to; d++) narrow(y[t * D + d], y_out + t * D + d);
         }
     }
-    return unknown ? NO_SUCH_EXPERT : 0;
-}
+
+    void gate_up(int me, int team) {
+        float *panel = panels + me * panel_floats;
+        const int64_t block = block_of(total, team);
+        int64_t n = 0, end = 0, p = 0;
+        auto take = [&]() -> Piece<W> {  // neurons that no other thread has taken
+            if (n == end) {
+                n = __atomic_fetch_add(&next, block, __ATOMIC_RELAXED);
+                end = n + block < total ? n + block : total;
+            }
+            if (n >= total) return {};
+            while (p + 1 < part_count && parts[p + 1].first_neuron <= n) p++;
+            const int64_t first = n - parts[p].first_neuron, left = parts[p].neurons - first;
+            const int neurons = at_most(left < end - n ? left : end - n, parts[p].has_few() ? MAX_BLOCK : LANES);
+            n += neurons;
+            return {&parts[p], first, neurons};
+        };
+        for (Piece<W> piece = take(), following; piece.neurons; piece = following) {
+            following = take();
+            if (piece.part->has_few()) gate_up_rows<W>(layer, piece, x);
+            else if (2 * piece.neurons > SINGLE_VECTOR)
+                gate_up_panel<W, PANEL_VECTORS>(layer, piece, following, x, panel);
+            else gate_up_panel<W, 1>(layer, piece, following, x, panel);
+        }
+    }
+
+    // With everyone on, the parts are one.
+    template <class Use> void each_part_of_down(Use use) {
+        if (everyone) use(Part<W>{nullptr, nullptr, F, 0, T, nullptr, nullptr, hidden, F, 0});
+        else
+            for (int64_t p = 0; p < part_count; p++) use(parts[p]);
+    }
+
+    // This thread's share of the outputs, in whole vectors.
+    void own_outputs(int me, int team, int64_t *from, int64_t *to) const {
+        const int64_t vectors = (D + LANES - 1) / LANES, end = vectors * (me + 1) / team * LANES;
+        *from = vectors * me / team * LANES, *to = end < D ? end : D;
+    }
+
+    // Few tokens wait for memory: every thread reads neurons of its own, from end to end, into sums of its own.
+    void down_by_neurons(int me, int team) {
+        const int64_t first = total * me / team, last = total * (me + 1) / team;
+        float *own = sums + me * T * D;
+        memset(own, 0, T * D * sizeof *own);
+        each_part_of_down([&](const Part<W> &part) {
+            const int64_t start = part.first_neuron, stop = start + part.neurons;
+            const int64_t begin = first > start ? first : start, end = last < stop ? last : stop;
+            down<W>(layer, part, own, {begin - start, end - begin, 0, D}, panels + me * panel_floats);
+        });
+    }
+
+    void add_up(int me, int team) {
+        int64_t from, to;
+        own_outputs(me, team, &from, &to);
+        for (int64_t t = 0; t < T; t++)
+            for (int64_t d = from; d < to; d++) {
+                float sum = 0;
+                for (int thread = 0; thread < team; thread++) sum += sums[(thread * T + t) * D + d];
+                narrow(sum, y_out + t * D + d);
+            }
+    }
+
+    // Many tokens wait for arithmetic: every thread owns a range of outputs, so that no two add to the same one.
+    void down_by_outputs(int me, int team) {
+        int64_t from, to;
+        own_outputs(me, team, &from, &to);
+        for (int64_t t = 0; t < T && from < to; t++) memset(y + t * D + from, 0, (to - from) * sizeof *y);
+        each_part_of_down([&](const Part<W> &part) {
+            down<W>(layer, part, y, {0, part.neurons, from, to}, panels + me * panel_floats);
+        });
+        for (int64_t t = 0; t < T && NARROWS; t++)
+            for (int64_t d = from; d < to; d++) narrow(y[t * D + d], y_out + t * D + d);
+    }
+};
 
 template <class W>
 int run_linear(const W *x_in, const W *weight, int64_t row_stride, const W *bias, W *y, int64_t T, int64_t inputs,
@@ -682,21 +573,22 @@ int run_linear(const W *x_in, const W *weight, int64_t row_stride, const W *bias
     int64_t next = 0;
 #pragma omp parallel num_threads(threads)
     {
-        const A *x = as_activations<W>(x_in, x_own, T * inputs, omp_get_thread_num(), omp_get_num_threads());
+        const A *x = widens ? x_own : reinterpret_cast<const A *>(x_in);
         if (widens) {
+            copy_tokens<W>(x_in, T, inputs, x_own, inputs, omp_get_thread_num(), omp_get_num_threads());
 #pragma omp barrier
         }
         const int64_t block = block_of(outputs, omp_get_num_threads());
         for (int64_t start; (start = __atomic_fetch_add(&next, block, __ATOMIC_RELAXED)) < outputs;) {
             const int64_t end = start + block < outputs ? start + block : outputs;
-            for (int64_t t = 0; t < T; t += TILE_TOKENS) {
-                const int M = at_most(T - t, TILE_TOKENS);
-                const A *rows[TILE_TOKENS];
+            for (int64_t t = 0; t < T; t += FEW_TOKENS) {
+                const int M = at_most(T - t, FEW_TOKENS);
+                const A *rows[FEW_TOKENS];
                 for (int m = 0; m < M; m++) rows[m] = x + (t + m) * inputs;
                 for (int64_t o = start; o < end; o += TILE_ROWS) {
                     const int R = at_most(end - o, TILE_ROWS);
                     const W *w[TILE_ROWS];
-                    float out[TILE_TOKENS][TILE_ROWS];
+                    float out[FEW_TOKENS][TILE_ROWS];
                     for (int r = 0; r < R; r++) w[r] = weight + (o + r) * row_stride;
                     dots_of_rows<W>(R, M, rows, w, inputs, out);
                     for (int m = 0; m < M; m++)
@@ -716,7 +608,7 @@ extern "C" int factorctl_ffn(const Layer *layer, const void *x, int64_t tokens, 
                              const float *weights, void *y, int threads) {
     auto run = [&](auto weight) {
         using W = decltype(weight);
-        return run_layer(*layer, static_cast<const W *>(x), tokens, ids, weights, static_cast<W *>(y), threads);
+        return Call<W>(*layer, static_cast<const W *>(x), tokens, ids, weights, static_cast<W *>(y)).compute(threads);
     };
     return layer->bfloat16 ? run(Bfloat16()) : run(float());
 }

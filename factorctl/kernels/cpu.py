@@ -220,9 +220,9 @@ def _check() -> None:
         def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.randn(*shape, generator=generator).to(dtype)
 
-        x, gate_up, down = draw(9, width), draw(experts, 2 * size, width), draw(width, experts * size)
+        x, gate_up, down = draw(40, width), draw(experts, 2 * size, width), draw(width, experts * size)
         found = [(linear(x, gate_up[0]), x.double() @ gate_up[0].double().t())]
-        for tokens, layout in itertools.product((1, 9), (down, down.t().contiguous().t())):
+        for tokens, layout in itertools.product((1, 9, 40), (down, down.t().contiguous().t())):
             ids_T = torch.arange(tokens) % experts
             compiled = CompiledFFN(
                 FFNWeights(gate_up, None, layout, None), FactorShape(experts, 1, size, 0), activation="relu"

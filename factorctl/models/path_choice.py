@@ -41,9 +41,9 @@ FLOPS_PER_BYTE = 4.2
 MIN_SAVED_TOKENS_16BIT = 6
 """bf16 GEMMs read weights, rather than compute, up to about as many tokens: nothing to save below."""
 MAX_SKIP_TOKENS = 1024
-KERNEL_ROWS, KERNEL_ROWS_OF_ALL = 512, {4: 512, 2: 64}
-"""Tokens per expert up to which the compiled kernel is ahead of `loop`, and tokens up to which it is ahead of one dense
-product, by bytes per weight: of MKL's in 32 bits, of oneDNN's in 16."""
+KERNEL_ROWS, KERNEL_ROWS_OF_ALL = {4: 2048, 2: 512}, {4: 4096, 2: 128}
+"""Tokens per expert up to which the compiled kernel was seen ahead of `loop`, and tokens up to which it was ahead of
+one dense product, by bytes per weight: of MKL's in 32 bits (no more were measured), of oneDNN's in 16."""
 KERNEL_ROWS_BESIDE_AMX = 16
 """The same in 16 bits on a processor that multiplies tiles of bfloat16, which the kernel does not (an estimate)."""
 
@@ -128,7 +128,7 @@ def kernel_tokens(dtype: torch.dtype, *, share: float | None = None) -> int:
     Args:
         share: None where every neuron runs for every token.
     """
-    rows = KERNEL_ROWS_OF_ALL[dtype.itemsize] if share is None else KERNEL_ROWS
+    rows = (KERNEL_ROWS_OF_ALL if share is None else KERNEL_ROWS)[dtype.itemsize]
     if dtype.itemsize == 2 and multiplies_tiles():
         rows = min(rows, KERNEL_ROWS_BESIDE_AMX)
     return int(rows / (share or 1.0))

@@ -79,10 +79,22 @@ def test_experts_and_gates(gate: str, n: int, k: int) -> None:
 @pytest.mark.parametrize("k", [0, 2, 3])
 @pytest.mark.parametrize(("h", "s", "d"), [(7, 5, 13), (1, 1, 1), (17, 33, 67), (300, 1100, 20), (16, 16, 300)])
 def test_unaligned_sizes_and_static_pruning(h: int, s: int, d: int, k: int, together: bool) -> None:
-    ffn = frozen(n=3, k=k, h=h, s=s, d=d)
+    for dtype in (torch.float32, torch.bfloat16):
+        ffn = frozen(n=3, k=k, h=h, s=s, d=d, dtype=dtype)
+        if together:
+            ffn.down.data = ffn.down.data.t().contiguous().t()
+        for tokens in (1, 11, 50):  # few, some and many for each expert
+            check(ffn, tokens_for(ffn, tokens))
+
+
+@needs_kernel
+@pytest.mark.parametrize("together", [False, True])
+def test_every_number_of_tokens_that_an_expert_may_get(together: bool) -> None:
+    """Products are cut into tiles by token count: none is forgotten, none computed twice."""
+    ffn = frozen(n=2, k=1, h=20, d=34)
     if together:
         ffn.down.data = ffn.down.data.t().contiguous().t()
-    for tokens in (1, 11):
+    for tokens in range(1, 62):
         check(ffn, tokens_for(ffn, tokens))
 
 
@@ -238,7 +250,7 @@ def test_exchanged_weights_are_noticed() -> None:
 @needs_kernel
 def test_shipped_ladders_begin_with_it_and_leave_many_rows_to_gemm_libraries() -> None:
     site = Site("a cpu", torch.float32, 2048, FactorShape(4, 1, 1408, 0), kernel=True)
-    assert [path_at(shipped_steps(site), tokens) for tokens in (1, 16, 2048, 2049)] == ["kernel"] * 3 + ["loop"]
+    assert [path_at(shipped_steps(site), tokens) for tokens in (1, 16, 8192, 8193)] == ["kernel"] * 3 + ["loop"]
     half = Site("a cpu", torch.bfloat16, 2048, FactorShape(4, 2, 1408, 0), kernel=True)
     assert path_at(shipped_steps(half), 1) == "kernel"
     assert path_at(shipped_steps(half), 4096) == "loop"
