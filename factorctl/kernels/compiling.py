@@ -25,7 +25,7 @@ SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-exceptions", "-fno-rtti",
-    "-fopenmp", "-fPIC", "-shared",
+    "-fPIC", "-shared",
 )  # fmt: skip
 SECONDS = 120
 DIGEST_BYTES = 32
@@ -68,8 +68,9 @@ def _identity(compiler: str) -> str:
 
 @functools.cache
 def _torch_threads() -> tuple[str, ...]:
-    """The OpenMP library that came with torch; where there is none, torch uses the system's, as the compiler does."""
-    return tuple(sorted(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")))
+    """The OpenMP library that came with torch; where there is none, torch uses the system's."""
+    libraries = Path(torch.__file__).parent / "lib"
+    return tuple(sorted(str(path) for path in libraries.glob("libgomp*.so*"))) or ("-lgomp",)
 
 
 def _is_whole(library: Path) -> bool:

@@ -9,8 +9,14 @@
 #include "few_tokens.h"
 #include "many_tokens.h"
 
-extern "C" int omp_get_thread_num(void);
-extern "C" int omp_get_num_threads(void);
+// The OpenMP library that torch has loaded, by name: what a compiler makes of pragmas may want a library of its own, and
+// two of them in one call corrupt each other. LLVM's library has GNU's names, too.
+extern "C" {
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+void GOMP_parallel(void (*body)(void *), void *argument, unsigned threads, unsigned flags);
+void GOMP_barrier(void);
+}
 
 struct Layer {
     const void *gate_up;         // [N, 2H, D]; per expert the gate rows, then the up rows
@@ -32,6 +38,12 @@ constexpr int MAX_FEW = 2 * FEW_TOKENS;  // tokens that read rows as they lie
 constexpr int64_t MAX_SUMS = 1 << 18;    // of all threads, where each sums up its own neurons
 constexpr int64_t FEW_LOGITS = 8192;     // weights of routers so small that a barrier takes longer
 constexpr int64_t IN_L1 = 1024;          // outputs that few tokens sum up at a time
+
+// Runs body(me, team) in a team of up to so many threads.
+template <class Body> void in_threads(int threads, Body body) {
+    auto run = [](void *own) { (*static_cast<Body *>(own))(omp_get_thread_num(), omp_get_num_threads()); };
+    GOMP_parallel(run, &body, unsigned(threads), 0);
+}
 
 // Neurons that run together, and the tokens that use them.
 template <class W> struct Part {
@@ -376,32 +388,30 @@ template <class W> class Call {
 
     int compute(int threads) {
         if (!allocate(threads)) return NO_MEMORY;
-#pragma omp parallel num_threads(threads)
-        {
-            const int me = omp_get_thread_num(), team = omp_get_num_threads();
+        in_threads(threads, [&](int me, int team) {
             if (copies) {
                 copy_tokens<W>(x_in, T, D, x_own, x.stride, me, team);
-#pragma omp barrier
+                GOMP_barrier();
             }
             if (!everyone && (many || given_ids || N * D > FEW_LOGITS)) {
                 route(me, team);
-#pragma omp barrier
+                GOMP_barrier();
             }
-#pragma omp single
-            {
+            if (me == 0) {
                 if (routes && !many) route_few();
                 if (!unknown) add_parts();
             }
+            GOMP_barrier();
             gate_up(me, team);
-#pragma omp barrier
+            GOMP_barrier();
             if (sums && P + (S ? T : 0) <= FEW_TOKENS * part_count) {
                 down_by_neurons(me, team);
-#pragma omp barrier
+                GOMP_barrier();
                 add_up(me, team);
             } else {
                 down_by_outputs(me, team);
             }
-        }
+        });
         return unknown ? NO_SUCH_EXPERT : 0;
     }
 
@@ -571,14 +581,13 @@ int run_linear(const W *x_in, const W *weight, int64_t row_stride, const W *bias
     arena.plan(&x_own, widens ? T * inputs : 0);
     if (!arena.allocate()) return NO_MEMORY;
     int64_t next = 0;
-#pragma omp parallel num_threads(threads)
-    {
+    in_threads(threads, [&](int me, int team) {
         const A *x = widens ? x_own : reinterpret_cast<const A *>(x_in);
         if (widens) {
-            copy_tokens<W>(x_in, T, inputs, x_own, inputs, omp_get_thread_num(), omp_get_num_threads());
-#pragma omp barrier
+            copy_tokens<W>(x_in, T, inputs, x_own, inputs, me, team);
+            GOMP_barrier();
         }
-        const int64_t block = block_of(outputs, omp_get_num_threads());
+        const int64_t block = block_of(outputs, team);
         for (int64_t start; (start = __atomic_fetch_add(&next, block, __ATOMIC_RELAXED)) < outputs;) {
             const int64_t end = start + block < outputs ? start + block : outputs;
             for (int64_t t = 0; t < T; t += FEW_TOKENS) {
@@ -597,7 +606,7 @@ int run_linear(const W *x_in, const W *weight, int64_t row_stride, const W *bias
                 }
             }
         }
-    }
+    });
     return 0;
 }
 

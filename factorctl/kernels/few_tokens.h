@@ -71,7 +71,7 @@ INLINE void dot_tile(const Activations<W> *const *x, const W *const *w, int64_t 
         }
     }
     for (int m = 0; m < M; m++) {
-        *reinterpret_cast<FourUnaligned *>(out[m]) = sums_of(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+        write(out[m], sums_of(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
         for (int64_t rest = i; rest < inputs; rest++)
             for (int r = 0; r < R; r++) out[m][r] += widen(x[m][rest]) * widen(w[r][rest]);
     }

@@ -67,7 +67,7 @@ struct Ahead {
 
 // Four units of a row, of which `left` inputs exist; widened where activations are.
 INLINE Four four_units(const float *w, int64_t left) {
-    if (left >= 4) return *reinterpret_cast<const FourUnaligned *>(w);
+    if (left >= 4) return read<Four>(w);
     Four units = {};
     for (int i = 0; i < left; i++) units[i] = w[i];
     return units;
@@ -81,7 +81,6 @@ INLINE Four four_units(const Bfloat16 *w, int64_t left) {
 }
 
 using Eight = float __attribute__((vector_size(32)));
-using EightUnaligned = float __attribute__((vector_size(32), aligned(4)));
 
 // Four units of eight rows, turned over: to[u * stride + r] is unit u of row r; `read` gives those of one row.
 template <class Read> INLINE void transpose(float *to, int64_t stride, Read read) {
@@ -91,7 +90,7 @@ template <class Read> INLINE void transpose(float *to, int64_t stride, Read read
     const Eight b = __builtin_shufflevector(r, s, 0, 8, 1, 9, 4, 12, 5, 13);
     const Eight c = __builtin_shufflevector(p, q, 2, 10, 3, 11, 6, 14, 7, 15);
     const Eight d = __builtin_shufflevector(r, s, 2, 10, 3, 11, 6, 14, 7, 15);
-    auto put = [&](int u, Eight unit) { *reinterpret_cast<EightUnaligned *>(to + u * stride) = unit; };
+    auto put = [&](int u, Eight unit) { write(to + u * stride, unit); };
     put(0, __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13));
     put(1, __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15));
     put(2, __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13));

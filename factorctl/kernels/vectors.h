@@ -32,12 +32,10 @@ constexpr int REGISTERS = 16;
 constexpr int LINE_BYTES = 64;  // of a cache line
 
 using Vector = float __attribute__((vector_size(VECTOR_BYTES)));
-using Unaligned = float __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
 using Integers = int32_t __attribute__((vector_size(VECTOR_BYTES)));
 using Unsigned = uint32_t __attribute__((vector_size(VECTOR_BYTES)));
-using Halves = uint16_t __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2)));
+using Halves = uint16_t __attribute__((vector_size(VECTOR_BYTES / 2)));
 using Four = float __attribute__((vector_size(16)));
-using FourUnaligned = float __attribute__((vector_size(16), aligned(4)));
 using Bfloat16 = uint16_t;
 
 #define INLINE inline __attribute__((always_inline))
@@ -51,12 +49,20 @@ template <> struct Kept<Bfloat16> { using Type = Bfloat16; };
 #endif
 template <class W> using Activations = typename Kept<W>::Type;
 
-INLINE Vector load(const float *p) { return *reinterpret_cast<const Unaligned *>(p); }
+// Vectors from and to memory that need not be aligned.
+template <class V> INLINE V read(const void *p) {
+    V vector;
+    memcpy(&vector, p, sizeof vector);
+    return vector;
+}
+template <class V> INLINE void write(void *p, V vector) { memcpy(p, &vector, sizeof vector); }
+
+INLINE Vector load(const float *p) { return read<Vector>(p); }
 INLINE Unsigned whole_numbers(const Bfloat16 *p) {  // that have the same bits
-    return __builtin_convertvector(*reinterpret_cast<const Halves *>(p), Unsigned);
+    return __builtin_convertvector(read<Halves>(p), Unsigned);
 }
 INLINE Vector load(const Bfloat16 *p) { return (Vector)(whole_numbers(p) << 16); }
-INLINE void store(float *p, Vector v) { *reinterpret_cast<Unaligned *>(p) = v; }
+INLINE void store(float *p, Vector v) { write(p, v); }
 INLINE Vector splat(float value) { return value - Vector{}; }
 
 INLINE void ask_memory(const void *p) { __builtin_prefetch(p, 0, 2); }  // into L2: L1 has no room to wait in

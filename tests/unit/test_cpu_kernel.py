@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -270,8 +271,22 @@ def test_narrower_vectors_compute_the_same(march: str, tmp_path: Path, monkeypat
     for dtype in cpu.DTYPES:
         for d, k, s in ((67, 2, 33), (96, 4, 0), (5, 0, 3)):
             ffn = frozen(n=4, k=k, h=25, s=s, d=d, dtype=dtype)
-            for tokens in (1, 8):
+            for tokens in (1, 8, 40):
                 check(ffn, tokens_for(ffn, tokens))
+
+
+@needs_kernel
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="clang++ is not installed")
+def test_clang_makes_the_same_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "clang++")
+    monkeypatch.setenv("FACTORCTL_CACHE", str(tmp_path))
+    library = cpu._library.__wrapped__()
+    monkeypatch.setattr(cpu, "_library", lambda: library)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for dtype in cpu.DTYPES:
+        ffn = frozen(n=4, k=2, h=25, s=33, d=67, dtype=dtype)
+        for tokens in (1, 8, 40):
+            check(ffn, tokens_for(ffn, tokens))
 
 
 @pytest.fixture
