@@ -10,7 +10,9 @@ import functools
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -88,6 +90,7 @@ def _compile(compiler: str) -> bytes:
         command = [compiler, *FLAGS, "-o", str(library), str(SOURCE), *_torch_threads()]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+            _try_out(library)
             return library.read_bytes()
         except subprocess.CalledProcessError as error:
             errors = [line for line in error.stderr.splitlines() if "error" in line]
@@ -95,3 +98,16 @@ def _compile(compiler: str) -> bytes:
             raise NoKernelError(f"{compiler} fails: {reason}") from error
         except (subprocess.TimeoutExpired, OSError) as error:
             raise NoKernelError(f"{compiler} fails: {in_one_line(error)}") from error
+
+
+def _try_out(library: Path) -> None:
+    """Let another process compute with it first: a crash there costs the kernel, and here all of the user's work.
+
+    Raises:
+        NoKernelError: that process was lost. Whether results are right is checked whenever it is loaded.
+    """
+    program = f"from factorctl.kernels import cpu; cpu.try_out({str(library)!r})"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, timeout=SECONDS)
+    if done.returncode < 0:
+        raise NoKernelError(f"it ends the process that runs it ({signal.Signals(-done.returncode).name})")

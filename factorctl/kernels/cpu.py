@@ -12,6 +12,7 @@ import ctypes
 import functools
 import itertools
 import os
+from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -192,14 +193,25 @@ def _library() -> ctypes.CDLL:
     Raises:
         NoKernelError: there is none.
     """
+    return _loaded(compiled_library(cache_directory() / "kernels"))
+
+
+def _loaded(path: str | Path) -> ctypes.CDLL:
     try:
-        library = ctypes.CDLL(str(compiled_library(cache_directory() / "kernels")))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NoKernelError(f"it cannot be loaded: {error}") from error
     address, size, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.factorctl_ffn.argtypes = (address, address, size, address, address, address, whole)
     library.factorctl_linear.argtypes = (address, address, size, address, address, size, size, size, whole, whole)
     return library
+
+
+def try_out(path: str) -> None:
+    """Compute with a library of which nothing is known, in a process that may be lost."""
+    library = _loaded(path)
+    globals()["_library"] = lambda: library
+    _check()
 
 
 def is_plain(weight: torch.Tensor | None) -> TypeGuard[torch.Tensor]:

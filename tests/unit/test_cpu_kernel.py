@@ -335,6 +335,18 @@ def test_a_compiler_that_fails(
 
 
 @needs_kernel
+def test_a_kernel_that_crashes_is_not_kept(asked_anew: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a compiler took unaligned memory for aligned: another process finds out."""
+    source = tmp_path / "crashing.cpp"
+    crash = "{ *static_cast<volatile int *>(nullptr) = 1; return 0; }"
+    source.write_text(f'extern "C" int factorctl_linear(...) {crash}\nextern "C" int factorctl_ffn(...) {crash}\n')
+    monkeypatch.setattr(compiling, "SOURCE", source)
+    monkeypatch.setattr(compiling, "SOURCES", (source,))
+    assert reason() == "it ends the process that runs it (SIGSEGV)"
+    assert not asked_anew.exists()
+
+
+@needs_kernel
 @pytest.mark.usefixtures("asked_anew")
 def test_wrong_results_switch_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "linear", lambda x, weight: x @ weight.t() * 1.1)
