@@ -6,8 +6,8 @@
 //
 // T tokens, D hidden size, N experts of H neurons, S shared neurons, K experts chosen per token, P = T*K pairs.
 
-#include "few_tokens.h"
-#include "many_tokens.h"
+#include "experts.h"
+#include "routing.h"
 
 // The OpenMP library that torch has loaded, by name: what a compiler makes of pragmas may want a library of its own, and
 // two of them in one call corrupt each other. LLVM's library has GNU's names, too.
@@ -18,59 +18,19 @@ void GOMP_parallel(void (*body)(void *), void *argument, unsigned threads, unsig
 void GOMP_barrier(void);
 }
 
-struct Layer {
-    const void *gate_up;         // [N, 2H, D]; per expert the gate rows, then the up rows
-    const void *shared_gate_up;  // [2S, D]
-    const void *down;            // [D, S + N*H] with the strides below, one of which is 1
-    const void *router;          // [N, D]
-    int64_t hidden_size, num_experts, expert_size, shared_size, top_k;
-    int64_t down_row_stride, down_column_stride;
-    float scale;                 // what the K weights of a token sum to
-    int32_t bfloat16, hard_gate, activation;
-};
-
 namespace {
 
 enum Fault : int { NO_MEMORY = 1, NO_SUCH_EXPERT = 2 };
 
-constexpr int MIN_BLOCK = 16, MAX_BLOCK = 64, BLOCKS_PER_THREAD = 8;  // of neurons, or rows, that a thread takes
-constexpr int MAX_FEW = 2 * FEW_TOKENS;  // tokens that read rows as they lie
-constexpr int64_t MAX_SUMS = 1 << 18;    // of all threads, where each sums up its own neurons
-constexpr int64_t FEW_LOGITS = 8192;     // weights of routers so small that a barrier takes longer
-constexpr int64_t IN_L1 = 1024;          // outputs that few tokens sum up at a time
+constexpr int MIN_BLOCK = 16, BLOCKS_PER_THREAD = 8;  // of neurons, or rows, that a thread takes
+constexpr int64_t MAX_SUMS = 1 << 18;  // of all threads, where each sums up its own neurons
+constexpr int64_t FEW_LOGITS = 8192;   // weights of routers so small that a barrier takes longer
 
 // Runs body(me, team) in a team of up to so many threads.
 template <class Body> void in_threads(int threads, Body body) {
     auto run = [](void *own) { (*static_cast<Body *>(own))(omp_get_thread_num(), omp_get_num_threads()); };
     GOMP_parallel(run, &body, unsigned(threads), 0);
 }
-
-// Neurons that run together, and the tokens that use them.
-template <class W> struct Part {
-    const W *gate, *up;
-    int64_t neurons, first_column, tokens;
-    const int32_t *token;    // null: all tokens in order
-    const float *weight;     // null: one
-    Activations<W> *hidden;  // [tokens, neurons]
-    int64_t hidden_stride, first_neuron;  // among those of all parts
-
-    INLINE int64_t token_at(int64_t i) const { return token ? token[i] : i; }
-    INLINE bool has_few() const { return tokens <= MAX_FEW; }
-};
-
-// Activations, token after token.
-template <class A> struct Tokens {
-    const A *first;
-    int64_t stride;
-    INLINE const A *operator[](int64_t t) const { return first + t * stride; }
-};
-
-// Some neurons of a part; none when `neurons` is 0.
-template <class W> struct Piece {
-    const Part<W> *part;
-    int64_t first;
-    int neurons;
-};
 
 // One allocation for everything that a call needs, each piece on its own cache lines.
 class Arena {
@@ -94,274 +54,6 @@ class Arena {
     int64_t bytes_ = 0;
     char *memory_ = nullptr;
 };
-
-// A logit as torch keeps it, so that every path chooses alike.
-template <class W> INLINE float as_torch_rounds(float logit) {
-    W rounded;
-    narrow(logit, &rounded);
-    return widen(rounded);
-}
-
-// logits[t, from .. to) of some tokens.
-template <class W>
-void score_rows(const Layer &layer, Tokens<Activations<W>> x, int64_t start, int64_t tokens, int64_t from, int64_t to,
-                float *logits) {
-    const int64_t D = layer.hidden_size, N = layer.num_experts;
-    for (int64_t t = 0; t < tokens; t += FEW_TOKENS) {
-        const int M = at_most(tokens - t, FEW_TOKENS);
-        const Activations<W> *rows[FEW_TOKENS];
-        for (int m = 0; m < M; m++) rows[m] = x[start + t + m];
-        for (int64_t e = from; e < to; e += TILE_ROWS) {
-            const int R = at_most(to - e, TILE_ROWS);
-            const W *w[TILE_ROWS];
-            float out[FEW_TOKENS][TILE_ROWS];
-            for (int r = 0; r < R; r++) w[r] = static_cast<const W *>(layer.router) + (e + r) * D;
-            dots_of_rows<W>(R, M, rows, w, D, out);
-            for (int m = 0; m < M; m++)
-                for (int r = 0; r < R; r++) logits[(t + m) * N + e + r] = as_torch_rounds<W>(out[m][r]);
-        }
-    }
-}
-
-// The same for many tokens and up to C vectors of experts, whose router rows make a panel.
-template <class W, int C>
-void score_panel(const Layer &layer, Tokens<Activations<W>> x, int64_t start, const Tiles &tiles, int64_t from,
-                 int count, float *panel, float *logits) {
-    const W *w[WIDTH];
-    for (int r = 0; r < count; r++) w[r] = static_cast<const W *>(layer.router) + (from + r) * layer.hidden_size;
-    const Lines none = Ahead::nothing(panel).while_packing(tiles);
-    pack_rows<W, C>(w, count, layer.hidden_size, panel, none);
-    for (int64_t tile = 0; tile < tiles.count; tile++) {
-        const int64_t t = tiles.start(tile);
-        const int M = tiles.size(tile);
-        const Activations<W> *rows[TILE_TOKENS];
-        float sums[TILE_TOKENS][WIDTH] = {}, *out[TILE_TOKENS];
-        for (int m = 0; m < M; m++) rows[m] = x[start + t + m], out[m] = sums[m];
-        multiply_panel<Activations<W>, C>(M, rows, panel, layer.hidden_size, none, out);
-        for (int m = 0; m < M; m++)
-            for (int r = 0; r < count; r++)
-                logits[(t + m) * layer.num_experts + from + r] = as_torch_rounds<W>(sums[m][r]);
-    }
-}
-
-// All logits of some tokens.
-template <class W>
-void score_all(const Layer &layer, Tokens<Activations<W>> x, int64_t start, int64_t tokens, float *panel,
-               float *logits) {
-    const int64_t N = layer.num_experts;
-    if (tokens <= FEW_TOKENS || N < LANES) return score_rows<W>(layer, x, start, tokens, 0, N, logits);
-    const Tiles tiles(tokens, TILE_TOKENS);
-    for (int64_t e = 0; e < N; e += WIDTH) {
-        const int count = at_most(N - e, WIDTH);
-        if (count > SINGLE_VECTOR) score_panel<W, PANEL_VECTORS>(layer, x, start, tiles, e, count, panel, logits);
-        else score_panel<W, 1>(layer, x, start, tiles, e, count, panel, logits);
-    }
-}
-
-// The K experts of one token with the largest logits, of equal ones the lower, and their weights.
-void choose(const Layer &layer, const float *logits, int32_t *ids, float *weights) {
-    const int64_t K = layer.top_k;
-    for (int64_t e = 0, found = 0; e < layer.num_experts; e++) {  // the best so far, in order
-        if (found == K && !(logits[e] > logits[ids[K - 1]])) continue;
-        int64_t k = found < K ? found++ : K - 1;
-        for (; k > 0 && logits[e] > logits[ids[k - 1]]; k--) ids[k] = ids[k - 1];
-        ids[k] = int32_t(e);
-    }
-    float sum = 0;
-    for (int64_t k = 0; k < K; k++) {
-        weights[k] = layer.hard_gate || K == 1 ? 1.f : expf(logits[ids[k]] - logits[ids[0]]);
-        sum += weights[k];
-    }
-    for (int64_t k = 0; k < K; k++) weights[k] *= layer.scale / sum;
-}
-
-// Pairs sorted by expert; within an expert the tokens keep their order.
-void group(const Layer &layer, int64_t pairs, const int32_t *ids, const float *weights, int64_t *starts, int32_t *token,
-           float *weight) {
-    memset(starts, 0, (layer.num_experts + 2) * sizeof *starts);
-    for (int64_t p = 0; p < pairs; p++) starts[ids[p] + 2]++;
-    for (int64_t e = 2; e < layer.num_experts + 2; e++) starts[e] += starts[e - 1];
-    for (int64_t p = 0; p < pairs; p++) {
-        int64_t at = starts[ids[p] + 1]++;
-        token[at] = int32_t(p / layer.top_k);
-        weight[at] = weights[p];
-    }
-}
-
-// hidden[m] = act(gates) * ups * weight for LANES neurons, of which `neurons` exist.
-template <class W>
-INLINE void put_hidden(const Layer &layer, const Part<W> &part, int64_t m, int64_t first, int neurons, Vector gates,
-                       Vector ups) {
-    const float weight = part.weight ? part.weight[m] : 1.f;
-    float values[LANES];
-    Activations<W> narrowed[LANES];
-    store(values, activate(gates, layer.activation) * ups * weight);
-    for (int h = 0; h < LANES; h++) narrow(values[h], narrowed + h);
-    memcpy(part.hidden + m * part.hidden_stride + first, narrowed, neurons * sizeof *narrowed);
-}
-
-// The hidden activations of a piece's neurons, for few tokens.
-template <class W> void gate_up_rows(const Layer &layer, const Piece<W> &piece, Tokens<Activations<W>> x) {
-    const Part<W> &part = *piece.part;
-    const int64_t D = layer.hidden_size;
-    const Tiles tiles(part.tokens, FEW_TOKENS);
-    const Activations<W> *tokens[MAX_FEW];
-    float gates[MAX_FEW][MAX_BLOCK + LANES], ups[MAX_FEW][MAX_BLOCK + LANES];
-    for (int64_t t = 0; t < part.tokens; t++) {
-        tokens[t] = x[part.token_at(t)];
-        memset(gates[t] + piece.neurons, 0, LANES * sizeof(float));  // the rest of the last vector
-        memset(ups[t] + piece.neurons, 0, LANES * sizeof(float));
-    }
-    auto multiply = [&](const W *weight, float (*into)[MAX_BLOCK + LANES]) {
-        for (int h = 0; h < piece.neurons; h += TILE_ROWS) {
-            const int R = at_most(piece.neurons - h, TILE_ROWS);
-            const W *w[TILE_ROWS];
-            for (int r = 0; r < R; r++) w[r] = weight + (piece.first + h + r) * D;
-            for (int64_t tile = 0; tile < tiles.count; tile++) {
-                const int64_t start = tiles.start(tile);
-                const int M = tiles.size(tile);
-                float out[FEW_TOKENS][TILE_ROWS];
-                dots_of_rows<W>(R, M, tokens + start, w, D, out);
-                for (int m = 0; m < M; m++) memcpy(into[start + m] + h, out[m], R * sizeof(float));
-            }
-        }
-    };
-    multiply(part.gate, gates);
-    multiply(part.up, ups);
-    for (int64_t t = 0; t < part.tokens; t++)
-        for (int h = 0; h < piece.neurons; h += LANES)
-            put_hidden<W>(layer, part, t, piece.first + h, at_most(piece.neurons - h, LANES), load(gates[t] + h),
-                          load(ups[t] + h));
-}
-
-// The same for many tokens and up to LANES neurons: their gates and ups share a panel of C vectors.
-template <class W, int C>
-void gate_up_panel(const Layer &layer, const Piece<W> &piece, const Piece<W> &following, Tokens<Activations<W>> x,
-                   float *panel) {
-    const Part<W> &part = *piece.part;
-    const int64_t D = layer.hidden_size;
-    const W *rows[WIDTH];
-    for (int h = 0; h < piece.neurons; h++) {
-        rows[h] = part.gate + (piece.first + h) * D;
-        rows[piece.neurons + h] = part.up + (piece.first + h) * D;
-    }
-    const Tiles tiles(part.tokens, TILE_TOKENS);
-    Ahead ahead = Ahead::nothing(panel);
-    if (const Part<W> *next = following.part)
-        ahead = Ahead::of_pieces(next->gate + following.first * D, next->up + following.first * D);
-    pack_rows<W, C>(rows, 2 * piece.neurons, D, panel, ahead.while_packing(tiles));
-    for (int64_t tile = 0; tile < tiles.count; tile++) {
-        const int64_t start = tiles.start(tile);
-        const int M = tiles.size(tile);
-        const Activations<W> *tokens[TILE_TOKENS];
-        float sums[TILE_TOKENS][WIDTH + LANES], *out[TILE_TOKENS];
-        for (int m = 0; m < M; m++) {
-            tokens[m] = x[part.token_at(start + m)], out[m] = sums[m];
-            memset(sums[m], 0, sizeof sums[m]);
-        }
-        multiply_panel<Activations<W>, C>(M, tokens, panel, D, ahead.during(tile, tiles), out);
-        for (int m = 0; m < M; m++)
-            put_hidden<W>(layer, part, start + m, piece.first, piece.neurons, load(sums[m]),
-                          load(sums[m] + piece.neurons));
-    }
-}
-
-// Some of a part's neurons, and some of the outputs.
-struct Area {
-    int64_t neuron, neurons, from, to;
-};
-
-// y += hidden * down for up to FEW_TOKENS tokens and `down` stored column after column: a neuron's weights at once.
-template <class W> void down_columns(const Layer &layer, const Part<W> &part, float *y, Area area) {
-    const int64_t D = layer.hidden_size, stride = layer.down_column_stride;
-    const W *down = static_cast<const W *>(layer.down) + (part.first_column + area.neuron) * stride;
-    const int M = int(part.tokens);
-    const Activations<W> *hidden[FEW_TOKENS];
-    float *out[FEW_TOKENS];
-    for (int m = 0; m < M; m++) hidden[m] = part.hidden + m * part.hidden_stride + area.neuron;
-    const int64_t most = M > ROW_BY_ROW ? IN_L1 : D;
-    for (int64_t d = area.from; d < area.to; d += most) {
-        for (int m = 0; m < M; m++) out[m] = y + part.token_at(m) * D + d;
-        add_neurons<W>(M, hidden, down + d, stride, area.neurons, area.to - d < most ? area.to - d : most, out);
-    }
-}
-
-// y += hidden * down for few tokens and `down` stored row after row.
-template <class W> void down_rows(const Layer &layer, const Part<W> &part, float *y, Area area) {
-    const W *down = static_cast<const W *>(layer.down) + part.first_column + area.neuron;
-    const Tiles tiles(part.tokens, FEW_TOKENS);
-    const Activations<W> *hidden[MAX_FEW];
-    for (int64_t t = 0; t < part.tokens; t++) hidden[t] = part.hidden + t * part.hidden_stride + area.neuron;
-    for (int64_t d = area.from; d < area.to; d += TILE_ROWS) {
-        const int R = at_most(area.to - d, TILE_ROWS);
-        const W *w[TILE_ROWS];
-        for (int r = 0; r < R; r++) w[r] = down + (d + r) * layer.down_row_stride;
-        for (int64_t tile = 0; tile < tiles.count; tile++) {
-            const int64_t start = tiles.start(tile);
-            const int M = tiles.size(tile);
-            float out[FEW_TOKENS][TILE_ROWS];
-            dots_of_rows<W>(R, M, hidden + start, w, area.neurons, out);
-            for (int m = 0; m < M; m++)
-                for (int r = 0; r < R; r++) y[part.token_at(start + m) * layer.hidden_size + d + r] += out[m][r];
-        }
-    }
-}
-
-// The same for many tokens and up to C vectors of outputs, whose weights make a panel.
-template <class W, int C>
-void down_panel(const Layer &layer, const Part<W> &part, float *y, Area area, float *panel) {
-    using A = Activations<W>;
-    const int64_t D = layer.hidden_size, stride = layer.down_column_stride;
-    const int count = int(area.to - area.from);
-    const W *down = static_cast<const W *>(layer.down) + (part.first_column + area.neuron) * stride +
-                    area.from * layer.down_row_stride;
-    const Tiles tiles(part.tokens, TILE_TOKENS);
-    Ahead ahead;
-    if (stride == 1) {
-        const W *rows[WIDTH];
-        for (int r = 0; r < count; r++) rows[r] = down + r * layer.down_row_stride;
-        ahead = Ahead::of_rows(down + count * layer.down_row_stride, layer.down_row_stride);
-        pack_rows<W, C>(rows, count, area.neurons, panel, ahead.while_packing(tiles));
-    } else {
-        ahead = Ahead::of_columns(down + count, stride);
-        pack_columns<W, C>(down, stride, count, area.neurons, panel, ahead.while_packing(tiles));
-    }
-    const bool in_place = count == C * LANES;
-    for (int64_t tile = 0; tile < tiles.count; tile++) {
-        const int64_t start = tiles.start(tile);
-        const int M = tiles.size(tile);
-        const A *hidden[TILE_TOKENS];
-        float sums[TILE_TOKENS][WIDTH], *out[TILE_TOKENS];
-        for (int m = 0; m < M; m++) {
-            hidden[m] = part.hidden + (start + m) * part.hidden_stride + area.neuron;
-            out[m] = in_place ? y + part.token_at(start + m) * D + area.from : sums[m];
-            if (!in_place) memset(sums[m], 0, sizeof sums[m]);
-        }
-        multiply_panel<A, C>(M, hidden, panel, area.neurons, ahead.during(tile, tiles), out);
-        for (int m = 0; m < M && !in_place; m++)
-            for (int r = 0; r < count; r++) y[part.token_at(start + m) * D + area.from + r] += sums[m][r];
-    }
-}
-
-template <class W>
-void down_panels(const Layer &layer, const Part<W> &part, float *y, Area area, float *panel) {
-    const int64_t end = area.neuron + area.neurons;
-    for (int64_t neuron = area.neuron; neuron < end; neuron += DEPTH)
-        for (int64_t d = area.from; d < area.to; d += WIDTH) {
-            const Area own = {neuron, end - neuron < DEPTH ? end - neuron : DEPTH, d, d + at_most(area.to - d, WIDTH)};
-            if (own.to - d > SINGLE_VECTOR) down_panel<W, PANEL_VECTORS>(layer, part, y, own, panel);
-            else down_panel<W, 1>(layer, part, y, own, panel);
-        }
-}
-
-// y[:, area's outputs] += hidden of the area's neurons * down
-template <class W> void down(const Layer &layer, const Part<W> &part, float *y, Area area, float *panel) {
-    if (area.neurons <= 0 || area.from >= area.to) return;
-    const bool by_rows = layer.down_column_stride == 1;
-    if (by_rows && part.has_few()) down_rows<W>(layer, part, y, area);
-    else if (!by_rows && part.tokens <= FEW_TOKENS) down_columns<W>(layer, part, y, area);
-    else down_panels<W>(layer, part, y, area, panel);
-}
 
 // How many neurons, or rows, a thread takes at a time: long pieces stream faster, short ones end together.
 INLINE int64_t block_of(int64_t total, int threads) {

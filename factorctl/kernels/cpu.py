@@ -34,7 +34,7 @@ SELF_CHECK_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 class _Layer(ctypes.Structure):
-    """`Layer` of cpu.cpp. Addresses are plain integers, so that a module that holds one can be copied."""
+    """`Layer` of layer.h. Addresses are plain integers, so that a module that holds one can be copied."""
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("gate_up", "shared_gate_up", "down", "router")),
