@@ -27,7 +27,7 @@ from factorctl.kernels import cpu as cpu_kernel
 from factorctl.kernels.cpu import CompiledFFN, FFNWeights, unseen_calls_matter
 from factorctl.models import path_choice
 from factorctl.models.few_token_linear import linear
-from factorctl.models.path_choice import Step, Steps, kernel_tokens, path_at, steps_for
+from factorctl.models.path_choice import Steps, kernel_tokens, path_at, steps_for
 from factorctl.models.paths import (
     ROUTED_PATHS,
     ExpertWeights,
@@ -194,12 +194,13 @@ class FactoredFFN(nn.Module):
         return self._known_plan[1]
 
     def _make_plan(self, compiled: CompiledFFN | None) -> Plan:
-        weight, kernel = self.gate_up, compiled is not None
-        if 0 < self.top_k < self.shape.num_experts:
-            steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, self.shape, self.top_k, kernel)
+        weight, shape, kernel = self.gate_up, self.shape, compiled is not None
+        if 0 < self.top_k < shape.num_experts:
+            sizes = shape.num_experts, self.top_k, shape.expert_size, shape.shared_size
+            steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, sizes, kernel)
             return Plan(compiled, steps)
-        first = (Step(kernel_tokens(weight.dtype), "kernel"),) if kernel else ()
-        return Plan(compiled, (*first, Step(None, "dense" if self.top_k else "masked")))
+        first = ((kernel_tokens(weight.dtype), "kernel"),) if kernel else ()
+        return Plan(compiled, (*first, (None, "dense" if self.top_k else "masked")))
 
     def _compile(self, weights: FFNWeights) -> CompiledFFN | None:
         known = self.activation_name in cpu_kernel.ACTIVATIONS and self.gate_up_bias is None

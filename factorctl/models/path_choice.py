@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast, get_args
+from typing import cast, get_args
 
 import torch
 
@@ -48,13 +48,9 @@ KERNEL_ROWS_BESIDE_AMX = 16
 """The same in 16 bits on a processor that multiplies tiles of bfloat16, which the kernel does not (an estimate)."""
 
 
-class Step(NamedTuple):
-    """`path` serves up to `tokens` tokens; None means however many."""
-
-    tokens: int | None
-    path: PathName
-
-
+Step = tuple[int | None, PathName]
+"""Up to how many tokens, None for however many, and the path that serves them. A plain pair: torch.compile in torch
+2.11 makes no constant of a named tuple."""
 Steps = tuple[Step, ...]
 
 
@@ -119,7 +115,7 @@ def shipped_steps(site: Site) -> Steps:
 def _kernel_steps(site: Site) -> Steps:
     """The kernel while it is ahead of GEMM libraries, which many rows per expert suit better."""
     limit = kernel_tokens(site.dtype, share=site.shape.top_k / site.shape.num_experts)
-    return (Step(limit, "kernel"), *(step for step in _cpu_steps(site) if step.tokens is None or step.tokens > limit))
+    return ((limit, "kernel"), *(step for step in _cpu_steps(site) if step[0] is None or step[0] > limit))
 
 
 def kernel_tokens(dtype: torch.dtype, *, share: float | None = None) -> int:
@@ -137,10 +133,10 @@ def kernel_tokens(dtype: torch.dtype, *, share: float | None = None) -> int:
 def _gpu_steps(site: Site) -> Steps:
     """`slot` while it reads fewer experts than there are, then `masked`, which never costs much more than dense."""
     few = (site.shape.num_experts - 1) // site.shape.top_k
-    steps = [Step(few, "slot")] if few else []
+    steps: Steps = ((few, "slot"),) if few else ()
     if site.can_group:
-        return (*steps, Step(GROUPED_FROM_TOKENS - 1, "masked"), Step(None, "grouped"))
-    return (*steps, Step(None, "masked"))
+        return (*steps, (GROUPED_FROM_TOKENS - 1, "masked"), (None, "grouped"))
+    return (*steps, (None, "masked"))
 
 
 def _cpu_steps(site: Site) -> Steps:
@@ -158,9 +154,9 @@ def _cpu_steps(site: Site) -> Steps:
     steps, reached = [], 0
     for reach, path in reaches:
         if reach > reached:
-            steps.append(Step(reach, path))
+            steps.append((reach, path))
             reached = reach
-    return (*steps, Step(None, "loop"))
+    return (*steps, (None, "loop"))
 
 
 def _before_loop(site: Site) -> int:
@@ -228,14 +224,14 @@ def _steps(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def steps_for(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape, top_k: int, kernel: bool = False
+    device: torch.device, dtype: torch.dtype, hidden_size: int, sizes: Sequence[int], kernel: bool = False
 ) -> Steps:
     """The tuned ladder of this site if there is one, else the shipped one. A constant to torch.compile.
 
     Args:
-        top_k: instead of the shape's: torch.compile takes constants, and objects that the module holds.
+        sizes: the fields of a FactorShape, one by one: torch.compile in torch 2.11 takes no dataclass here.
     """
-    return _steps(device, dtype, hidden_size, replace(shape, top_k=top_k), torch.get_num_threads(), kernel)
+    return _steps(device, dtype, hidden_size, FactorShape(*sizes), torch.get_num_threads(), kernel)
 
 
 def cache_file() -> Path:
@@ -264,8 +260,8 @@ def _checked(raw: list[tuple[int | None, str]]) -> Steps:
     for limit, path in raw:
         if path not in names or path == "dense" or not (limit is None or isinstance(limit, int)):
             raise ValueError(f"{[limit, path]} is no step")
-        steps.append(Step(limit, cast(PathName, path)))
-    if not steps or steps[-1].tokens is not None:
+        steps.append((limit, cast(PathName, path)))
+    if not steps or steps[-1][0] is not None:
         raise ValueError("a ladder must end without a limit")
     return tuple(steps)
 

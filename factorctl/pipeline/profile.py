@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -171,7 +171,7 @@ def tune(subject: Subject, progress: Progress) -> TuningReport:
     """Time the paths, cache the ladder of this site, and use it from here on."""
     site = model_site(subject.model)
     device = next(subject.model.parameters()).device
-    before = steps_for(device, site.dtype, site.hidden_size, site.shape, site.shape.top_k, site.kernel)
+    before = steps_for(device, site.dtype, site.hidden_size, astuple(site.shape), site.kernel)
     timings = time_paths(subject.model, subject.text, progress)
     steps = ladder(timings)
     write_tuned(cache_file(), {site.key: steps})

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from factorctl.models.building import factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.path_choice import Site, Step, Steps, site_of
+from factorctl.models.path_choice import Site, Steps, site_of
 from factorctl.models.paths import PathName
 from factorctl.profiling.attribution import streamed_layers
 from factorctl.profiling.expert_load import RoutedText
@@ -83,7 +83,7 @@ def _time_candidates(
 def ladder(timings: Mapping[int, Mapping[PathName, float]]) -> Steps:
     """The fastest path per token count as steps; a step ends halfway, geometrically, to where the next one won.
 
-    Example: skip at 1 to 8 tokens, loop from 16 on -> (Step(11, "skip"), Step(None, "loop")).
+    Example: skip at 1 to 8 tokens, loop from 16 on -> ((11, "skip"), (None, "loop")).
     """
     counts = sorted(timings)
     chosen = min(timings[counts[0]], key=timings[counts[0]].__getitem__)
@@ -91,6 +91,6 @@ def ladder(timings: Mapping[int, Mapping[PathName, float]]) -> Steps:
     for fewer, more in itertools.pairwise(counts):
         fastest = min(timings[more], key=timings[more].__getitem__)
         if chosen not in timings[more] or timings[more][fastest] < MARGIN * timings[more][chosen]:
-            steps.append(Step(int((fewer * more) ** 0.5), chosen))
+            steps.append((int((fewer * more) ** 0.5), chosen))
             chosen = fastest
-    return (*steps, Step(None, chosen))
+    return (*steps, (None, chosen))

@@ -14,7 +14,6 @@ from factorctl.checkpoint.publishing import write_file
 from factorctl.exporting import gguf_writer
 from factorctl.exporting.jobs import Verified
 from factorctl.exporting.safetensors_writer import SafetensorsWriter
-from factorctl.models.path_choice import Step
 from factorctl.pipeline import demo as demo_pipeline
 from factorctl.pipeline import evaluate as evaluate_pipeline
 from factorctl.pipeline import finetune as finetune_pipeline
@@ -27,7 +26,7 @@ from factorctl.profiling.roofline import Machine
 OUT = "out"
 """The name that every run gives its result, so that no byte differs for its name."""
 PICTURE = b"a picture"
-STEPS = (Step(None, "masked"),)
+STEPS = ((None, "masked"),)
 
 
 @contextmanager

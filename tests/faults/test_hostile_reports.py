@@ -19,7 +19,7 @@ from factorctl.checkpoint.strict_json import SEAL, dump_sealed, parse_json_objec
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.evaluation.tasks import read_samples
 from factorctl.models import path_choice
-from factorctl.models.path_choice import Step, write_tuned
+from factorctl.models.path_choice import write_tuned
 from factorctl.pipeline.evaluate_store import Part, PartStore
 from factorctl.pipeline.recipe import parse_recipe
 from factorctl.pipeline.run_recipe import _Lock
@@ -111,7 +111,7 @@ def test_locks_of_recipes(sealed: bool, empty: Sandbox, tally: Tally) -> None:
 def test_tuned_paths(empty: Sandbox, tally: Tally) -> None:
     """A cache that cannot be read is said to be damaged, and the shipped paths are taken."""
     path = empty.inside / "paths.json"
-    steps = {"cpu | float32 | D32": (Step(5, "skip"), Step(None, "loop"))}
+    steps = {"cpu | float32 | D32": ((5, "skip"), (None, "loop"))}
     write_tuned(path, steps)
 
     def read(content: bytes) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from factorctl.config import FactorShape
 from factorctl.errors import UsageError
@@ -213,6 +214,21 @@ def test_autocast_trains_float32_weights(path: str) -> None:
     assert error(y_TD, expected) < 5e-2
     assert ffn.gate_up.grad is not None
     assert ffn.gate_up.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_meant_for_gpus_never_look_at_a_value(path: str) -> None:
+    """Neither forward nor backward: fake tensors have sizes and no values, so who asks for one is found out."""
+    with FakeTensorMode():
+        ffn = FactoredFFN(FactorShape(4, 2, 8, 8), 16, "silu", dtype=torch.bfloat16)
+        ffn.path = path
+        x_TD = torch.empty(9, 16, dtype=torch.bfloat16)
+        if path in ("single", "skip", "loop"):
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                ffn(x_TD)
+            return
+        ffn(x_TD).sum().backward()
+        assert all(parameter.grad is not None for parameter in ffn.parameters())
 
 
 @pytest.mark.parametrize("path", ["masked", "slot", "grouped", "dense"])

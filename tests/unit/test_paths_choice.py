@@ -12,7 +12,7 @@ import torch
 from factorctl.config import FactorShape
 from factorctl.models import path_choice
 from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.path_choice import Site, Step, path_at, read_tuned, shipped_steps, write_tuned
+from factorctl.models.path_choice import Site, path_at, read_tuned, shipped_steps, write_tuned
 
 CPU = Site("a cpu", torch.float32, 576, FactorShape(4, 1, 384, 0))
 GPU = Site("a gpu", torch.bfloat16, 2048, FactorShape(4, 1, 1408, 0), cuda=True, can_group=True)
@@ -56,7 +56,7 @@ def test_skipping_ends_where_hardly_an_expert_goes_unread() -> None:
 
 def test_large_layers_never_mask_on_a_cpu() -> None:
     large = replace(CPU, hidden_size=4096, shape=FactorShape(8, 1, 1792, 0))
-    assert {step.path for step in shipped_steps(large)} == {"single", "loop"}
+    assert {path for _, path in shipped_steps(large)} == {"single", "loop"}
 
 
 def test_small_experts_and_fewer_bits_need_more_tokens_to_loop() -> None:
@@ -90,22 +90,22 @@ def test_a_gpu_that_cannot_group_masks() -> None:
 def test_no_gpu_path_reads_the_routing_on_the_host() -> None:
     for k in (1, 2, 3):
         steps = shipped_steps(replace(GPU, shape=FactorShape(4, k, 1408, 0)))
-        assert {step.path for step in steps} <= {"slot", "masked", "grouped"}
+        assert {path for _, path in steps} <= {"slot", "masked", "grouped"}
 
 
 def test_tuned_steps_are_used_by_the_module(cache: Path) -> None:
     ffn = FactoredFFN(FactorShape(4, 2, 8, 0), 16, "silu")
     site = path_choice.site_of(torch.device("cpu"), torch.float32, 16, ffn.shape)
-    write_tuned(cache, {site.key: (Step(5, "masked"), Step(None, "loop"))})
+    write_tuned(cache, {site.key: ((5, "masked"), (None, "loop"))})
     assert [ffn.path_for(t) for t in (1, 5, 6)] == ["masked", "masked", "loop"]
     ffn.top_k = 1  # another site: not tuned
     assert ffn.path_for(1) == shipped_path_at_one(ffn)
 
 
 def test_writing_keeps_other_sites_and_leaves_no_temporary_file(cache: Path) -> None:
-    write_tuned(cache, {"one": (Step(None, "masked"),)})
-    write_tuned(cache, {"two": (Step(3, "skip"), Step(None, "loop"))})
-    assert read_tuned(cache) == {"one": (Step(None, "masked"),), "two": (Step(3, "skip"), Step(None, "loop"))}
+    write_tuned(cache, {"one": ((None, "masked"),)})
+    write_tuned(cache, {"two": ((3, "skip"), (None, "loop"))})
+    assert read_tuned(cache) == {"one": ((None, "masked"),), "two": ((3, "skip"), (None, "loop"))}
     assert [file.name for file in cache.parent.iterdir()] == ["paths.json"]
 
 
@@ -129,8 +129,8 @@ def test_a_damaged_cache_is_ignored_with_a_warning_and_replaced(cache: Path, con
         assert ffn.path_for(1) == shipped_path_at_one(ffn)
     path_choice.forget()
     with pytest.warns(UserWarning, match="is damaged"):
-        write_tuned(cache, {"one": (Step(None, "masked"),)})
-    assert read_tuned(cache) == {"one": (Step(None, "masked"),)}
+        write_tuned(cache, {"one": ((None, "masked"),)})
+    assert read_tuned(cache) == {"one": ((None, "masked"),)}
 
 
 def test_the_choice_ignores_what_is_routed_where() -> None:

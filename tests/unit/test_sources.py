@@ -151,12 +151,12 @@ def write_gguf(path: Path, *, without: str | None = None, model: Any = None) -> 
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    tokens = [*SPECIAL, *LETTERS, "ab"]
+    tokens = [*SPECIAL, *LETTERS, "ab", "abc"]
     tokens += [f"extra{i}" for i in range(config.vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab c"])  # one alone is not read as a list by transformers 5.17
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = {
