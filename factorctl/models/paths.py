@@ -18,7 +18,7 @@ graph. Weights are read through views of one expert-contiguous copy. transformer
 change between releases; exported checkpoints run on them.
 
 T tokens, D hidden_size, F intermediate_size, N num_experts, H expert_size, S shared_size, K top_k,
-G = 2H rows of a gate|up pair, R = N*H routed neurons, P = T*K (token, expert) pairs.
+G = 2H rows of a gate|up pair, R = N*H routed neurons, A = K*H active ones of a token, P = T*K (token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -282,8 +282,11 @@ def slot(
     if experts.gate_up_bias_NG is not None:
         gate_up_PG = gate_up_PG + experts.gate_up_bias_NG[ids_P]
     hidden_PH = gated(gate_up_PG, experts.activation) * routing.weights_TK.reshape(-1, 1).to(gate_up_PG.dtype)
-    y_PD = torch.bmm(experts.down_NDH[ids_P], hidden_PH.unsqueeze(-1)).squeeze(-1)
-    return _sum_over_experts(y_PD.view(*routing.ids_TK.shape, x_TD.shape[1]), shared)
+    # A token's experts side by side, [T, K*H] and [T, D, K*H], so that one sum runs over all of its neurons.
+    hidden_TA = hidden_PH.view(*routing.ids_TK.shape, experts.expert_size).flatten(1)
+    down_TDA = experts.down_NDH[routing.ids_TK].transpose(1, 2).flatten(2)
+    y_TD = torch.bmm(down_TDA, hidden_TA.unsqueeze(-1)).squeeze(-1)
+    return y_TD if shared is None else y_TD + shared.output_TD()
 
 
 def _in_token_order(
@@ -293,11 +296,9 @@ def _in_token_order(
 
     By a gather: index_add would add in an order that changes from run to run.
     """
-    y_TKD = y_PD.index_select(0, order_P.argsort()).view(*routing.ids_TK.shape, y_PD.shape[1])
-    return _sum_over_experts(y_TKD, shared)
-
-
-def _sum_over_experts(y_TKD: torch.Tensor, shared: SharedHidden | None) -> torch.Tensor:
+    positions_P = torch.arange(len(order_P), device=order_P.device)
+    place_P = torch.empty_like(order_P).scatter_(0, order_P, positions_P)  # what argsort would give, without sorting
+    y_TKD = y_PD.index_select(0, place_P).view(*routing.ids_TK.shape, y_PD.shape[1])
     y_TD = y_TKD.sum(1) if y_TKD.shape[1] > 1 else y_TKD[:, 0]
     return y_TD if shared is None else y_TD + shared.output_TD()
 

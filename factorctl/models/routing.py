@@ -12,8 +12,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from factorctl.config import Gate
+
+MAX_ARGMAXES = 8
+"""Experts per token up to which a compiled graph finds them one after another."""
 
 
 class Routing(NamedTuple):
@@ -34,8 +38,26 @@ class ExpertGroups(NamedTuple):
 
 def route(logits_TN: torch.Tensor, *, top_k: int, gate: Gate, scale_a: float) -> Routing:
     """Choose the K experts with the largest logits; weights are float32 and hold the scale a*K already."""
-    top_TK, ids_TK = torch.topk(logits_TN, top_k, dim=-1)
+    top_TK, ids_TK = _largest(logits_TN, top_k) if _fuses(top_k) else torch.topk(logits_TN, top_k, dim=-1)
     return Routing(ids_TK, gate_weights(top_TK, gate=gate, scale_a=scale_a))
+
+
+def _fuses(top_k: int) -> bool:
+    """Whether to spell routing in comparisons and reductions, which inductor fuses into the kernels around them.
+
+    topk and scatter are kernels of their own on a GPU, and launches are what a decoding step of few tokens waits for.
+    """
+    return is_compiling() and top_k <= MAX_ARGMAXES
+
+
+def _largest(logits_TN: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """topk by K argmaxes; of equal logits, the lower expert's."""
+    experts_N, left_TN, ids = torch.arange(logits_TN.shape[1], device=logits_TN.device), logits_TN, []
+    for _ in range(top_k):
+        ids.append(left_TN.argmax(dim=-1, keepdim=True))
+        left_TN = left_TN.masked_fill(experts_N == ids[-1], -torch.inf)
+    ids_TK = torch.cat(ids, dim=-1)
+    return logits_TN.gather(1, ids_TK), ids_TK
 
 
 def gate_weights(chosen_TK: torch.Tensor, *, gate: Gate, scale_a: float) -> torch.Tensor:
@@ -76,6 +98,9 @@ def unit_routing(tokens: int, num_experts: int, device: torch.device) -> Routing
 
 def scatter_weights(routing: Routing, num_experts: int) -> torch.Tensor:
     """The weights as a dense [T, N] matrix, zero for experts that were not chosen."""
+    if _fuses(routing.ids_TK.shape[1]):
+        chosen_TKN = routing.ids_TK.unsqueeze(-1) == torch.arange(num_experts, device=routing.ids_TK.device)
+        return (chosen_TKN * routing.weights_TK.unsqueeze(-1)).sum(1)
     weights_TN = routing.weights_TK.new_zeros(routing.ids_TK.shape[0], num_experts)
     return weights_TN.scatter(1, routing.ids_TK, routing.weights_TK)
 

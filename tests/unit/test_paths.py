@@ -246,6 +246,29 @@ def test_compiles_to_a_full_graph(path: str, tokens: int) -> None:
             assert error(compiled(x), ffn(x).double()) < 10 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("path", ["masked", "slot"])
+@pytest.mark.parametrize(("n", "k"), [(4, 1), (4, 2), (64, 8)])
+def test_compiled_routing_fuses_and_prefers_the_lower_of_equal_experts(path: str, n: int, k: int) -> None:
+    targets: set[str] = set()
+
+    def note_operations(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        targets.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    ffn = make_ffn(n=n, k=k, h=8, s=8).requires_grad_(False)
+    ffn.path = path
+    with torch.no_grad():
+        ffn.router[1::2] = ffn.router[::2]  # pairs of equal experts
+    torch._dynamo.reset()
+    compiled = torch.compile(ffn, fullgraph=True, backend=note_operations)
+    x_TD = tokens_for(ffn, 3)
+    logits_TN = ffn.router_logits(x_TD)
+    lower_first = logits_TN.sort(descending=True, stable=True).indices[:, :k]
+    assert error(compiled(x_TD), plain_loop(make_exact(ffn), x_TD.double(), lower_first)) < 1e-6
+    assert "argmax" in targets
+    assert not {name for name in targets if name in ("topk", "scatter", "sort")}, targets
+
+
 @pytest.mark.parametrize("gate", ["softmax", "hard"])
 @pytest.mark.parametrize(("n", "k", "s"), [(4, 1, 0), (4, 2, 8), (64, 8, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
