@@ -1,6 +1,7 @@
 """Whole-model speed: a TinyLlama-shaped model with random weights, prefill and batch-1 decoding, against its anchors.
 
     python tests/benchmarks/bench_model_latency.py --rounds 7 --out docs/benchmarks/<date>-latency-<machine>.md
+    python tests/benchmarks/bench_model_latency.py --device cuda --dtype bfloat16 --batch 1,8,32 --prompt 512,4096
 
 Random weights route random tokens near evenly, which is the hardest case for few tokens. 22 layers in float32 take
 4.4 GB, the two plain anchors up to another 4.7 GB. With fewer `--layers` the head weighs more and ratios are lower.
@@ -31,15 +32,16 @@ from factorctl.profiling.variants import make_variants
 WIDTH, INNER, VOCABULARY = 2048, 5632, 32000
 
 
-def tinyllama(shape: FactorShape, layers: int, dtype: torch.dtype) -> PreTrainedModel:
+def tinyllama(shape: FactorShape, layers: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """TinyLlama-1.1B's sizes, factored, random weights."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=4096,
+        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=8192,
     )  # fmt: skip
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for block in decoder_layers(model):
-        block.mlp = FactoredFFN(shape, WIDTH, "silu", dtype=dtype)
+        block.mlp = FactoredFFN(shape, WIDTH, "silu", dtype=dtype, device=device)
         for parameter in block.mlp.parameters():
             nn.init.normal_(parameter, std=0.02)
         block.mlp.keep_experts_together()
@@ -47,12 +49,16 @@ def tinyllama(shape: FactorShape, layers: int, dtype: torch.dtype) -> PreTrained
     return model.eval().requires_grad_(False)
 
 
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def report(
     shape: FactorShape, model: PreTrainedModel, machine: Machine, regime: Regime, effort: Effort, dtype: torch.dtype
 ) -> list[str]:
     """Two rows: prefill and decode."""
     sizes = ModelSizes.of(model.config, shape)
-    ids = torch.randint(VOCABULARY, (regime.batch, regime.prompt + effort.decode_tokens))
+    ids = torch.randint(VOCABULARY, (regime.batch, regime.prompt + effort.decode_tokens), device=model.device)
     samples = measure_regime(make_variants(model), ids, regime, effort)
     rows = []
     for phase, new, context in (("prefill", regime.prompt, 0), ("decode", 1, regime.prompt)):
@@ -78,8 +84,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--batch", default="1")
+    parser.add_argument("--prompt", default="512")
     parser.add_argument("--decode-tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=600)
@@ -88,8 +95,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     dtype = getattr(torch, arguments.dtype)
-    hardware = look_at_hardware(torch.device("cpu"), dtype)
-    regime = Regime(arguments.batch, arguments.prompt)
+    hardware = look_at_hardware(arguments.device, dtype)
+    regimes = [Regime(batch, prompt) for prompt in numbers(arguments.prompt) for batch in numbers(arguments.batch)]
     effort = Effort(arguments.rounds, arguments.decode_tokens, arguments.seconds)
     lines = []
 
@@ -98,7 +105,7 @@ def main() -> None:
         print("\n".join(more), flush=True)
 
     say(
-        f"TinyLlama's shape, {arguments.layers} layers, random weights, {arguments.dtype}, on {hardware.processor}, "
+        f"TinyLlama's shape, {arguments.layers} layers, random weights, {arguments.dtype}, on {hardware.device}, "
         f"{hardware.threads} threads of {hardware.cores} cores, load {hardware.load_1min:g} at the start"
         f"{' (BUSY)' if hardware.busy else ''}, torch {torch.__version__}.",
         "",
@@ -110,13 +117,14 @@ def main() -> None:
     ]
     say(*table)
     saved = []
-    for top_k in (int(k) for k in arguments.top_k.split(",")):
+    for top_k in numbers(arguments.top_k):
         shape = FactorShape(4, top_k, INNER // 4, 0)
-        model = tinyllama(shape, arguments.layers, dtype)
+        model = tinyllama(shape, arguments.layers, dtype, arguments.device)
         sizes = ModelSizes.of(model.config, shape)
-        machine = measure_machine(sizes, dtype, torch.device("cpu"))
-        say(*report(shape, model, machine, regime, effort, dtype))
-        dense, active = count_flops(sizes.dense, regime.prompt), count_flops(sizes, regime.prompt)
+        machine = measure_machine(sizes, dtype, arguments.device)
+        for regime in regimes:
+            say(*report(shape, model, machine, regime, effort, dtype))
+        dense, active = (count_flops(counted, regimes[0].prompt) for counted in (sizes.dense, sizes))
         saved.append(
             f"{shape.notation}: FFN FLOPs -{reduction(dense.ffn, active.ffn):.1%}, model FLOPs "
             f"-{reduction(dense.total, active.total):.1%}; {machine.gemm_flops / 1e9:.0f} GFLOP/s, "
