@@ -49,7 +49,7 @@ class Arena {
     ~Arena() { free(memory_); }
 
   private:
-    struct Piece { void **to; int64_t offset; } pieces_[16];
+    struct Piece { void **to; int64_t offset; } pieces_[18];
     int used_ = 0;
     int64_t bytes_ = 0;
     char *memory_ = nullptr;
@@ -94,6 +94,10 @@ template <class W> class Call {
                 if (!unknown) add_parts();
             }
             GOMP_barrier();
+            if (packs) {
+                pack(me, team);
+                GOMP_barrier();
+            }
             gate_up(me, team);
             GOMP_barrier();
             if (sums && P + (S ? T : 0) <= FEW_TOKENS * part_count) {
@@ -121,11 +125,12 @@ template <class W> class Call {
     Arena arena;
     Tokens<A> x{reinterpret_cast<const A *>(x_in), many ? spread<A>(D) : D};
     A *x_own, *hidden, *shared_hidden;
-    float *logits, *weights, *weight, *panels, *sums = nullptr, *y;
+    float *logits, *weights, *weight, *panels, *packed, *all_packed, *sums = nullptr, *y;
     int32_t *ids, *token;
     int64_t *starts;
     Part<W> *parts;
     int64_t part_count = 0, total = 0, next = 0;
+    bool packs = false;    // tokens of some part
     bool unknown = false;  // some expert that was asked for
 
     bool allocate(int threads) {
@@ -138,6 +143,9 @@ template <class W> class Call {
         arena.plan(&starts, N + 2);
         arena.plan(&x_own, copies ? T * x.stride : 0), arena.plan(&y, NARROWS ? T * D : 0);
         arena.plan(&panels, T > FEW_TOKENS ? panel_floats * threads : 0);
+        const int64_t most = (P < N * H ? P : N * H) + N * GROUP;  // tokens of all experts that are packed
+        arena.plan(&packed, many && !everyone ? most * packed_size<A>(D) : 0);
+        arena.plan(&all_packed, many && (everyone || S) ? (T + GROUP) * packed_size<A>(D) : 0);
         if (sums_fit) arena.plan(&sums, T * D * threads);
         if (!arena.allocate()) return false;
         if (copies) x.first = x_own;
@@ -168,8 +176,14 @@ template <class W> class Call {
 
     void add_part(const void *gate_up, int64_t neurons, int64_t column, int64_t tokens, const int32_t *own,
                   const float *weight_of, A *into, int64_t stride) {
-        const W *gate = static_cast<const W *>(gate_up);
-        parts[part_count++] = {gate, gate + neurons * D, neurons, column, tokens, own, weight_of, into, stride, total};
+        const W *gate = static_cast<const W *>(gate_up), *up = gate + neurons * D;
+        float *panels_of = nullptr;
+        if (tokens > MAX_FEW && tokens <= (everyone ? F : neurons)) {  // the smaller matrix is packed
+            packs = true;
+            panels_of = own ? packed : all_packed;
+            if (own) packed += packed_count(tokens) * packed_size<A>(D);
+        }
+        parts[part_count++] = {gate, up, neurons, column, tokens, own, weight_of, into, stride, total, panels_of};
         total += neurons;
     }
 
@@ -185,6 +199,27 @@ template <class W> class Call {
             } else if (const int64_t start = starts[e], count = starts[e + 1] - start; count) {
                 A *into = hidden + start * hidden_stride;
                 add_part(gate_up, H, column, count, token + start, weight + start, into, hidden_stride);
+            }
+        }
+    }
+
+    // This thread's share of the panels of tokens; parts that all tokens use have them in common.
+    void pack(int me, int team) {
+        int64_t turn = 0;
+        for (int64_t p = 0; p < part_count; p++) {
+            const Part<W> &part = parts[p];
+            if (!part.packed || (p && !part.token)) continue;
+            const int64_t count = packed_count(part.tokens);
+            for (int64_t first = 0; first < count; first += BATCH) {
+                const Batch batch(first, count);
+                for (int64_t i = 0; i < batch.panels.count; i++) {
+                    if (turn++ % team != me) continue;
+                    const int64_t start = batch.start(i);
+                    const int M = at_most(part.tokens - start, batch.vectors(i) * LANES);
+                    const A *tokens[TOKEN_VECTORS * LANES];
+                    for (int m = 0; m < M; m++) tokens[m] = x[part.token_at(start + m)];
+                    pack_tokens<A>(batch.vectors(i), tokens, M, D, part.packed + start * packed_size<A>(D));
+                }
             }
         }
     }
@@ -208,6 +243,7 @@ template <class W> class Call {
         for (Piece<W> piece = take(), following; piece.neurons; piece = following) {
             following = take();
             if (piece.part->has_few()) gate_up_rows<W>(layer, piece, x);
+            else if (piece.part->packed) gate_up_packed<W>(layer, piece, following, x);
             else if (2 * piece.neurons > SINGLE_VECTOR)
                 gate_up_panel<W, PANEL_VECTORS>(layer, piece, following, x, panel);
             else gate_up_panel<W, 1>(layer, piece, following, x, panel);
@@ -216,7 +252,7 @@ template <class W> class Call {
 
     // With everyone on, the parts are one.
     template <class Use> void each_part_of_down(Use use) {
-        if (everyone) use(Part<W>{nullptr, nullptr, F, 0, T, nullptr, nullptr, hidden, F, 0});
+        if (everyone) use(Part<W>{nullptr, nullptr, F, 0, T, nullptr, nullptr, hidden, F, 0, nullptr});
         else
             for (int64_t p = 0; p < part_count; p++) use(parts[p]);
     }

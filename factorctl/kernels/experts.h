@@ -18,6 +18,7 @@ template <class W> struct Part {
     const float *weight;     // null: one
     Activations<W> *hidden;  // [tokens, neurons]
     int64_t hidden_stride, first_neuron;  // among those of all parts
+    float *packed;           // panels of its tokens; null: its weights are packed, or nothing
 
     INLINE int64_t token_at(int64_t i) const { return token ? token[i] : i; }
     INLINE bool has_few() const { return tokens <= MAX_FEW; }
@@ -76,7 +77,61 @@ template <class W> void gate_up_rows(const Layer &layer, const Piece<W> &piece, 
                           load(ups[t] + h));
 }
 
-// The same for many tokens and up to LANES neurons: their gates and ups share a panel of C vectors.
+// into[r][t] = rows[r] . token t, for the tokens of a batch and then those left over; `next` are the rows that come next.
+template <class W>
+void multiply_batch(const Part<W> &part, const Batch &batch, const W *rows, int count, int64_t inputs, const W *next,
+                    const Activations<W> *const *left_over, int left, float (*into)[MAX_BATCH]) {
+    for (int first = 0; first < count; first += ROWS) {
+        const int R = at_most(count - first, ROWS);
+        const W *w[ROWS], *after = first + ROWS < count ? rows + (first + ROWS) * inputs : next;
+        for (int r = 0; r < ROWS; r++) w[r] = rows + (first + (r < R ? r : 0)) * inputs;  // too few: one of them again
+        for (int64_t p = 0; p < batch.panels.count; p++) {
+            const float *panel = part.packed + batch.start(p) * packed_size<Activations<W>>(inputs);
+            multiply_tokens<W>(batch.vectors(p), w, panel, inputs, p ? w[0] : after,
+                               into[first] + batch.start(p) - batch.first);
+        }
+        for (int r = 0; r < R && left; r += TILE_ROWS) {
+            float out[FEW_TOKENS][TILE_ROWS];
+            dots_of_rows<W>(at_most(R - r, TILE_ROWS), left, left_over, w + r, inputs, out);
+            for (int m = 0; m < left; m++)
+                for (int i = 0; i < TILE_ROWS && r + i < R; i++) into[first + r + i][batch.packed + m] = out[m][i];
+        }
+    }
+}
+
+// The same for packed tokens and up to LANES neurons.
+template <class W>
+void gate_up_packed(const Layer &layer, const Piece<W> &piece, const Piece<W> &following, Tokens<Activations<W>> x) {
+    const Part<W> &part = *piece.part;
+    const int64_t D = layer.hidden_size, packed = packed_count(part.tokens);
+    const W *gate = part.gate + piece.first * D, *up = part.up + piece.first * D;
+    const W *next = following.part ? following.part->gate + following.first * D : gate;
+    float gates[LANES][MAX_BATCH], ups[LANES][MAX_BATCH];
+    for (int64_t first = 0; first < packed; first += BATCH) {
+        const Batch batch(first, packed);
+        const bool last = first + BATCH >= packed;
+        const int left = last && part.tokens > packed ? int(part.tokens - packed) : 0;
+        const Activations<W> *left_over[FEW_TOKENS];
+        for (int m = 0; m < left; m++) left_over[m] = x[part.token_at(packed + m)];
+        multiply_batch<W>(part, batch, gate, piece.neurons, D, up, left_over, left, gates);
+        multiply_batch<W>(part, batch, up, piece.neurons, D, next, left_over, left, ups);
+        const int64_t end = last ? part.tokens : first + batch.packed;
+        for (int64_t t = first; t < end; t += LANES) {
+            const int M = at_most(end - t, LANES);
+            Vector weight = splat(1.f);
+            if (part.weight) memcpy(&weight, part.weight + t, M * sizeof(float));
+            float values[LANES][LANES];  // [neuron][token]
+            for (int h = 0; h < piece.neurons; h++)
+                store(values[h], activate(load(gates[h] + t - first), layer.activation) * load(ups[h] + t - first) *
+                                     weight);
+            for (int m = 0; m < M; m++)
+                for (int h = 0; h < piece.neurons; h++)
+                    narrow(values[h][m], part.hidden + (t + m) * part.hidden_stride + piece.first + h);
+        }
+    }
+}
+
+// The same for packed weights and up to LANES neurons: their gates and ups share a panel of C vectors.
 template <class W, int C>
 void gate_up_panel(const Layer &layer, const Piece<W> &piece, const Piece<W> &following, Tokens<Activations<W>> x,
                    float *panel) {

@@ -6,6 +6,7 @@
 
 #include "few_tokens.h"
 #include "many_tokens.h"
+#include "packed_tokens.h"
 
 struct Layer {
     const void *gate_up;         // [N, 2H, D]; per expert the gate rows, then the up rows

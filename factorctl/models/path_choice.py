@@ -41,7 +41,7 @@ FLOPS_PER_BYTE = 4.2
 MIN_SAVED_TOKENS_16BIT = 6
 """bf16 GEMMs read weights, rather than compute, up to about as many tokens: nothing to save below."""
 MAX_SKIP_TOKENS = 1024
-KERNEL_ROWS, KERNEL_ROWS_OF_ALL = {4: 2048, 2: 512}, {4: 4096, 2: 128}
+KERNEL_ROWS, KERNEL_ROWS_OF_ALL = {4: 2048, 2: 1024}, {4: 8192, 2: 512}
 """Tokens per expert up to which the compiled kernel was seen ahead of `loop`, and tokens up to which it was ahead of
 one dense product, by bytes per weight: of MKL's in 32 bits (no more were measured), of oneDNN's in 16."""
 KERNEL_ROWS_BESIDE_AMX = 16

@@ -4,8 +4,9 @@
 
 Anchors: `dense` is the same module with all experts on (gate and up in one GEMM, down in rows), `stock` transformers'
 three linear layers, `narrow` a dense layer as wide as the active neurons: the floor. Several tokens choose more experts
-than one does, and their weights have to be read too; so what routing can reach is the floor, or the time in which the
-dense layer, at one token, reads as many weights as T tokens choose, whichever is longer. Layers take turns over more
+than one does, and their weights have to be read too; so what routing can reach is the floor, or the time in which a
+dense layer as wide as the experts that T tokens choose serves one token, whichever is longer: between `narrow` and
+`dense` at one token, by its width. Layers take turns over more
 weights than the cache holds and tokens change from call to call; calls are interleaved in random order and medians
 compared. Needs a quiet machine.
 """
@@ -114,10 +115,12 @@ def measure(model: str, split: tuple[int, int], dtype: torch.dtype, counts: list
 
         one_token = inputs_of(1, model, dtype)
         calls = {name: partial(call, ring) for name, ring in rings.items()}
-        calls["reading"] = partial(call, rings["dense"], one_token)
+        calls |= {f"{name} at one": partial(call, rings[name], one_token) for name in ("dense", "narrow")}
         times = timed(calls, seconds)
         medians = {name: statistics.median(found) for name, found in times.items()}
-        reading = medians["reading"] * (1 - (1 - split[1] / split[0]) ** tokens)  # of the experts that T tokens choose
+        active = split[1] / split[0]
+        more = (1 - active - (1 - active) ** tokens) / (1 - active)  # experts chosen besides a first token's, of all such
+        reading = medians["narrow at one"] + more * (medians["dense at one"] - medians["narrow at one"])
         yield Row(
             model=model,
             dtype=str(dtype).removeprefix("torch."),

@@ -90,13 +90,23 @@ def test_unaligned_sizes_and_static_pruning(h: int, s: int, d: int, k: int, toge
 
 @needs_kernel
 @pytest.mark.parametrize("together", [False, True])
-def test_every_number_of_tokens_that_an_expert_may_get(together: bool) -> None:
+@pytest.mark.parametrize("h", [20, 150])  # fewer neurons than tokens, and more
+def test_every_number_of_tokens_that_an_expert_may_get(h: int, together: bool) -> None:
     """Products are cut into tiles by token count: none is forgotten, none computed twice."""
-    ffn = frozen(n=2, k=1, h=20, d=34)
+    ffn = frozen(n=2, k=1, h=h, d=34)
     if together:
         ffn.down.data = ffn.down.data.t().contiguous().t()
-    for tokens in range(1, 62):
+    for tokens in (*range(1, 62), *range(190, 250, 3)):
         check(ffn, tokens_for(ffn, tokens))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_experts_and_shared_neurons_share_the_packed_tokens(dtype: torch.dtype) -> None:
+    for k in (0, 1, 3):
+        ffn = frozen(n=3, k=k, h=130, s=120, d=37, dtype=dtype)
+        for tokens in (13, 23, 110, 119, 300):
+            check(ffn, tokens_for(ffn, tokens))
 
 
 @needs_kernel
@@ -271,7 +281,7 @@ def test_narrower_vectors_compute_the_same(march: str, tmp_path: Path, monkeypat
     for dtype in cpu.DTYPES:
         for d, k, s in ((67, 2, 33), (96, 4, 0), (5, 0, 3)):
             ffn = frozen(n=4, k=k, h=25, s=s, d=d, dtype=dtype)
-            for tokens in (1, 8, 40):
+            for tokens in (1, 8, 40, 90):
                 check(ffn, tokens_for(ffn, tokens))
 
 
@@ -285,7 +295,7 @@ def test_clang_makes_the_same_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for dtype in cpu.DTYPES:
         ffn = frozen(n=4, k=2, h=25, s=33, d=67, dtype=dtype)
-        for tokens in (1, 8, 40):
+        for tokens in (1, 8, 40, 90):
             check(ffn, tokens_for(ffn, tokens))
 
 
