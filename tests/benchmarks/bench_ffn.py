@@ -119,8 +119,9 @@ def measure(model: str, split: tuple[int, int], dtype: torch.dtype, counts: list
         times = timed(calls, seconds)
         medians = {name: statistics.median(found) for name, found in times.items()}
         active = split[1] / split[0]
-        more = (1 - active - (1 - active) ** tokens) / (1 - active)  # experts chosen besides a first token's, of all such
-        reading = medians["narrow at one"] + more * (medians["dense at one"] - medians["narrow at one"])
+        chosen_besides = (1 - active - (1 - active) ** tokens) / (1 - active)  # of what a first token leaves out
+        narrow, dense = medians["narrow at one"], medians["dense at one"]
+        reading = narrow + chosen_besides * (dense - narrow)
         yield Row(
             model=model,
             dtype=str(dtype).removeprefix("torch."),
