@@ -24,6 +24,9 @@ enum Fault : int { NO_MEMORY = 1, NO_SUCH_EXPERT = 2 };
 
 constexpr int MIN_BLOCK = 16, BLOCKS_PER_THREAD = 8;  // of neurons, or rows, that a thread takes
 constexpr int64_t MAX_SUMS = 1 << 18;  // of all threads, where each sums up its own neurons
+// Floats up to which malloc keeps memory for the next call. More is mapped anew, page by page: too slow for small experts.
+constexpr int64_t MAX_PACKED = 6 << 20;
+constexpr int64_t LARGE_EXPERT = 512;  // neurons
 constexpr int64_t FEW_LOGITS = 8192;   // weights of routers so small that a barrier takes longer
 
 // Runs body(me, team) in a team of up to so many threads.
@@ -130,7 +133,7 @@ template <class W> class Call {
     int64_t *starts;
     Part<W> *parts;
     int64_t part_count = 0, total = 0, next = 0;
-    bool packs = false;    // tokens of some part
+    bool packs_pairs, packs = false;  // tokens of experts, if they are fewer than neurons; tokens of some part
     bool unknown = false;  // some expert that was asked for
 
     bool allocate(int threads) {
@@ -144,7 +147,8 @@ template <class W> class Call {
         arena.plan(&x_own, copies ? T * x.stride : 0), arena.plan(&y, NARROWS ? T * D : 0);
         arena.plan(&panels, T > FEW_TOKENS ? panel_floats * threads : 0);
         const int64_t most = (P < N * H ? P : N * H) + N * GROUP;  // tokens of all experts that are packed
-        arena.plan(&packed, many && !everyone ? most * packed_size<A>(D) : 0);
+        packs_pairs = many && !everyone && (H >= LARGE_EXPERT || most * packed_size<A>(D) <= MAX_PACKED);
+        arena.plan(&packed, packs_pairs ? most * packed_size<A>(D) : 0);
         arena.plan(&all_packed, many && (everyone || S) ? (T + GROUP) * packed_size<A>(D) : 0);
         if (sums_fit) arena.plan(&sums, T * D * threads);
         if (!arena.allocate()) return false;
@@ -178,7 +182,8 @@ template <class W> class Call {
                   const float *weight_of, A *into, int64_t stride) {
         const W *gate = static_cast<const W *>(gate_up), *up = gate + neurons * D;
         float *panels_of = nullptr;
-        if (tokens > MAX_FEW && tokens <= (everyone ? F : neurons)) {  // the smaller matrix is packed
+        const bool fewer = tokens <= (everyone ? F : neurons);  // the smaller matrix is packed
+        if (tokens > MAX_FEW && fewer && (packs_pairs || !own)) {
             packs = true;
             panels_of = own ? packed : all_packed;
             if (own) packed += packed_count(tokens) * packed_size<A>(D);
