@@ -58,6 +58,8 @@ struct Ahead {
 
     INLINE Lines while_packing(const Tiles &tiles) const { return half(tiles.count == 1 ? 0 : 2); }
     INLINE Lines during(int64_t tile, const Tiles &tiles) const { return half(tiles.count == 1 ? 1 : tile); }
+
+  private:
     INLINE Lines half(int64_t i) const { return i < 2 ? Lines{halves[i], near, far} : Lines{halves[0], 0, 0}; }
 };
 

@@ -39,7 +39,7 @@ struct Batch {
 
 template <class A, int C = TOKEN_VECTORS>
 void pack_tokens(int vectors, const A *const *tokens, int count, int64_t inputs, float *panel) {
-    if (vectors == C) return pack_rows<A, C>(tokens, count, inputs, panel, Ahead::nothing(panel).half(0));
+    if (vectors == C) return pack_rows<A, C>(tokens, count, inputs, panel, Lines{panel, 0, 0});
     if constexpr (C > GROUP_VECTORS) pack_tokens<A, C - GROUP_VECTORS>(vectors, tokens, count, inputs, panel);
 }
 

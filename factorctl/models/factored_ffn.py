@@ -106,6 +106,11 @@ class FactoredFFN(nn.Module):
         return f"{self.shape.notation}, hidden_size={self.hidden_size}, gate={self.gate}, scale_a={self.scale_a:g}"
 
     @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The fields of its shape, with as many experts active as now."""
+        return self.shape.num_experts, self.top_k, self.shape.expert_size, self.shape.shared_size
+
+    @property
     def experts(self) -> ExpertWeights:
         """The routed experts as views; nothing is copied."""
         down = self.down[:, self.shape.shared_size :] if self.shape.shared_size else self.down
@@ -194,10 +199,9 @@ class FactoredFFN(nn.Module):
         return self._known_plan[1]
 
     def _make_plan(self, compiled: CompiledFFN | None) -> Plan:
-        weight, shape, kernel = self.gate_up, self.shape, compiled is not None
-        if 0 < self.top_k < shape.num_experts:
-            sizes = shape.num_experts, self.top_k, shape.expert_size, shape.shared_size
-            steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, sizes, kernel)
+        weight, kernel = self.gate_up, compiled is not None
+        if 0 < self.top_k < self.shape.num_experts:
+            steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, self.sizes, kernel)
             return Plan(compiled, steps)
         first = ((kernel_tokens(weight.dtype), "kernel"),) if kernel else ()
         return Plan(compiled, (*first, (None, "dense" if self.top_k else "masked")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import astuple, replace
 from typing import Any
 
 import torch
@@ -177,8 +176,7 @@ def _compile(plan: FinetunePlan, model: PreTrainedModel) -> None:
     tokens = plan.batch.micro_batch * plan.batch.block_length
     for student in factored_ffns(model):
         if 0 < student.top_k < student.shape.num_experts:
-            sizes = astuple(replace(student.shape, top_k=student.top_k))
-            steps = steps_for(plan.device, plan.compute_dtype, student.hidden_size, sizes)
+            steps = steps_for(plan.device, plan.compute_dtype, student.hidden_size, student.sizes)
             student.path = path_at(steps, tokens)
     for block in decoder_layers(model):
         block.compile()
