@@ -171,7 +171,8 @@ class FactorizeConfig(CommonConfig):
     """Routed experts active per token; None means half of them."""
     shared_fraction: float | None = None
     """None means none where `num_experts` is given."""
-    strategy: str = "clustered"
+    strategy: str | None = None
+    """None means `routed` where a router is fitted to text, else `clustered`."""
     strategy_options: Mapping[str, str] = field(default_factory=dict)
     router: RouterInit = "analytic"
     gate: Gate = "softmax"
@@ -199,8 +200,10 @@ class FactorizeConfig(CommonConfig):
         )
 
     def resolved(self) -> FactorizeConfig:
-        """The same with its split spelled out."""
-        return replace(self, **self.split._asdict())
+        """The same with its split and strategy spelled out."""
+        split = self.split
+        routes = self.router == "analytic" and split.top_k not in (0, split.num_experts)
+        return replace(self, **split._asdict(), strategy=self.strategy or ("routed" if routes else "clustered"))
 
     def shape_for(self, intermediate_size: int) -> FactorShape:
         """The sizes that this gives an FFN of so many neurons.

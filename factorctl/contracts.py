@@ -24,6 +24,8 @@ PARTITION_ENTRY_POINTS = "factorctl.partitions"
 
 PATTERN_TOKENS = 4096
 """The most calibration tokens for which `LayerStats.patterns_PF` keeps a row."""
+SAMPLE_TOKENS = 16_384
+"""The most calibration tokens in a `LayerStats.sample`."""
 
 
 class Stat(StrEnum):
@@ -35,6 +37,8 @@ class Stat(StrEnum):
     """Per neuron: share of tokens for which it is among the most active tenth of the layer (CMoE)."""
     PATTERNS = "patterns"
     """Per sampled token and neuron: whether the neuron is among that token's most active tenth (CMoE)."""
+    TOKENS = "tokens"
+    """The inputs of the FFN on a sample of the calibration tokens, and what each token counts for."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,18 @@ class DenseFFN:
 
 
 @dataclass(frozen=True)
+class TokenSample:
+    """Calibration tokens as one FFN sees them, evenly spread over the text and in its order."""
+
+    x_TD: torch.Tensor
+    """Inputs of the FFN, float32, on the device that calibrates."""
+    weight_T: torch.Tensor
+    """What a token's squared error counts for: the inverse of the residual stream's size there."""
+    hidden: Callable[[DenseFFN, torch.Tensor], torch.Tensor]
+    """(ffn, x_TD) -> act(W_gate x + b_gate) * (W_up x + b_up), float32 [T, F], on the device of `x_TD`."""
+
+
+@dataclass(frozen=True)
 class LayerStats:
     """What calibration saw of one dense FFN. A field that no one asked for is None."""
 
@@ -76,6 +92,7 @@ class LayerStats:
     importance_F: torch.Tensor | None = None
     rate_F: torch.Tensor | None = None
     patterns_PF: torch.Tensor | None = None
+    sample: TokenSample | None = None
 
     def select(self, neurons: torch.Tensor) -> LayerStats:
         """The statistics of `neurons` (ids, [n]) in the given order."""
@@ -84,6 +101,7 @@ class LayerStats:
             importance_F=None if self.importance_F is None else self.importance_F[neurons],
             rate_F=None if self.rate_F is None else self.rate_F[neurons],
             patterns_PF=None if self.patterns_PF is None else self.patterns_PF[:, neurons],
+            sample=self.sample,
         )
 
 
@@ -95,6 +113,10 @@ class PartitionSpec:
     layer: int
     seed: int
     options: Mapping[str, str] = field(default_factory=dict)
+    top_k: int | None = None
+    """Experts that will be active per token; None where that is not known."""
+    shared_size: int = 0
+    """Neurons that the strategy is to make shared; 0 unless it says `chooses_shared`."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +139,9 @@ class Partition:
 class PartitionStrategy(Protocol):
     """One way of splitting a layer's routed neurons into `spec.num_experts` experts of equal size.
 
-    `partition` sees only the neurons to be routed: shared neurons are taken out before and need no care here.
-    `ffn` and `stats` hold the same neurons in the same order; return ids into that order.
+    `partition` sees only the neurons to be routed: shared neurons are taken out before and need no care here. A
+    strategy with the attribute `chooses_shared = True` sees all neurons, and returns `spec.shared_size` of them as
+    `shared_S`. `ffn` and `stats` hold the same neurons in the same order; return ids into that order.
     The result must be the same for the same arguments, on every run.
     """
 
@@ -136,6 +159,11 @@ class PartitionStrategy(Protocol):
         ...
 
     def partition(self, ffn: DenseFFN, stats: LayerStats | None, spec: PartitionSpec) -> Partition: ...
+
+
+def chooses_shared(strategy: PartitionStrategy) -> bool:
+    """Whether the strategy takes the choice of the shared neurons upon itself; most leave it to the pipeline."""
+    return bool(getattr(strategy, "chooses_shared", False))
 
 
 class InvalidPartitionError(FactorctlError):

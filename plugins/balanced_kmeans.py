@@ -2,25 +2,17 @@
 
 Lloyd's algorithm alternates two steps, each the best answer to the other: every cluster's centre moves to the mean
 of its points; every point joins a cluster. Without a limit the second step is "the nearest centre". With N clusters
-of exactly H points it is a transport problem, F points of supply 1 and N clusters of demand H,
-
-    minimise sum_fn P_fn ||x_f - c_n||^2   with   sum_n P_fn = 1,  sum_f P_fn = H,  P >= 0,
-
-whose vertices are integral. The network simplex of POT solves it exactly in about a second for F = 14336, N = 64,
-so no auction, no Sinkhorn and no swapping is needed, and the objective never rises from one round to the next.
+of exactly H points it is balanced transport, solved exactly (`transport`), so the objective never rises from one round
+to the next.
 
 Symbols: F points, N clusters, H = F/N points of a cluster, C channels of a point.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from factorctl.contracts import InvalidPartitionError
-
-MAX_PIVOTS = 100_000_000
-"""Simplex steps before giving up. F = 14336, N = 64 takes under 1e6; POT's default of 1e5 returns unbalanced plans."""
+from .transport import assign, members
 
 
 def balanced_kmeans(
@@ -96,17 +88,5 @@ def assign_equally(cost_FN: torch.Tensor) -> torch.Tensor:
     Raises:
         InvalidPartitionError: when the solver stops short of the optimum.
     """
-    from ot.lp import emd  # POT probes its array backends when imported, which takes seconds
-
     num_rows, num_columns = cost_FN.shape
-    demand_N = np.full(num_columns, num_rows // num_columns, dtype=np.float64)
-    plan_FN, log = emd(
-        np.ones(num_rows), demand_N, cost_FN.double().cpu().numpy(), numItermax=MAX_PIVOTS, log=True, center_dual=False
-    )
-    if log["warning"] is not None or not np.isin(plan_FN, (0.0, 1.0)).all():
-        raise InvalidPartitionError(
-            f"POT found no exact assignment of {num_rows} neurons to {num_columns} experts: {log['warning']}",
-            "try another --seed, or --strategy permuted",
-        )
-    column_F = plan_FN.argmax(axis=1)
-    return torch.from_numpy(column_F.argsort(kind="stable").reshape(num_columns, -1))
+    return members(assign(cost_FN, [num_rows // num_columns] * num_columns), num_columns)

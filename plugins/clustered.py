@@ -19,6 +19,7 @@ from factorctl.contracts import (
 )
 
 from .balanced_kmeans import balanced_kmeans
+from .options import whole_number
 from .seeding import layer_generator
 
 MAX_ITERATIONS = 1000
@@ -48,7 +49,10 @@ class ClusterOptions:
         UsageError: for a value that is no feature or no number of rounds.
         """
         return cls(
-            by=_feature(options.get("by", cls.by)), iterations=_iterations(options.get("iterations", cls.iterations))
+            by=_feature(options.get("by", cls.by)),
+            iterations=whole_number(
+                "clustered", "iterations", options.get("iterations", str(cls.iterations)), low=1, high=MAX_ITERATIONS
+            ),
         )
 
 
@@ -115,15 +119,3 @@ def _feature(value: str) -> Feature:
         return Feature(value)
     except ValueError:
         raise UsageError(f"strategy 'clustered' has no by={value}", did_you_mean(value, list(Feature))) from None
-
-
-def _iterations(value: str | int) -> int:
-    try:
-        number = int(value)
-    except ValueError:
-        number = 0
-    if not 1 <= number <= MAX_ITERATIONS:
-        raise UsageError(
-            f"strategy 'clustered' cannot run iterations={value}", f"choose a whole number from 1 to {MAX_ITERATIONS}"
-        )
-    return number

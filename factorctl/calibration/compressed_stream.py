@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from factorctl.calibration.closed_form import Tokens
-from factorctl.calibration.statistics import StatsCollector, token_weights
+from factorctl.calibration.statistics import StatsCollector, token_sample, token_weights
 from factorctl.calibration.stream import LayerwiseModel
 from factorctl.contracts import LayerStats, Stat
 from factorctl.models.dense_ffn import cast_ffn
@@ -50,12 +50,18 @@ class CalibrationStream:
         self.tokens = Tokens(x_TD, t_TD, token_weights(behind_BLD.flatten(0, 1)))
 
     def statistics(self, layer: int, needs: frozenset[Stat]) -> LayerStats:
-        """What the layer's neurons do on the stream."""
-        ffn = cast_ffn(self.model.dense.read_ffn(layer, self.model.reader.read), torch.float32, self.device)
-        collector = StatsCollector(ffn, self.model.dense.activation, needs=needs, tokens=len(self.tokens.x_TD))
-        for x_TD, _, weight_T1 in self.tokens.chunks():
-            collector.add(x_TD, weight_T1.squeeze(1))
-        return collector.result()
+        """What the layer's neurons do on the stream, and what they see."""
+        stats, counted = LayerStats(tokens=len(self.tokens.x_TD)), needs - {Stat.TOKENS}
+        activation = self.model.dense.activation
+        if counted:
+            ffn = cast_ffn(self.model.dense.read_ffn(layer, self.model.reader.read), torch.float32, self.device)
+            collector = StatsCollector(ffn, activation, needs=counted, tokens=stats.tokens)
+            for x_TD, _, weight_T1 in self.tokens.chunks():
+                collector.add(x_TD, weight_T1.squeeze(1))
+            stats = collector.result()
+        if Stat.TOKENS in needs:
+            stats = replace(stats, sample=token_sample(self.tokens.x_TD, self.tokens.weight_T, activation))
+        return stats
 
     def leave(self, layer: int, ffn: FactoredFFN | None) -> None:
         """Go on behind the layer, with the factored FFN's output if the stream is compressed, and release it."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from factorctl.contracts import PATTERN_TOKENS, DenseFFN, LayerStats, Stat
-from factorctl.models.dense_ffn import dense_hidden
+from factorctl.contracts import PATTERN_TOKENS, SAMPLE_TOKENS, DenseFFN, LayerStats, Stat, TokenSample
+from factorctl.models.dense_ffn import cast_ffn, dense_hidden
 
 ACTIVE_SHARE = 0.1
 """Share of a layer's neurons that count as active for a token."""
@@ -53,6 +53,16 @@ class StatsCollector:
             rate_F=self._active_F / max(1, self._tokens) if Stat.RATE in self._needs else None,
             patterns_PF=patterns_PF,
         )
+
+
+def token_sample(x_TD: torch.Tensor, weight_T: torch.Tensor, activation: str) -> TokenSample:
+    """At most `SAMPLE_TOKENS` of the tokens, evenly spread, in their order."""
+    stride = -(-len(x_TD) // SAMPLE_TOKENS)
+
+    def hidden(ffn: DenseFFN, x_TD: torch.Tensor) -> torch.Tensor:
+        return dense_hidden(cast_ffn(ffn, torch.float32, x_TD.device), activation, x_TD)
+
+    return TokenSample(x_TD[::stride], weight_T[::stride], hidden)
 
 
 def token_weights(hidden_TD: torch.Tensor) -> torch.Tensor:

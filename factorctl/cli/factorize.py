@@ -51,8 +51,13 @@ def factorize(
         ),
     ] = None,
     strategy: Annotated[
-        str, typer.Option("--strategy", help="Partition strategy; see `factorctl plugins`.")
-    ] = "clustered",
+        str | None,
+        typer.Option(
+            "--strategy",
+            help="Partition strategy; see `factorctl plugins`. [default: routed; clustered with --router random, and "
+            "where all experts or none are active]",
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", help="KEY=VALUE for the strategy; may be repeated.")
     ] = None,

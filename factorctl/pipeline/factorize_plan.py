@@ -13,7 +13,7 @@ from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader, TensorEntry
 from factorctl.checkpoint.sources import Source, resolve
 from factorctl.config import FactorizeConfig
-from factorctl.contracts import PartitionStrategy, Stat, check_option_names
+from factorctl.contracts import PartitionStrategy, Stat, check_option_names, chooses_shared
 from factorctl.errors import UsageError
 from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
 from factorctl.models.building import empty_dense_model
@@ -68,6 +68,7 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
         ResourceError: disk or memory do not suffice.
     """
     config = config.resolved()
+    assert config.strategy is not None, "resolved"
     strategy, provenance = get_strategy(config.strategy)
     check_option_names(strategy, config.strategy_options)
     needs = strategy.needs(config.strategy_options)
@@ -78,7 +79,7 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
     shape = config.shape_for(dense.intermediate_size)
     out = output_path(config.out, config.workspace, config.model, shape.notation)
     refuse_existing(out, overwrite=config.overwrite)
-    if shape.shared_size:
+    if shape.shared_size and not chooses_shared(strategy):
         needs = needs | {Stat.IMPORTANCE}
     compressed = config.router == "analytic" or config.split.scale == "fitted" or config.refit
     reader = CheckpointReader(source.path)

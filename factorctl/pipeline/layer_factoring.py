@@ -22,6 +22,7 @@ from factorctl.contracts import (
     PartitionSpec,
     PartitionStrategy,
     Stat,
+    chooses_shared,
     validate,
 )
 from factorctl.errors import UsageError
@@ -135,26 +136,30 @@ class LayerFactory:
         return cast
 
     def _partition(self, layer: int, ffn: DenseFFN, stats: LayerStats | None) -> Partition:
-        """Shared neurons by importance, the others by the strategy; validated."""
-        shape, everyone_F = self.spec.shape, torch.arange(ffn.intermediate_size)
-        shared_S, routed_R = None, everyone_F
-        if shape.shared_size:
-            assert stats is not None
-            assert stats.importance_F is not None
-            order_F = torch.argsort(stats.importance_F, descending=True, stable=True)
-            shared_S, routed_R = order_F[: shape.shared_size].sort().values, order_F[shape.shared_size :].sort().values
-        spec = PartitionSpec(shape.num_experts, layer, self.config.seed, self.config.strategy_options)
-        if shared_S is None:
-            part = self.strategy.partition(ffn, stats, spec)
-        else:
-            part = self.strategy.partition(
-                ffn.select(routed_R), None if stats is None else stats.select(routed_R), spec
-            )
-        validate(part, num_neurons=len(routed_R), num_experts=shape.num_experts)
-        whole = Partition(routed_R[part.experts_NH], shared_S)
-        return validate(
-            whole, num_neurons=ffn.intermediate_size, num_experts=shape.num_experts, shared_size=shape.shared_size
+        """Shared neurons by importance, unless the strategy chooses them, the others by the strategy; validated."""
+        shape, chosen_here = self.spec.shape, self.spec.shape.shared_size and not chooses_shared(self.strategy)
+        spec = PartitionSpec(
+            shape.num_experts,
+            layer,
+            self.config.seed,
+            self.config.strategy_options,
+            top_k=shape.top_k,
+            shared_size=0 if chosen_here else shape.shared_size,
         )
+        part = self._partition_unshared(ffn, stats, spec) if chosen_here else self.strategy.partition(ffn, stats, spec)
+        return validate(
+            part, num_neurons=ffn.intermediate_size, num_experts=shape.num_experts, shared_size=shape.shared_size
+        )
+
+    def _partition_unshared(self, ffn: DenseFFN, stats: LayerStats | None, spec: PartitionSpec) -> Partition:
+        """The most important neurons shared; the strategy sees the others alone."""
+        assert stats is not None
+        assert stats.importance_F is not None
+        order_F = torch.argsort(stats.importance_F, descending=True, stable=True)
+        shared_S, routed_R = (ids.sort().values for ids in order_F.tensor_split([self.spec.shape.shared_size]))
+        part = self.strategy.partition(ffn.select(routed_R), stats.select(routed_R), spec)
+        validate(part, num_neurons=len(routed_R), num_experts=spec.num_experts)
+        return Partition(routed_R[part.experts_NH], shared_S)
 
     def _identity_inputs(self, layer: int) -> torch.Tensor:
         if self.stream is not None:

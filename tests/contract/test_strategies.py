@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as draw
+from torch.nn.functional import linear, silu
 
 from factorctl.contracts import (
     DenseFFN,
@@ -26,8 +27,10 @@ from factorctl.contracts import (
     PartitionSpec,
     PartitionStrategy,
     Stat,
+    TokenSample,
     UsageError,
     check_option_names,
+    chooses_shared,
     validate,
 )
 from factorctl.models.strategies import available, contract_faults, get_strategy
@@ -35,7 +38,11 @@ from factorctl.models.strategies import available, contract_faults, get_strategy
 NAMES = [row.name for row in available()]
 """Broken ones too: they fail `test_it_loads` with their fault."""
 
-SHIPPED_VARIANTS = [("clustered", {"by": "activations"}), ("clustered", {"by": "weights", "iterations": "1"})]
+SHIPPED_VARIANTS = [
+    ("clustered", {"by": "activations"}),
+    ("clustered", {"by": "weights", "iterations": "1"}),
+    ("routed", {"rounds": "0"}),
+]
 CASES = [(name, {}) for name in NAMES] + SHIPPED_VARIANTS
 every_strategy = pytest.mark.parametrize(
     ("name", "options"),
@@ -57,13 +64,16 @@ class Layer:
     dtype: torch.dtype = torch.float32
     weights: str = "gaussian"
     biased: bool = False
+    top_k: int | None = None
+    shared_size: int = 0
+    """Only for strategies that choose the shared neurons themselves."""
 
     @property
     def intermediate_size(self) -> int:
-        return self.num_experts * self.expert_size
+        return self.shared_size + self.num_experts * self.expert_size
 
     def spec(self, options: Mapping[str, str]) -> PartitionSpec:
-        return PartitionSpec(self.num_experts, self.layer, self.seed, options)
+        return PartitionSpec(self.num_experts, self.layer, self.seed, options, self.top_k, self.shared_size)
 
     def ffn(self) -> DenseFFN:
         generator = torch.Generator().manual_seed(self.intermediate_size)
@@ -95,7 +105,21 @@ class Layer:
             importance_F=share_F if Stat.IMPORTANCE in needed else None,
             rate_F=patterns_PF.float().mean(0) if Stat.RATE in needed else None,
             patterns_PF=patterns_PF if Stat.PATTERNS in needed else None,
+            sample=self.sample(tokens, generator) if Stat.TOKENS in needed else None,
         )
+
+    def sample(self, tokens: int, generator: torch.Generator) -> TokenSample:
+        x_TD = torch.randn(tokens, self.hidden_size, generator=generator)
+        return TokenSample(x_TD, torch.rand(tokens, generator=generator), hidden_of)
+
+
+def hidden_of(ffn: DenseFFN, x_TD: torch.Tensor) -> torch.Tensor:
+    """silu(W_gate x + b_gate) * (W_up x + b_up) in float32, as calibration hands it out."""
+    biases = (None if bias is None else bias.float() for bias in (ffn.gate_bias_F, ffn.up_bias_F))
+    gate_TF, up_TF = (
+        linear(x_TD, rows.float(), bias) for rows, bias in zip((ffn.gate_FD, ffn.up_FD), biases, strict=True)
+    )
+    return silu(gate_TF) * up_TF
 
 
 layers = draw.builds(
@@ -108,6 +132,7 @@ layers = draw.builds(
     dtype=draw.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     weights=draw.sampled_from(["gaussian", "zero", "all alike", "two kinds"]),
     biased=draw.booleans(),
+    top_k=draw.sampled_from([None, 0, 1, 2]),
 )
 
 
@@ -155,6 +180,19 @@ def test_every_neuron_goes_to_one_of_equal_experts(name: str, options: Mapping[s
     strategy, _ = get_strategy(name)
     partition = split(strategy, layer, options)
     validate(partition, num_neurons=layer.intermediate_size, num_experts=layer.num_experts)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if chooses_shared(get_strategy(name)[0])])
+@few_examples
+@given(layer=layers, shared_size=draw.integers(1, 50))
+def test_who_chooses_the_shared_neurons_chooses_as_many_as_asked(name: str, layer: Layer, shared_size: int) -> None:
+    layer = replace(layer, shared_size=shared_size)
+    validate(
+        split(get_strategy(name)[0], layer, {}),
+        num_neurons=layer.intermediate_size,
+        num_experts=layer.num_experts,
+        shared_size=shared_size,
+    )
 
 
 @every_strategy
@@ -256,7 +294,10 @@ def neuron_sum(ffn: DenseFFN, x_TD: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.silu(gate_TF) * up_TF) @ ffn.down_DF.T
 
 
-def assert_same_tensors(first: DenseFFN | LayerStats, second: object) -> None:
+def assert_same_tensors(first: DenseFFN | LayerStats | TokenSample, second: object) -> None:
     for field in fields(first):
         one, other = getattr(first, field.name), getattr(second, field.name)
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
+        if isinstance(one, TokenSample):
+            assert_same_tensors(one, other)
+        else:
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from factorctl_plugins import balanced_kmeans as module
+from factorctl_plugins import transport
 from factorctl_plugins.balanced_kmeans import assign_equally, balanced_kmeans, spread_centres, squared_distances
 from scipy.optimize import linear_sum_assignment
 
@@ -97,6 +98,6 @@ def test_squared_distances_match_a_plain_loop() -> None:
 
 @pytest.mark.filterwarnings("ignore:numItermax")
 def test_a_solver_that_stops_early_is_an_error_and_no_partition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_PIVOTS", 3)
-    with pytest.raises(InvalidPartitionError, match="no exact assignment of 60 neurons to 5 experts: numItermax"):
+    monkeypatch.setattr(transport, "MAX_PIVOTS", 3)
+    with pytest.raises(InvalidPartitionError, match="no exact assignment of 60 neurons to 5 groups: numItermax"):
         assign_equally(torch.randn(60, 5, generator=seeded()))

@@ -20,7 +20,7 @@ from factorctl.models.strategies import (
     get_strategy,
 )
 
-SHIPPED = {"clustered", "contiguous", "permuted"}
+SHIPPED = {"clustered", "contiguous", "permuted", "routed"}
 
 WORKING = """
     class Strategy:
