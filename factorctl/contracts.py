@@ -74,14 +74,21 @@ class DenseFFN:
 
 @dataclass(frozen=True)
 class TokenSample:
-    """Calibration tokens as one FFN sees them, evenly spread over the text and in its order."""
+    """Calibration tokens as one FFN sees them, evenly spread over the text and in its order.
+
+    All in float32, on the device that calibrates.
+    """
 
     x_TD: torch.Tensor
-    """Inputs of the FFN, float32, on the device that calibrates."""
+    """Inputs of the FFN."""
+    hidden_TF: torch.Tensor
+    """act(W_gate x + b_gate) * (W_up x + b_up): what the down-projection is applied to."""
     weight_T: torch.Tensor
     """What a token's squared error counts for: the inverse of the residual stream's size there."""
-    hidden: Callable[[DenseFFN, torch.Tensor], torch.Tensor]
-    """(ffn, x_TD) -> act(W_gate x + b_gate) * (W_up x + b_up), float32 [T, F], on the device of `x_TD`."""
+
+    def select(self, neurons: torch.Tensor) -> TokenSample:
+        """The same tokens with the activations of `neurons` (ids, [n]) in the given order."""
+        return TokenSample(self.x_TD, self.hidden_TF[:, neurons], self.weight_T)
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class LayerStats:
             importance_F=None if self.importance_F is None else self.importance_F[neurons],
             rate_F=None if self.rate_F is None else self.rate_F[neurons],
             patterns_PF=None if self.patterns_PF is None else self.patterns_PF[:, neurons],
-            sample=self.sample,
+            sample=None if self.sample is None else self.sample.select(neurons),
         )
 
 

@@ -46,7 +46,6 @@ MASS_CAP = 4.0
 would otherwise decide a layer alone."""
 ROUTER_DAMPING = 1e-3
 """Of the ridge regression, relative to the mean square of x."""
-CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,7 @@ def neuron_masses(ffn: DenseFFN, sample: TokenSample, layer: int) -> Masses:
         UsageError: the layer gives values that are not finite.
     """
     norm_F = ffn.down_DF.float().square().sum(0).to(sample.x_TD.device)
-    chunks = zip(sample.x_TD.split(CHUNK_TOKENS), sample.weight_T.split(CHUNK_TOKENS), strict=True)
-    s_TF = torch.cat([sample.hidden(ffn, x_CD).square_().mul_(norm_F * c_C[:, None]) for x_CD, c_C in chunks])
+    s_TF = sample.hidden_TF.square().mul_(norm_F).mul_(sample.weight_T[:, None])
     mass_T = s_TF.sum(1)
     if not mass_T.isfinite().all():
         raise UsageError(

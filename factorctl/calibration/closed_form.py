@@ -8,18 +8,18 @@ T tokens, D hidden_size, N num_experts, K top_k, F intermediate_size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from factorctl.calibration.ridge import RidgeMoments
+from factorctl.calibration.tokens import CHUNK_TOKENS, Tokens
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.paths import hidden_of_all
 from factorctl.models.routing import scatter_weights
+from factorctl.models.teacher_labels import par_distances
 
-CHUNK_TOKENS = 4096
 ROUTER_DAMPING = 1e-3
 REFIT_DAMPINGS = (0.03, 0.1, 0.3, 1.0)
 """Candidates for the pull toward the original values; held-out tokens choose."""
@@ -27,58 +27,53 @@ SHARPNESSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 """Candidates for the spread of the router's logits; 0 gives uniform gates and is kept tiny so that order survives."""
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Inputs and targets of one FFN on calibration tokens."""
+def hidden_in_order(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
+    """act(gate x) * (up x) of every neuron in storage order, shared ones first, [T, F]."""
+    if tokens.hidden_TF is not None:
+        return tokens.hidden_TF[:, ffn.neuron_ids.long()]
+    parts = [ffn.shared_hidden(tokens.x_TD)] if ffn.shape.shared_size else []
+    return torch.cat([*parts, hidden_of_all(tokens.x_TD, ffn.experts).flatten(1)], dim=1)
 
-    x_TD: torch.Tensor
-    t_TD: torch.Tensor
-    weight_T: torch.Tensor
-    """How much each token's squared error counts; see `statistics.token_weights`."""
 
-    def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(x_TD, t_TD, weight_T1) by `CHUNK_TOKENS`."""
-        columns = (self.x_TD, self.t_TD, self.weight_T.unsqueeze(1))
-        return zip(*(column.split(CHUNK_TOKENS) for column in columns), strict=True)
+def weighted_hidden(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
+    """What W_down multiplies, [T, F] in storage order: its rows times W_down^T are the layer's output without bias."""
+    hidden_TF = hidden_in_order(ffn, tokens)
+    if ffn.top_k == ffn.shape.num_experts:
+        return hidden_TF
+    shared_TS, routed_TR = hidden_TF.tensor_split([ffn.shape.shared_size], dim=1)
+    if ffn.top_k == 0:
+        return torch.cat([shared_TS, torch.zeros_like(routed_TR)], dim=1)
+    weights_TN = scatter_weights(ffn.route(tokens.x_TD), ffn.shape.num_experts)
+    routed_TNH = routed_TR.unflatten(1, (ffn.shape.num_experts, -1)) * weights_TN.unsqueeze(-1)
+    return torch.cat([shared_TS, routed_TNH.flatten(1)], dim=1)
 
-    def split(self, first: int) -> tuple[Tokens, Tokens]:
-        """The first `first` tokens and the rest."""
-        columns = (self.x_TD, self.t_TD, self.weight_T)
-        return Tokens(*(column[:first] for column in columns)), Tokens(*(column[first:] for column in columns))
+
+def output(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
+    """The factored FFN's output, [T, D], from activations that are there already."""
+    return F.linear(weighted_hidden(ffn, tokens), ffn.down, ffn.down_bias)
 
 
 def relative_error(ffn: FactoredFFN, tokens: Tokens) -> float:
     """sqrt( sum_t c_t ||ffn(x_t) - t_t||^2 / sum_t c_t ||t_t||^2 )."""
     wrong = right = 0.0
-    for x_TD, t_TD, weight_T1 in tokens.chunks():
-        wrong += float(((ffn(x_TD) - t_TD).square() * weight_T1).sum())
-        right += float((t_TD.square() * weight_T1).sum())
+    for chunk in tokens.chunks():
+        wrong += float(((output(ffn, chunk) - chunk.t_TD).square() * chunk.weight_T1).sum())
+        right += float((chunk.t_TD.square() * chunk.weight_T1).sum())
     return float((wrong / max(1e-30, right)) ** 0.5)
 
 
-def outputs_of_experts(ffn: FactoredFFN, x_TD: torch.Tensor) -> Iterator[torch.Tensor]:
-    """FFN_e(x) [T, D] of one expert after another; all of them together are never held."""
-    hidden_TNH = hidden_of_all(x_TD, ffn.experts)
-    for hidden_TH, down_DH in zip(
-        hidden_TNH.unbind(1), torch.split(ffn.experts.down_DR, ffn.shape.expert_size, dim=1), strict=True
-    ):
-        yield F.linear(hidden_TH, down_DH)
-
-
-def always_on(ffn: FactoredFFN, x_TD: torch.Tensor) -> torch.Tensor:
+def always_on(ffn: FactoredFFN, hidden_TF: torch.Tensor) -> torch.Tensor:
     """What every token gets: the shared neurons' output plus the down bias, [T, D]."""
-    y_TD = torch.zeros_like(x_TD)
-    if ffn.shape.shared_size:
-        y_TD = F.linear(ffn.shared_hidden(x_TD), ffn.down[:, : ffn.shape.shared_size])
-    return y_TD if ffn.down_bias is None else y_TD + ffn.down_bias
+    s = ffn.shape.shared_size
+    return F.linear(hidden_TF[:, :s], ffn.down[:, :s], ffn.down_bias)
 
 
-def benefits(ffn: FactoredFFN, x_TD: torch.Tensor, t_TD: torch.Tensor) -> torch.Tensor:
+def benefits(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
     """How much the squared error drops when expert e alone joins the shared neurons: 2<o_e, r> - ||o_e||^2, [T, N]."""
-    rest_TD = t_TD - always_on(ffn, x_TD)
-    return torch.stack(
-        [2 * (o_TD * rest_TD).sum(1) - o_TD.square().sum(1) for o_TD in outputs_of_experts(ffn, x_TD)], dim=1
-    )
+    hidden_TF = hidden_in_order(ffn, tokens)
+    rest_TD = tokens.t_TD - always_on(ffn, hidden_TF)
+    routed_TNH = hidden_TF[:, ffn.shape.shared_size :].unflatten(1, (ffn.shape.num_experts, -1))
+    return -par_distances(routed_TNH, ffn.experts.down_NDH, rest_TD, share=1.0)
 
 
 def fit_router(ffn: FactoredFFN, tokens: Tokens) -> None:
@@ -88,8 +83,8 @@ def fit_router(ffn: FactoredFFN, tokens: Tokens) -> None:
     The regression fixes the first, a search over `SHARPNESSES` for the least output error the second.
     """
     moments = RidgeMoments(ffn.hidden_size, ffn.shape.num_experts, tokens.x_TD.device)
-    for x_TD, t_TD, weight_T1 in tokens.chunks():
-        moments.add(x_TD, benefits(ffn, x_TD, t_TD) * weight_T1)
+    for chunk in tokens.chunks():
+        moments.add(chunk.x_TD, benefits(ffn, chunk) * chunk.weight_T1)
     direction_ND = moments.solve(ROUTER_DAMPING).T
     spread = float((tokens.x_TD[:CHUNK_TOKENS] @ direction_ND.T).std(dim=1).mean())
     direction_ND = direction_ND / max(spread, 1e-20)
@@ -112,11 +107,12 @@ def fit_scale(ffn: FactoredFFN, tokens: Tokens) -> float:
         return 1.0
     ffn.scale_a = 1.0
     along = norm = 0.0
-    for x_TD, t_TD, weight_T1 in tokens.chunks():
-        fixed_TD = always_on(ffn, x_TD)
-        routed_TD = ffn(x_TD) - fixed_TD
-        along += float((routed_TD * (t_TD - fixed_TD) * weight_T1).sum())
-        norm += float((routed_TD.square() * weight_T1).sum())
+    for chunk in tokens.chunks():
+        hidden_TF = weighted_hidden(ffn, chunk)
+        fixed_TD = always_on(ffn, hidden_TF)
+        routed_TD = F.linear(hidden_TF, ffn.down, ffn.down_bias) - fixed_TD
+        along += float((routed_TD * (chunk.t_TD - fixed_TD) * chunk.weight_T1).sum())
+        norm += float((routed_TD.square() * chunk.weight_T1).sum())
     ffn.scale_a = along / norm if norm else 1.0
     return ffn.scale_a
 
@@ -139,10 +135,10 @@ def refit_down(ffn: FactoredFFN, tokens: Tokens, heldout: Tokens, *, dtype: torc
     are rounded to `dtype`, in which the result will be stored, before they are judged.
     """
     moments = RidgeMoments(ffn.shape.intermediate_size, ffn.hidden_size, tokens.x_TD.device)
-    for x_TD, t_TD, weight_T1 in tokens.chunks():
-        target_TD = t_TD if ffn.down_bias is None else t_TD - ffn.down_bias
-        root_T1 = weight_T1.sqrt()
-        moments.add(weighted_hidden(ffn, x_TD) * root_T1, target_TD * root_T1)
+    for chunk in tokens.chunks():
+        target_TD = chunk.t_TD if ffn.down_bias is None else chunk.t_TD - ffn.down_bias
+        root_T1 = chunk.weight_T1.sqrt()
+        moments.add(weighted_hidden(ffn, chunk) * root_T1, target_TD * root_T1)
     original_DF = ffn.down.detach().clone()
     before = relative_error(ffn, heldout)
     best_error, best_damping, best_DF = before, 0.0, original_DF
@@ -153,14 +149,3 @@ def refit_down(ffn: FactoredFFN, tokens: Tokens, heldout: Tokens, *, dtype: torc
             best_error, best_damping, best_DF = error, damping, ffn.down.detach().clone()
     ffn.down.copy_(best_DF)
     return RefitResult(before, best_error, best_damping, kept=best_error < before)
-
-
-def weighted_hidden(ffn: FactoredFFN, x_TD: torch.Tensor) -> torch.Tensor:
-    """What W_down multiplies, [T, F] in storage order: its rows times W_down^T are the layer's output without bias."""
-    parts = [ffn.shared_hidden(x_TD)] if ffn.shape.shared_size else []
-    routed_TNH = hidden_of_all(x_TD, ffn.experts)
-    if ffn.top_k == 0:
-        routed_TNH = torch.zeros_like(routed_TNH)
-    elif ffn.top_k < ffn.shape.num_experts:
-        routed_TNH = routed_TNH * scatter_weights(ffn.route(x_TD), ffn.shape.num_experts).unsqueeze(-1)
-    return torch.cat([*parts, routed_TNH.flatten(1)], dim=1)

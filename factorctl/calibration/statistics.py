@@ -10,42 +10,40 @@ from __future__ import annotations
 
 import torch
 
-from factorctl.contracts import PATTERN_TOKENS, SAMPLE_TOKENS, DenseFFN, LayerStats, Stat, TokenSample
-from factorctl.models.dense_ffn import cast_ffn, dense_hidden
+from factorctl.contracts import PATTERN_TOKENS, DenseFFN, LayerStats, Stat
 
 ACTIVE_SHARE = 0.1
 """Share of a layer's neurons that count as active for a token."""
 
 
 class StatsCollector:
-    """Gathers what `needs` names over batches of FFN inputs.
+    """Gathers what `needs` names over batches of tokens.
 
     Args:
-        ffn: the layer's weights in float32.
+        ffn: the layer's weights.
         tokens: how many calibration tokens will come, to spread the pattern sample evenly.
     """
 
-    def __init__(self, ffn: DenseFFN, activation: str, *, needs: frozenset[Stat], tokens: int) -> None:
-        self._ffn, self._activation, self._needs = ffn, activation, needs
+    def __init__(self, ffn: DenseFFN, *, needs: frozenset[Stat], tokens: int) -> None:
+        self._ffn, self._needs = ffn, needs
         self._tokens = 0
         self._sum_of_squares_F = torch.zeros(ffn.intermediate_size, dtype=torch.float64)
         self._active_F = torch.zeros(ffn.intermediate_size, dtype=torch.int64)
         self._patterns: list[torch.Tensor] = []
         self._pattern_stride = max(1, tokens // PATTERN_TOKENS)
 
-    def add(self, x_TD: torch.Tensor, weight_T: torch.Tensor) -> None:
-        """Count one batch of FFN inputs and the weights of its tokens."""
-        hidden_TF = dense_hidden(self._ffn, self._activation, x_TD)
+    def add(self, hidden_TF: torch.Tensor, weight_T: torch.Tensor) -> None:
+        """Count the activations of one batch of tokens and the tokens' weights."""
         self._sum_of_squares_F += (weight_T @ hidden_TF.square()).double().cpu()
         if self._needs & {Stat.RATE, Stat.PATTERNS}:
             active_TF = most_active(hidden_TF)
             self._active_F += active_TF.sum(0).cpu()
             first = -self._tokens % self._pattern_stride
             self._patterns.append(active_TF[first :: self._pattern_stride].cpu())
-        self._tokens += len(x_TD)
+        self._tokens += len(hidden_TF)
 
     def result(self) -> LayerStats:
-        norm_F = self._ffn.down_DF.norm(dim=0).double().cpu()
+        norm_F = self._ffn.down_DF.float().norm(dim=0).double().cpu()
         patterns_PF = torch.cat(self._patterns)[:PATTERN_TOKENS] if Stat.PATTERNS in self._needs else None
         return LayerStats(
             tokens=self._tokens,
@@ -53,16 +51,6 @@ class StatsCollector:
             rate_F=self._active_F / max(1, self._tokens) if Stat.RATE in self._needs else None,
             patterns_PF=patterns_PF,
         )
-
-
-def token_sample(x_TD: torch.Tensor, weight_T: torch.Tensor, activation: str) -> TokenSample:
-    """At most `SAMPLE_TOKENS` of the tokens, evenly spread, in their order."""
-    stride = -(-len(x_TD) // SAMPLE_TOKENS)
-
-    def hidden(ffn: DenseFFN, x_TD: torch.Tensor) -> torch.Tensor:
-        return dense_hidden(cast_ffn(ffn, torch.float32, x_TD.device), activation, x_TD)
-
-    return TokenSample(x_TD[::stride], weight_T[::stride], hidden)
 
 
 def token_weights(hidden_TD: torch.Tensor) -> torch.Tensor:

@@ -57,8 +57,9 @@ class LayerwiseModel:
         return torch.cat(hidden)
 
     def load_layer(self, layer: int) -> nn.Module:
-        """Decoder layer with its weights in float32; release it with `drop_layer`."""
+        """Decoder layer with its weights in float32, but for its FFN's; release it with `drop_layer`."""
         module = decoder_layers(self._model)[layer]
+        module.mlp = nn.Identity()
         self._fill(module, layer_prefix(layer))
         return module
 
@@ -69,17 +70,9 @@ class LayerwiseModel:
         """(residual stream after attention [B, L, D], FFN input [T, D]): the layer up to its FFN."""
         module = decoder_layers(self._model)[layer]
         inputs: list[torch.Tensor] = []
-        dense_ffn, module.mlp = module.mlp, _ZeroFFN(inputs)
-        try:
-            residual_BLD = self._run(module, layer, hidden_BLD)  # + 0: the FFN adds nothing, also behind a norm
-        finally:
-            module.mlp = dense_ffn
+        module.mlp = _ZeroFFN(inputs)
+        residual_BLD = self._run(module, layer, hidden_BLD)  # + 0: the FFN adds nothing, also behind a norm
         return residual_BLD, torch.cat(inputs)
-
-    def dense_ffn(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
-        """The dense FFN's output for inputs [T, D]."""
-        ffn = decoder_layers(self._model)[layer].get_submodule("mlp")
-        return torch.cat([ffn(batch_TD) for batch_TD in x_TD.split(BATCH_TOKENS)])
 
     def add_ffn(self, layer: int, residual_BLD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
         """The layer's output when its FFN gave `y_TD`."""

@@ -67,8 +67,9 @@ class LayerFactory:
     @torch.no_grad()
     def factor(self, layer: int) -> FactoredLayer:
         """Partition, slice, prove the identity, then take the closed-form steps that were asked for."""
-        ffn = self._read_ffn(layer)
-        stats = self._observe(layer)
+        source = self.dense.read_ffn(layer, self.reader.read)
+        ffn = self._stored(layer, source)
+        stats = self._observe(layer, source, ffn)
         partition = self._partition(layer, ffn, stats)
         router_ND = random_router(
             self.spec.shape.num_experts, self.dense.hidden_size, seed=self.config.seed, layer=layer
@@ -90,25 +91,26 @@ class LayerFactory:
         if self.stream is None:
             return
         with torch.no_grad():
-            self.stream.enter(layer)
+            source = self.dense.read_ffn(layer, self.reader.read)
+            self.stream.enter(layer, source, self._stored(layer, source))
             ffn = self._module(layer, finished)
             ffn.scale_a = record.get("fitted_a", ffn.scale_a)
             self.stream.leave(layer, ffn)
 
-    def _observe(self, layer: int) -> LayerStats | None:
+    def _observe(self, layer: int, source: DenseFFN, ffn: DenseFFN) -> LayerStats | None:
         if self.stream is None:
             return None
-        self.stream.enter(layer)
-        return self.stream.statistics(layer, self.needs) if self.needs else None
+        self.stream.enter(layer, source, ffn)
+        return self.stream.statistics(self.needs) if self.needs else None
 
     def _close_in(self, layer: int, tensors: FactoredTensors, record: dict[str, Any]) -> FactoredFFN:
         """Router, scale and refit on the compressed stream; writes what was fitted into `tensors` and `record`."""
         assert self.stream is not None
         ffn, tokens = self._module(layer, tensors), self.stream.tokens
-        fitting, heldout = tokens.split(round(len(tokens.x_TD) * (1 - HELDOUT_SHARE)))
+        fitting, heldout = tokens.split(round(len(tokens) * (1 - HELDOUT_SHARE)))
         if self.config.router == "analytic":
             fit_router(ffn, fitting)
-            self._store(tensors, "router", ffn)
+            self._write_back(tensors, "router", ffn)
         if self.spec.scale == "fitted":
             record["fitted_a"] = fit_scale(ffn, fitting)
         if self.config.refit:
@@ -119,15 +121,15 @@ class LayerFactory:
                 "damping": result.damping,
                 "kept": result.kept,
             }
-            self._store(tensors, "down", ffn)
+            self._write_back(tensors, "down", ffn)
         record["output_error"] = relative_error(ffn, heldout)
         return ffn
 
-    def _read_ffn(self, layer: int) -> DenseFFN:
-        ffn = self.dense.read_ffn(layer, self.reader.read)
-        if self.config.dtype == "auto":
-            return ffn
-        cast = cast_ffn(ffn, torch_dtype(self.config.dtype))
+    def _stored(self, layer: int, source: DenseFFN) -> DenseFFN:
+        """The dense FFN in the dtype in which it will be stored."""
+        if self.config.dtype == "auto" or torch_dtype(self.config.dtype) == source.gate_FD.dtype:
+            return source
+        cast = cast_ffn(source, torch_dtype(self.config.dtype))
         if not all(all_finite(tensor) for tensor in (cast.gate_FD, cast.up_FD, cast.down_DF)):
             raise UsageError(
                 f"layer {layer}: FFN weights have values beyond the range of {self.config.dtype}",
@@ -177,7 +179,7 @@ class LayerFactory:
         return ffn
 
     @staticmethod
-    def _store(tensors: FactoredTensors, name: str, ffn: FactoredFFN) -> None:
+    def _write_back(tensors: FactoredTensors, name: str, ffn: FactoredFFN) -> None:
         """Round to storage dtype, and let the stream run what was stored, not what was computed."""
         parameter = ffn.get_parameter(name)
         tensors[name] = parameter.detach().to("cpu", tensors[name].dtype).clone()

@@ -110,7 +110,7 @@ class Layer:
 
     def sample(self, tokens: int, generator: torch.Generator) -> TokenSample:
         x_TD = torch.randn(tokens, self.hidden_size, generator=generator)
-        return TokenSample(x_TD, torch.rand(tokens, generator=generator), hidden_of)
+        return TokenSample(x_TD, hidden_of(self.ffn(), x_TD), torch.rand(tokens, generator=generator))
 
 
 def hidden_of(ffn: DenseFFN, x_TD: torch.Tensor) -> torch.Tensor:

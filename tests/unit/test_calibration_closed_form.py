@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from factorctl.calibration.closed_form import Tokens, benefits, fit_router, fit_scale, refit_down, relative_error
+from factorctl.calibration.closed_form import (
+    benefits,
+    fit_router,
+    fit_scale,
+    hidden_in_order,
+    output,
+    refit_down,
+    relative_error,
+)
+from factorctl.calibration.tokens import Tokens
 from factorctl.config import FactorShape
 from factorctl.models.factored_ffn import FactoredFFN
 
@@ -42,7 +52,7 @@ def test_benefit_is_the_drop_in_squared_error(shared: int, bias: bool) -> None:
     ffn = make_ffn(shared=shared, bias=bias).double()
     x_TD = torch.randn(7, D, dtype=torch.float64)
     t_TD = dense_target(ffn, x_TD)
-    found_TN = benefits(ffn, x_TD, t_TD)
+    found_TN = benefits(ffn, Tokens(x_TD, t_TD, torch.ones(7, dtype=torch.float64)))
     for t, x in enumerate(x_TD):
         fixed = torch.zeros(D, dtype=torch.float64) if ffn.down_bias is None else ffn.down_bias.clone()
         if shared:
@@ -67,6 +77,21 @@ def test_relative_error_weighs_tokens() -> None:
     )
     ffn.top_k = N
     assert relative_error(ffn, tokens) < 1e-6
+
+
+@pytest.mark.parametrize("gate", ["softmax", "hard"])
+@pytest.mark.parametrize("top_k", [0, 1, 2, N])
+def test_activations_that_were_kept_give_what_the_layer_gives(top_k: int, gate: Any) -> None:
+    """The activations come in the source's order, the layer stores them in its own."""
+    ffn = make_ffn(shared=5, top_k=top_k, bias=True, gate=gate, scale_a=1.3 if top_k in (1, 2) else 1.0)
+    ffn.neuron_ids.copy_(torch.randperm(5 + N * H, generator=torch.Generator().manual_seed(2)))
+    tokens = make_tokens(ffn, 40)
+    assert tokens.hidden_TF is None
+    torch.testing.assert_close(output(ffn, tokens), ffn(tokens.x_TD), rtol=1e-5, atol=1e-5)
+    back_F = torch.argsort(ffn.neuron_ids.long())
+    kept = replace(tokens, hidden_TF=hidden_in_order(ffn, tokens)[:, back_F])
+    torch.testing.assert_close(output(ffn, kept), ffn(tokens.x_TD), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(benefits(ffn, kept), benefits(ffn, tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("gate", ["softmax", "hard"])
@@ -118,9 +143,9 @@ def test_a_refit_that_does_not_help_keeps_the_values() -> None:
 
 
 def test_chunks_and_splits_hold_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("factorctl.calibration.closed_form.CHUNK_TOKENS", 7)
+    monkeypatch.setattr("factorctl.calibration.tokens.CHUNK_TOKENS", 7)
     tokens = make_tokens(make_ffn(), 30)
-    assert [len(chunk[0]) for chunk in tokens.chunks()] == [7, 7, 7, 7, 2]
+    assert [len(chunk) for chunk in tokens.chunks()] == [7, 7, 7, 7, 2]
     first, rest = tokens.split(11)
     assert torch.equal(torch.cat([first.x_TD, rest.x_TD]), tokens.x_TD)
     assert len(rest.weight_T) == 19

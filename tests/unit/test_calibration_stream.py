@@ -16,6 +16,7 @@ from factorctl.calibration.statistics import StatsCollector, most_active, token_
 from factorctl.calibration.stream import LayerwiseModel
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.contracts import PATTERN_TOKENS, DenseFFN, Stat
+from factorctl.models.dense_ffn import dense_hidden
 from factorctl.models.families import read_dense_model
 from factorctl.models.loading import load_dense
 
@@ -26,11 +27,11 @@ def layerwise(source: Path, ids_BL: torch.Tensor) -> LayerwiseModel:
     return LayerwiseModel(read_dense_model(source), CheckpointReader(source), ids_BL, CPU)
 
 
-@pytest.mark.parametrize("batch_tokens", [4096, 48])
+@pytest.mark.parametrize(("batch_tokens", "hidden_bytes"), [(4096, 1 << 30), (48, 0)])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_the_stream_is_the_dense_model(
-    case: str, batch_tokens: int, dense_source: DenseSource, monkeypatch: pytest.MonkeyPatch
+    case: str, batch_tokens: int, hidden_bytes: int, dense_source: DenseSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("factorctl.calibration.stream.BATCH_TOKENS", batch_tokens)
     source, ids_BL = dense_source(case), some_ids(rows=3, length=24)
@@ -41,10 +42,14 @@ def test_the_stream_is_the_dense_model(
         block.mlp.register_forward_hook(lambda _, x, y: inputs.append(x[0]))
         block.mlp.register_forward_hook(lambda _, x, y: outputs.append(y))
     hidden = model(ids_BL, output_hidden_states=True).hidden_states
+    monkeypatch.setattr("factorctl.calibration.compressed_stream.HIDDEN_BYTES", hidden_bytes)
     stream = CalibrationStream(layerwise(source, ids_BL), compressed=False)
+    dense, reader = stream.model.dense, stream.model.reader
     for layer in range(len(model.model.layers)):
         assert torch.allclose(stream._hidden_BLD, hidden[layer], atol=1e-4)
-        stream.enter(layer)
+        ffn = dense.read_ffn(layer, reader.read)
+        stream.enter(layer, ffn, ffn)
+        assert (stream.tokens.hidden_TF is None) == (hidden_bytes == 0)
         assert torch.allclose(stream.tokens.x_TD, inputs[layer].flatten(0, 1), atol=1e-4)
         assert torch.allclose(stream.tokens.t_TD, outputs[layer].flatten(0, 1), atol=1e-4)
         stream.leave(layer, None)
@@ -57,7 +62,7 @@ def test_one_layer_at_a_time_is_in_memory(dense_source: DenseSource) -> None:
     model.embed()
     assert all(parameter.is_meta for parameter in model._model.parameters())
     layer = model.load_layer(1)
-    assert not any(parameter.is_meta for parameter in layer.parameters())
+    assert not any(parameter.is_meta for parameter in layer.parameters()), "its FFN is read by who factors it"
     assert all(parameter.is_meta for parameter in model._model.model.layers[0].parameters())
     model.drop_layer(1)
     assert all(parameter.is_meta for parameter in model._model.parameters())
@@ -72,9 +77,9 @@ def random_ffn(hidden: int = 6, neurons: int = 20) -> DenseFFN:
 def test_statistics_against_a_plain_loop() -> None:
     ffn, tokens = random_ffn(), 37
     x_TD, weight_T = torch.randn(tokens, 6), torch.rand(tokens)
-    collector = StatsCollector(ffn, "silu", needs=frozenset(Stat), tokens=tokens)
+    collector = StatsCollector(ffn, needs=frozenset(Stat), tokens=tokens)
     for rows in (slice(0, 10), slice(10, 11), slice(11, 37)):
-        collector.add(x_TD[rows], weight_T[rows])
+        collector.add(dense_hidden(ffn, "silu", x_TD[rows]), weight_T[rows])
     stats = collector.result()
     squares, active = [0.0] * 20, [0] * 20
     patterns = []
@@ -97,12 +102,13 @@ def test_statistics_against_a_plain_loop() -> None:
 def test_patterns_are_spread_evenly_and_bounded() -> None:
     ffn, tokens = random_ffn(), 3 * PATTERN_TOKENS
     x_TD = torch.randn(tokens, 6)
-    collector = StatsCollector(ffn, "silu", needs=frozenset({Stat.PATTERNS}), tokens=tokens)
-    for start in range(0, tokens, 1000):
-        collector.add(x_TD[start : start + 1000], torch.ones(len(x_TD[start : start + 1000])))
+    collector = StatsCollector(ffn, needs=frozenset({Stat.PATTERNS}), tokens=tokens)
+    hidden_TF = dense_hidden(ffn, "silu", x_TD)
+    for rows in hidden_TF.split(1000):
+        collector.add(rows, torch.ones(len(rows)))
     stats = collector.result()
-    whole = StatsCollector(ffn, "silu", needs=frozenset({Stat.PATTERNS}), tokens=PATTERN_TOKENS)
-    whole.add(x_TD[::3], torch.ones(PATTERN_TOKENS))
+    whole = StatsCollector(ffn, needs=frozenset({Stat.PATTERNS}), tokens=PATTERN_TOKENS)
+    whole.add(hidden_TF[::3], torch.ones(PATTERN_TOKENS))
     assert stats.patterns_PF.shape == (PATTERN_TOKENS, 20)
     assert torch.equal(stats.patterns_PF, whole.result().patterns_PF)
     assert stats.rate_F is None

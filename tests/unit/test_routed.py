@@ -27,8 +27,8 @@ def hidden_of(ffn: DenseFFN, x_TD: torch.Tensor) -> torch.Tensor:
     return silu(x_TD @ ffn.gate_FD.float().T) * (x_TD @ ffn.up_FD.float().T)
 
 
-def sample(x_TD: torch.Tensor, weight_T: torch.Tensor | None = None) -> TokenSample:
-    return TokenSample(x_TD, torch.ones(len(x_TD)) if weight_T is None else weight_T, hidden_of)
+def sample(ffn: DenseFFN, x_TD: torch.Tensor) -> TokenSample:
+    return TokenSample(x_TD, hidden_of(ffn, x_TD), torch.ones(len(x_TD)))
 
 
 def random_ffn(neurons: int = 24, width: int = WIDTH) -> DenseFFN:
@@ -42,8 +42,8 @@ def random_masses(tokens: int = 50, neurons: int = 24) -> Masses:
     return Masses(torch.randn(tokens, WIDTH, generator=generator), torch.rand(tokens, neurons, generator=generator))
 
 
-def stats_of(x_TD: torch.Tensor) -> LayerStats:
-    return LayerStats(tokens=len(x_TD), sample=sample(x_TD))
+def stats_of(ffn: DenseFFN, x_TD: torch.Tensor) -> LayerStats:
+    return LayerStats(tokens=len(x_TD), sample=sample(ffn, x_TD))
 
 
 def topical_ffn() -> tuple[DenseFFN, torch.Tensor, torch.Tensor]:
@@ -66,9 +66,9 @@ def topical_ffn() -> tuple[DenseFFN, torch.Tensor, torch.Tensor]:
 def test_it_finds_experts_that_clusters_of_gate_rows_cannot_see() -> None:
     ffn, x_TD, topic_F = topical_ffn()
     spec = PartitionSpec(TOPICS, layer=0, seed=0, top_k=1)
-    clustered = Routed().partition(ffn, stats_of(x_TD), PartitionSpec(TOPICS, 0, 0, {"rounds": "0"}, top_k=1))
+    clustered = Routed().partition(ffn, stats_of(ffn, x_TD), PartitionSpec(TOPICS, 0, 0, {"rounds": "0"}, top_k=1))
     assert max(len(topic_F[ids_H].unique()) for ids_H in clustered.experts_NH) > 1, "or the rounds have nothing to do"
-    found = Routed().partition(ffn, stats_of(x_TD), spec)
+    found = Routed().partition(ffn, stats_of(ffn, x_TD), spec)
     assert sorted(int(topic_F[ids_H].unique()) for ids_H in found.experts_NH) == list(range(TOPICS))
 
 
@@ -82,7 +82,7 @@ def test_neurons_that_every_topic_needs_become_shared() -> None:
         torch.cat([ffn.gate_FD, everyone]), torch.cat([larger_FD, everyone]), torch.cat([ffn.down_DF] * 2, 1)[:, :28]
     )
     spec = PartitionSpec(TOPICS, layer=0, seed=0, top_k=1, shared_size=4)
-    found = Routed().partition(widened, stats_of(x_TD), spec)
+    found = Routed().partition(widened, stats_of(widened, x_TD), spec)
     validate(found, num_neurons=28, num_experts=TOPICS, shared_size=4)
     assert found.shared_S is not None
     assert found.shared_S.tolist() == [24, 25, 26, 27]
@@ -136,7 +136,7 @@ def test_a_token_with_massive_activations_decides_nothing_alone() -> None:
     ffn = random_ffn()
     x_TD = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(3))
     x_TD[0] *= 1000
-    mass_T = neuron_masses(ffn, sample(x_TD), layer=0).s_TF.sum(1)
+    mass_T = neuron_masses(ffn, sample(ffn, x_TD), layer=0).s_TF.sum(1)
     assert float(mass_T[0]) <= 1.01 * MASS_CAP * float(mass_T.median())
     assert float(hidden_of(ffn, x_TD).square().sum(1)[0]) > 1e6 * float(mass_T.median()), "or nothing was cut"
 
@@ -156,7 +156,9 @@ def test_values_of_any_range_reach_the_solver_in_one_that_it_resolves() -> None:
     assert assign(regret_FG, [6] * 4).bincount().tolist() == [6] * 4
 
 
-@pytest.mark.parametrize("stats", [None, LayerStats(tokens=5), LayerStats(tokens=0, sample=sample(torch.zeros(0, 16)))])
+@pytest.mark.parametrize(
+    "stats", [None, LayerStats(tokens=5), LayerStats(tokens=0, sample=sample(random_ffn(), torch.zeros(0, 16)))]
+)
 def test_it_says_what_to_do_without_tokens(stats: LayerStats | None) -> None:
     with pytest.raises(UsageError, match="'routed' needs calibration tokens, and none were kept") as caught:
         Routed().partition(random_ffn(), stats, PartitionSpec(4, 0, 0))
@@ -168,7 +170,7 @@ def test_it_names_the_layer_whose_values_are_not_finite(value: float) -> None:
     ffn = random_ffn()
     ffn.gate_FD[3, 2] = value
     with pytest.raises(UsageError, match="layer 7 gives values that are not finite"):
-        Routed().partition(ffn, stats_of(torch.randn(9, WIDTH)), PartitionSpec(4, 7, 0))
+        Routed().partition(ffn, stats_of(ffn, torch.randn(9, WIDTH)), PartitionSpec(4, 7, 0))
 
 
 @pytest.mark.parametrize("rounds", ["-1", "many", "1001"])
