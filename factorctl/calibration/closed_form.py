@@ -14,17 +14,20 @@ import torch
 from torch.nn import functional as F
 
 from factorctl.calibration.ridge import RidgeMoments
-from factorctl.calibration.tokens import CHUNK_TOKENS, Tokens
+from factorctl.calibration.tokens import Tokens
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.paths import hidden_of_all
 from factorctl.models.routing import scatter_weights
-from factorctl.models.teacher_labels import par_distances
+from factorctl.models.teacher_labels import expert_counts, par_distances
 
 ROUTER_DAMPING = 1e-3
+BENEFIT_CAP = 4.0
+NEAR_TIE = 1e-4
+SHARPNESS_TOKENS = 2048
 REFIT_DAMPINGS = (0.03, 0.1, 0.3, 1.0)
 """Candidates for the pull toward the original values; held-out tokens choose."""
 SHARPNESSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
-"""Candidates for the spread of the router's logits; 0 gives uniform gates and is kept tiny so that order survives."""
+"""Candidates for the `logit_spread` of the router; 0 gives uniform gates and is kept tiny so that order survives."""
 
 
 def hidden_in_order(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
@@ -81,17 +84,20 @@ def fit_router(ffn: FactoredFFN, tokens: Tokens) -> None:
 
     Order of the logits decides which experts run; their spread decides how unequal the softmax gate weighs them.
     The regression fixes the first, a search over `SHARPNESSES` for the least output error the second.
+
+    Only differences between a token's logits matter, so each token may be weighed by what it counts for, and the
+    logits are centred. The few tokens with massive activations benefit a thousand times more than the others: uncapped
+    they alone would be fitted, and rounding would choose for everyone else.
     """
+    benefit_TN = capped(torch.cat([benefits(ffn, chunk) * chunk.weight_T1 for chunk in tokens.chunks()]))
     moments = RidgeMoments(ffn.hidden_size, ffn.shape.num_experts, tokens.x_TD.device)
-    for chunk in tokens.chunks():
-        moments.add(chunk.x_TD, benefits(ffn, chunk) * chunk.weight_T1)
+    moments.add(tokens.x_TD, benefit_TN - benefit_TN.mean(dim=1, keepdim=True))
     direction_ND = moments.solve(ROUTER_DAMPING).T
-    spread = float((tokens.x_TD[:CHUNK_TOKENS] @ direction_ND.T).std(dim=1).mean())
-    direction_ND = direction_ND / max(spread, 1e-20)
+    direction_ND = direction_ND / max(logit_spread(tokens.x_TD @ direction_ND.T), 1e-20)
     if ffn.gate == "hard" or ffn.top_k <= 1:
         ffn.router.copy_(direction_ND)
         return
-    sample, _ = tokens.split(CHUNK_TOKENS)
+    sample, _ = tokens.split(SHARPNESS_TOKENS)
 
     def error(sharpness: float) -> float:
         ffn.router.copy_(direction_ND * max(sharpness, 1e-3))
@@ -99,6 +105,30 @@ def fit_router(ffn: FactoredFFN, tokens: Tokens) -> None:
 
     best = min(SHARPNESSES, key=error)
     ffn.router.copy_(direction_ND * max(best, 1e-3))
+
+
+def capped(benefit_TN: torch.Tensor) -> torch.Tensor:
+    """Each token's benefits, scaled down where they sum to more than `BENEFIT_CAP` times the median token's."""
+    size_T1 = benefit_TN.abs().sum(dim=1, keepdim=True)
+    return benefit_TN * (BENEFIT_CAP * size_T1.median() / size_T1.clamp_min(1e-30)).clamp_max(1.0)
+
+
+def logit_spread(logits_TN: torch.Tensor) -> float:
+    """The median token's standard deviation over the experts: the few tokens with massive activations do not count."""
+    return float(logits_TN.std(dim=1).median())
+
+
+def near_ties(logits_TN: torch.Tensor, top_k: int) -> float:
+    """Share of the tokens whose choice hangs on less than `NEAR_TIE` of the logits' spread: rounding decides it."""
+    highest_TK = logits_TN.topk(top_k + 1, dim=1).values
+    margin_T = highest_TK[:, top_k - 1] - highest_TK[:, top_k]
+    return float((margin_T <= NEAR_TIE * logit_spread(logits_TN)).float().mean())
+
+
+def expert_load(logits_TN: torch.Tensor, top_k: int) -> list[float]:
+    """Per expert the share of the tokens that choose it, to four digits; K/N is even."""
+    counts_N = expert_counts(logits_TN.topk(top_k, dim=1).indices, logits_TN.shape[1])
+    return [round(share, 4) for share in (counts_N / len(logits_TN)).tolist()]
 
 
 def fit_scale(ffn: FactoredFFN, tokens: Tokens) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from factorctl.calibration.closed_form import fit_router, fit_scale, refit_down, relative_error
+from factorctl.calibration.closed_form import expert_load, fit_router, fit_scale, near_ties, refit_down, relative_error
 from factorctl.calibration.compressed_stream import CalibrationStream
 from factorctl.checkpoint.reader import CheckpointReader, all_finite
 from factorctl.config import FactorizeConfig
@@ -123,6 +123,10 @@ class LayerFactory:
             }
             self._write_back(tensors, "down", ffn)
         record["output_error"] = relative_error(ffn, heldout)
+        if 0 < ffn.top_k < ffn.shape.num_experts:
+            logits_TN = ffn.router_logits(tokens.x_TD)
+            record["near_ties"] = near_ties(logits_TN, ffn.top_k)
+            record["expert_load"] = expert_load(logits_TN, ffn.top_k)
         return ffn
 
     def _stored(self, layer: int, source: DenseFFN) -> DenseFFN:

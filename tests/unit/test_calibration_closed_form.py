@@ -10,9 +10,11 @@ import torch
 
 from factorctl.calibration.closed_form import (
     benefits,
+    expert_load,
     fit_router,
     fit_scale,
     hidden_in_order,
+    near_ties,
     output,
     refit_down,
     relative_error,
@@ -149,3 +151,39 @@ def test_chunks_and_splits_hold_every_token(monkeypatch: pytest.MonkeyPatch) -> 
     first, rest = tokens.split(11)
     assert torch.equal(torch.cat([first.x_TD, rest.x_TD]), tokens.x_TD)
     assert len(rest.weight_T) == 19
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_router_serves_ordinary_tokens_where_a_few_have_massive_activations(top_k: int) -> None:
+    """Inputs are normalised, so massive activations come from one direction that all neurons magnify."""
+    ffn = make_ffn(shared=5, top_k=top_k)
+    tokens = make_tokens(ffn, 2000)
+    x_TD = tokens.x_TD.clone()
+    x_TD[:, 0] = 0
+    ordinary = Tokens(x_TD, dense_target(ffn, x_TD), tokens.weight_T)
+    fit_router(ffn, ordinary)
+    undisturbed = relative_error(ffn, ordinary)
+    for rows in (ffn.gate_up, ffn.shared_gate_up):
+        rows[..., 0] = 100 * rows[..., 0].abs()
+    x_TD = x_TD.clone()
+    x_TD[::100] = 0
+    x_TD[::100, 0] = 4
+    disturbed = Tokens(x_TD, dense_target(ffn, x_TD), tokens.weight_T)
+    assert float(disturbed.t_TD[0].norm()) > 1000 * float(disturbed.t_TD[1].norm()), "or nothing is massive"
+    fit_router(ffn, disturbed)
+    assert relative_error(ffn, ordinary) < 1.05 * undisturbed
+    logits_TN = ffn.router_logits(ordinary.x_TD)
+    assert near_ties(logits_TN, top_k) < 0.01
+    torch.testing.assert_close(logits_TN.mean(1), torch.zeros(2000), atol=1e-5, rtol=0)
+
+
+def test_near_ties_are_those_that_rounding_decides() -> None:
+    logits_TN = torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0 + 1e-6, 1.0], [1.0, 1.0, 0.0], [0.5, 2.0, 0.0]])
+    assert near_ties(logits_TN, 1) == 0.25
+    assert near_ties(logits_TN, 2) == 0.25
+
+
+def test_the_load_is_counted_per_expert() -> None:
+    logits_TN = torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0], [1.0, 0.0, 2.0]])
+    assert expert_load(logits_TN, 1) == [0.6667, 0.0, 0.3333]
+    assert expert_load(logits_TN, 2) == [1.0, 0.3333, 0.6667]
