@@ -21,7 +21,6 @@ from factorctl.models.routing import scatter_weights
 from factorctl.models.teacher_labels import expert_counts, par_distances
 
 ROUTER_DAMPING = 1e-3
-BENEFIT_CAP = 4.0
 NEAR_TIE = 1e-4
 SHARPNESS_TOKENS = 2048
 REFIT_DAMPINGS = (0.03, 0.1, 0.3, 1.0)
@@ -85,13 +84,13 @@ def fit_router(ffn: FactoredFFN, tokens: Tokens) -> None:
     Order of the logits decides which experts run; their spread decides how unequal the softmax gate weighs them.
     The regression fixes the first, a search over `SHARPNESSES` for the least output error the second.
 
-    Only differences between a token's logits matter, so each token may be weighed by what it counts for, and the
-    logits are centred. The few tokens with massive activations benefit a thousand times more than the others: uncapped
-    they alone would be fitted, and rounding would choose for everyone else.
+    A choice hangs on the order of a token's logits alone, so every token's benefits are taken at mean 0 and deviation 1.
+    As they are, they are a thousand times larger for the few tokens with massive activations: those alone would be
+    fitted, and rounding would choose for everyone else.
     """
-    benefit_TN = capped(torch.cat([benefits(ffn, chunk) * chunk.weight_T1 for chunk in tokens.chunks()]))
     moments = RidgeMoments(ffn.hidden_size, ffn.shape.num_experts, tokens.x_TD.device)
-    moments.add(tokens.x_TD, benefit_TN - benefit_TN.mean(dim=1, keepdim=True))
+    for chunk in tokens.chunks():
+        moments.add(chunk.x_TD, standardised(benefits(ffn, chunk)))
     direction_ND = moments.solve(ROUTER_DAMPING).T
     direction_ND = direction_ND / max(logit_spread(tokens.x_TD @ direction_ND.T), 1e-20)
     if ffn.gate == "hard" or ffn.top_k <= 1:
@@ -107,10 +106,10 @@ def fit_router(ffn: FactoredFFN, tokens: Tokens) -> None:
     ffn.router.copy_(direction_ND * max(best, 1e-3))
 
 
-def capped(benefit_TN: torch.Tensor) -> torch.Tensor:
-    """Each token's benefits, scaled down where they sum to more than `BENEFIT_CAP` times the median token's."""
-    size_T1 = benefit_TN.abs().sum(dim=1, keepdim=True)
-    return benefit_TN * (BENEFIT_CAP * size_T1.median() / size_T1.clamp_min(1e-30)).clamp_max(1.0)
+def standardised(benefit_TN: torch.Tensor) -> torch.Tensor:
+    """Each token's row at mean 0 and standard deviation 1; a row without differences becomes zeros."""
+    centred_TN = benefit_TN - benefit_TN.mean(dim=1, keepdim=True)
+    return centred_TN / centred_TN.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-20)
 
 
 def logit_spread(logits_TN: torch.Tensor) -> float:
