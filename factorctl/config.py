@@ -179,6 +179,8 @@ class FactorizeConfig(CommonConfig):
     scale: ScaleRule | None = None
     """None means `sum` where `num_experts` is given."""
     refit: bool = False
+    load_limit: float | None = None
+    """The most calibration tokens that may choose one expert, in even shares (K/N of all)."""
     calibration: str = "self"
     calibration_tokens: int = 65_536
     revision: str | None = None
@@ -187,6 +189,12 @@ class FactorizeConfig(CommonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive("--calibration-tokens", self.calibration_tokens, "try 64K")
+        if self.load_limit is not None and not 1 <= self.load_limit < float("inf"):
+            raise UsageError(
+                f"--load-limit {self.load_limit:g} is out of range", "choose 1 (even) or more, for example 1.5"
+            )
+        if self.load_limit is not None and self.router != "analytic":
+            raise UsageError("--load-limit needs a fitted router", "leave --router random out")
 
     @property
     def split(self) -> Split:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from factorctl.calibration.load_limit import with_prices
 from factorctl.calibration.ridge import RidgeMoments
 from factorctl.calibration.tokens import Tokens
 from factorctl.models.factored_ffn import FactoredFFN
@@ -78,21 +79,29 @@ def benefits(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
     return -par_distances(routed_TNH, ffn.experts.down_NDH, rest_TD, share=1.0)
 
 
-def fit_router(ffn: FactoredFFN, tokens: Tokens) -> None:
+def fit_router(ffn: FactoredFFN, tokens: Tokens, load_limit: float | None = None) -> None:
     """Set the router to the ridge regression of each expert's benefit on x, then choose its sharpness.
 
     Order of the logits decides which experts run; their spread decides how unequal the softmax gate weighs them.
     The regression fixes the first, a search over `SHARPNESSES` for the least output error the second.
 
-    A choice hangs on the order of a token's logits alone, so every token's benefits are taken at mean 0 and deviation 1.
-    As they are, they are a thousand times larger for the few tokens with massive activations: those alone would be
+    A choice hangs on the order of a token's logits alone, so every token's benefits are taken at mean 0 and deviation
+    1. As they are, they are a thousand times larger for the few tokens with massive activations: those alone would be
     fitted, and rounding would choose for everyone else.
+
+    Args:
+        load_limit: the largest load of an expert on these tokens, in even shares; see `load_limit`.
     """
-    moments = RidgeMoments(ffn.hidden_size, ffn.shape.num_experts, tokens.x_TD.device)
+    moments = RidgeMoments(ffn.hidden_size, ffn.shape.num_experts + 1, tokens.x_TD.device)
     for chunk in tokens.chunks():
-        moments.add(chunk.x_TD, standardised(benefits(ffn, chunk)))
-    direction_ND = moments.solve(ROUTER_DAMPING).T
-    direction_ND = direction_ND / max(logit_spread(tokens.x_TD @ direction_ND.T), 1e-20)
+        moments.add(chunk.x_TD, F.pad(standardised(benefits(ffn, chunk)), (0, 1), value=1.0))
+    direction_ND, unit_1D = moments.solve(ROUTER_DAMPING).T.split([ffn.shape.num_experts, 1])
+    spread = max(logit_spread(tokens.x_TD @ direction_ND.T), 1e-20)
+    if load_limit is not None:
+        direction_ND = with_prices(
+            direction_ND, unit_1D[0], tokens.x_TD, top_k=ffn.top_k, limit=load_limit, spread=spread
+        )
+    direction_ND = direction_ND / spread
     if ffn.gate == "hard" or ffn.top_k <= 1:
         ffn.router.copy_(direction_ND)
         return

@@ -78,6 +78,14 @@ def factorize(
     refit: Annotated[
         bool, typer.Option("--refit", help="Refit the down-projections to the routing, in closed form; changes values.")
     ] = False,
+    load_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--load-limit",
+            help="The most tokens that may choose one expert, in even shares (K/N of all): 1.5 for batches served by "
+            "several GPUs. [default: none]",
+        ),
+    ] = None,
     calibration: Annotated[
         str, typer.Option("--calibration", help="Files, folder, Hub dataset, or self: text sampled from the model.")
     ] = "self",
@@ -124,6 +132,7 @@ def factorize(
         gate=gate,
         scale=scale,
         refit=refit,
+        load_limit=load_limit,
         calibration=calibration,
         calibration_tokens=parse_token_count(calibration_tokens, "--calibration-tokens"),
         revision=revision,

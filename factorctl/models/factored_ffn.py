@@ -106,6 +106,11 @@ class FactoredFFN(nn.Module):
         return f"{self.shape.notation}, hidden_size={self.hidden_size}, gate={self.gate}, scale_a={self.scale_a:g}"
 
     @property
+    def routes(self) -> bool:
+        """Whether there is a choice between experts: 0 < K < N."""
+        return 0 < self.top_k < self.shape.num_experts
+
+    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """The fields of its shape, with as many experts active as now."""
         return self.shape.num_experts, self.top_k, self.shape.expert_size, self.shape.shared_size
@@ -122,8 +127,7 @@ class FactoredFFN(nn.Module):
         Shape and values stay. The compiled kernel then streams an expert from end to end; what serves in its stead is
         faster with rows, and so is the dense layer.
         """
-        routes = 0 < self.top_k < self.shape.num_experts
-        if routes and self.down.is_cpu and self.down.dtype in cpu_kernel.DTYPES and cpu_kernel.is_available():
+        if self.routes and self.down.is_cpu and self.down.dtype in cpu_kernel.DTYPES and cpu_kernel.is_available():
             self.down.data = self.down.data.t().contiguous().t()
 
     def router_logits(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -200,7 +204,7 @@ class FactoredFFN(nn.Module):
 
     def _make_plan(self, compiled: CompiledFFN | None) -> Plan:
         weight, kernel = self.gate_up, compiled is not None
-        if 0 < self.top_k < self.shape.num_experts:
+        if self.routes:
             steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, self.sizes, kernel)
             return Plan(compiled, steps)
         first = ((kernel_tokens(weight.dtype), "kernel"),) if kernel else ()
@@ -214,7 +218,7 @@ class FactoredFFN(nn.Module):
         return CompiledFFN(weights, shape, activation=self.activation_name, gate=self.gate, scale_a=self.scale_a)
 
     def _by_kernel(self, x: torch.Tensor, compiled: CompiledFFN) -> torch.Tensor:
-        if self.chooser is None or not 0 < self.top_k < self.shape.num_experts:
+        if self.chooser is None or not self.routes:
             return compiled(x)
         return compiled(x, *self.route(x.reshape(-1, self.hidden_size)))
 

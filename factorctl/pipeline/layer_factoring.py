@@ -109,7 +109,7 @@ class LayerFactory:
         ffn, tokens = self._module(layer, tensors), self.stream.tokens
         fitting, heldout = tokens.split(round(len(tokens) * (1 - HELDOUT_SHARE)))
         if self.config.router == "analytic":
-            fit_router(ffn, fitting)
+            fit_router(ffn, fitting, self.config.load_limit if ffn.routes else None)
             self._write_back(tensors, "router", ffn)
         if self.spec.scale == "fitted":
             record["fitted_a"] = fit_scale(ffn, fitting)
@@ -123,7 +123,7 @@ class LayerFactory:
             }
             self._write_back(tensors, "down", ffn)
         record["output_error"] = relative_error(ffn, heldout)
-        if 0 < ffn.top_k < ffn.shape.num_experts:
+        if ffn.routes:
             logits_TN = ffn.router_logits(tokens.x_TD)
             record["near_ties"] = near_ties(logits_TN, ffn.top_k)
             record["expert_load"] = expert_load(logits_TN, ffn.top_k)
