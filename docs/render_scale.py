@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from factorctl.checkpoint.manifest import Manifest
-from factorctl.config import FinetuneConfig, factor_shape
+from factorctl.config import CALIBRATION_TOKENS, FinetuneConfig, factor_shape
 from factorctl.models.building import empty_dense_model, empty_factored_model, factored_ffns
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel, dense_model
@@ -37,7 +37,6 @@ SUSTAINED = {"1 x H100": (1, 400e12), "8 x H100": (8, 350e12)}
 """GPUs and the bf16 FLOPs per second of each that a dense fine-tuning run is taken to sustain."""
 TOKENS = 40_000_000
 EXPERTS, TOP_K, SHARED = 8, 2, 0.25
-CALIBRATION_TOKENS = 65_536
 
 
 def dense_of(name: str) -> DenseModel:
@@ -87,7 +86,9 @@ def factorize_memory(dense: DenseModel, *, calibrated: bool) -> int:
         shard = shard_of(name)
         shards[shard] = shards.get(shard, 0) + 2 * parameter.numel()
     tokens = CALIBRATION_TOKENS if calibrated else 0
-    return peak_bytes(dense, max(shards.values()), calibration_tokens=tokens, refit=calibrated)
+    return peak_bytes(
+        dense, max(shards.values()), calibration_tokens=tokens, hands_out_tokens=calibrated, refit=calibrated
+    )
 
 
 def training_flops_per_token(dense: DenseModel) -> float:

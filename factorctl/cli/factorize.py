@@ -18,7 +18,7 @@ from factorctl.cli.options import (
     SeedOpt,
     WorkspaceOpt,
 )
-from factorctl.config import DEFAULT_WORKSPACE, FactorizeConfig, Gate, RouterInit, ScaleRule
+from factorctl.config import CALIBRATION_TOKENS, DEFAULT_WORKSPACE, FactorizeConfig, Gate, RouterInit, ScaleRule
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def factorize(
     ] = "self",
     calibration_tokens: Annotated[
         str, typer.Option("--calibration-tokens", help="How many tokens to calibrate on (64K is 64,000).")
-    ] = "64K",
+    ] = str(CALIBRATION_TOKENS),
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")] = None,
     out: OutOpt = None,
     workspace: WorkspaceOpt = DEFAULT_WORKSPACE,

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from factorctl.cache import cache_directory
+from factorctl.calibration.tokens import CHUNK_TOKENS, HIDDEN_BYTES
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader, TensorEntry
 from factorctl.checkpoint.sources import Source, resolve
 from factorctl.config import FactorizeConfig
-from factorctl.contracts import PartitionStrategy, Stat, check_option_names, chooses_shared
+from factorctl.contracts import SAMPLE_TOKENS, PartitionStrategy, Stat, check_option_names, chooses_shared
 from factorctl.errors import UsageError
 from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
 from factorctl.models.building import empty_dense_model
@@ -110,7 +111,13 @@ def estimate_memory(plan: FactorizePlan, reader: CheckpointReader) -> int:
         shard = shard_of(name)
         shards[shard] = shards.get(shard, 0) + entry.nbytes
     tokens = plan.config.calibration_tokens if plan.calibrates else 0
-    return peak_bytes(plan.dense, max(shards.values()), calibration_tokens=tokens, refit=plan.config.refit)
+    return peak_bytes(
+        plan.dense,
+        max(shards.values()),
+        calibration_tokens=tokens,
+        hands_out_tokens=Stat.TOKENS in plan.needs,
+        refit=plan.config.refit,
+    )
 
 
 def shard_of(name: str) -> str:
@@ -118,16 +125,22 @@ def shard_of(name: str) -> str:
     return ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else "rest"
 
 
-def peak_bytes(dense: DenseModel, largest_shard: int, *, calibration_tokens: int, refit: bool) -> int:
+def peak_bytes(
+    dense: DenseModel, largest_shard: int, *, calibration_tokens: int, hands_out_tokens: bool, refit: bool
+) -> int:
     """The process, the largest shard in three forms, and the calibration stream.
 
     A layer is held as read, as factored and as the bytes to be written; its FFN once more in float32 for the check.
+    A strategy that is handed tokens makes as much of their activations again.
     """
     ffn_float32 = 3 * dense.intermediate_size * dense.hidden_size * 4
     total = PROCESS_BYTES + 3 * largest_shard + 2 * ffn_float32
     if calibration_tokens:
         total += 6 * calibration_tokens * dense.hidden_size * 4 + 2 * ffn_float32
-        total += 4 * 4096 * dense.intermediate_size * 4
+        total += 4 * CHUNK_TOKENS * dense.intermediate_size * 4
+        total += min(HIDDEN_BYTES, calibration_tokens * dense.intermediate_size * 4)
+    if hands_out_tokens:
+        total += 2 * min(SAMPLE_TOKENS, calibration_tokens) * dense.intermediate_size * 4
     if refit:
         total += 4 * dense.intermediate_size**2 * 8
     return total
