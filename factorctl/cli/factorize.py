@@ -210,6 +210,8 @@ def _show_result(result: FactorizeResult, output: OutputFormat) -> None:
     }
     if result.refit_layers_kept is not None:
         facts["refit"] = f"lowered the held-out error in {result.refit_layers_kept} of {result.num_layers} layers"
+    if result.idle_experts:
+        facts["idle experts"] = f"{result.idle_experts}, holding what hardly any token needs; inspect names them"
     facts |= {
         "time": f"{result.seconds:.1f} s",
         "peak memory": gigabytes(result.peak_rss_bytes),

@@ -49,11 +49,23 @@ def inspect(
         "strategy reference": strategy.get("reference"),
         "identity error": result.identity_error,
         "calibration": _calibration(result.calibration),
+        "largest load": None if result.largest_load is None else f"{result.largest_load:.1f} even shares",
+        "idle experts": _idle(result.idle_experts),
         "files": f"{result.files}, {gigabytes(result.bytes)}",
         "manifest sha256": result.manifest_sha256,
         "libraries": ", ".join(f"{name} {version}" for name, version in result.libraries.items()),
     }
     show(result, output=output, tables=[facts_table(str(path), facts)])
+
+
+def _idle(experts: list[tuple[int, int]] | None) -> str | None:
+    if experts is None:
+        return None
+    if not experts:
+        return "none"
+    named = ", ".join(f"layer {layer} expert {expert}" for layer, expert in experts[:4])
+    more = f" and {len(experts) - 4} more" if len(experts) > 4 else ""
+    return f"{len(experts)}, holding what hardly any token needs: {named}{more}"
 
 
 def _calibration(calibration: dict[str, object] | None) -> str:

@@ -24,10 +24,12 @@ from factorctl.models.building import empty_dense_model
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import ffn_prefix, layer_prefix
 from factorctl.models.loading import native_config, read_factored_ffn, stored_tensors
+from factorctl.models.teacher_labels import dead_experts
 from factorctl.pipeline.calibration_data import calibration_blocks
 from factorctl.pipeline.devices import torch_device
 from factorctl.pipeline.factorize_plan import FactorizePlan, plan_factorize, stored_dtype
 from factorctl.pipeline.layer_factoring import FactoredLayer, LayerFactory
+from factorctl.pipeline.layer_records import recorded_load
 from factorctl.pipeline.model_card import native_card
 from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
 from factorctl.pipeline.recorded_source import describe_source
@@ -52,6 +54,8 @@ class FactorizeResult:
     seconds: float
     peak_rss_bytes: int
     refit_layers_kept: int | None
+    idle_experts: int | None
+    """Experts that hardly any calibration token chose; None where no router was fitted."""
     layers: list[dict[str, Any]]
 
 
@@ -90,6 +94,7 @@ def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
         builder.publish(manifest)
     shape = plan.spec.shape
     refits = [record["refit"]["kept"] for record in records if "refit" in record]
+    load_LN = recorded_load(records)
     return FactorizeResult(
         checkpoint=str(plan.out),
         source=plan.source.id,
@@ -105,6 +110,7 @@ def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
         seconds=round(time.monotonic() - started, 3),
         peak_rss_bytes=peak_rss_bytes(),
         refit_layers_kept=sum(refits) if refits else None,
+        idle_experts=len(dead_experts(load_LN, shape.top_k)) if load_LN else None,
         layers=records,
     )
 

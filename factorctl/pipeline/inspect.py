@@ -25,6 +25,8 @@ from factorctl.models.dense_ffn import IDENTITY_TOLERANCE, cast_ffn, dense_outpu
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint, read_factored_ffn, stored_tensors
 from factorctl.models.slicing import unslice_ffn
 from factorctl.models.strategies import StrategyInfo, available
+from factorctl.models.teacher_labels import dead_experts
+from factorctl.pipeline.layer_records import recorded_load
 from factorctl.pipeline.provenance import library_versions
 from factorctl.processor import processor_name
 from factorctl.progress import Progress
@@ -47,6 +49,10 @@ class Inspection:
     libraries: dict[str, str]
     files: int
     bytes: int
+    idle_experts: list[tuple[int, int]] | None
+    """(layer, expert) of those that hardly any calibration token chose; None where that was not recorded."""
+    largest_load: float | None
+    """Of any expert, in even shares."""
     layers: list[dict[str, Any]]
 
 
@@ -59,6 +65,8 @@ def inspect_checkpoint(path: Path) -> Inspection:
     """
     manifest = read_manifest(path)
     details = manifest.details
+    records, top_k = list(details.get("layers") or []), manifest.factored["top_k"]
+    load_LN = recorded_load(records)
     return Inspection(
         checkpoint=str(path),
         kind=manifest.kind,
@@ -73,7 +81,9 @@ def inspect_checkpoint(path: Path) -> Inspection:
         libraries=dict(manifest.libraries),
         files=len(manifest.files),
         bytes=manifest.total_bytes,
-        layers=list(details.get("layers") or []),
+        idle_experts=dead_experts(load_LN, top_k) if load_LN else None,
+        largest_load=max(max(row) * len(row) / top_k for row in load_LN) if load_LN else None,
+        layers=records,
     )
 
 

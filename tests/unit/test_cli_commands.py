@@ -81,7 +81,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     plan = outcome.json
     assert plan["notation"] == "1R6E3K+S12"
     assert plan["calibrates"] is True
-    assert plan["calibration_tokens"] == 64_000
+    assert plan["calibration_tokens"] == 16_384
     assert plan["out"] == "runs/llama-1R6E3K+S12"
     assert plan["disk_bytes"] > 20_000
     assert plan["memory_bytes"] > plan["disk_bytes"]
@@ -178,7 +178,15 @@ def test_inspect_says_what_is_here(checkpoint: Path) -> None:
     assert found["calibration"]["tokens"] == 1024
     assert found["manifest_sha256"] == read_manifest(checkpoint).sha256
     assert len(found["layers"]) == 2
+    assert found["largest_load"] >= 1
+    assert found["idle_experts"] == [
+        [layer, expert]
+        for layer, record in enumerate(found["layers"])
+        for expert, share in enumerate(record["expert_load"])
+        if share < 0.01 * 2 / 4
+    ]
     text = cli("inspect", checkpoint).stdout
+    assert "even shares" in text
     for words in ("1R4E2K+S12", "clustered", "llama-biases", "1,024 tokens", "softmax, fitted"):
         assert words in text
 
