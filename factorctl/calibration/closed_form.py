@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from factorctl.calibration.ridge import RidgeMoments
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.paths import hidden_of_all
+from factorctl.models.ridge import RidgeMoments
 from factorctl.models.routing import scatter_weights
 
 CHUNK_TOKENS = 4096
