@@ -229,7 +229,9 @@ class FactorizeConfig(CommonConfig):
 
 PresetName = Literal["default", "factorllm"]
 TrainedPart = Literal["router", "experts", "all"]
-OptimizerName = Literal["adamw", "adam", "adamw-8bit"]
+OptimizerName = Literal["adamw", "adam", "adamw-8bit", "muon"]
+Selection = Literal["unit", "stored"]
+RefreshTarget = Literal["labels", "benefits"]
 TeacherStorage = Literal["none", "bf16", "8bit", "4bit"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -256,9 +258,23 @@ class FinetuneConfig(CommonConfig):
     train: TrainedPart = "all"
     router_warmup: int = 0
     """Tokens at the start during which only the routers learn."""
+    router_refresh: int = 0
+    """Tokens between two closed-form fits of the routers; 0 means none."""
+    refresh_target: RefreshTarget = "labels"
+    """What these fits predict: which experts PAR's labels name, or how much each would take off the error."""
+    straight_through: bool = False
+    """Let the outputs of all experts inform the choice, also of those that did not run."""
+    heal_tokens: int = 0
+    """Tokens at the start during which each layer learns its dense FFN's output on its own input."""
     optimizer: OptimizerName | None = None
     lr: float | None = None
     router_lr: float | None = None
+    selection: Selection | None = None
+    """At which scale routers are trained: `unit`, logits that differ by 1, or as `stored`."""
+    router_temperature: float | None = None
+    """Of the logits in the routers' own losses."""
+    sharpness_lr: float | None = None
+    """Of the number by which each layer's gates are sharper than the choice; 0 keeps it."""
     weight_decay: float | None = None
     clip_norm: float | None = None
     batch_tokens: int | None = None

@@ -14,10 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from factorctl.calibration.load_limit import with_prices
-from factorctl.calibration.ridge import RidgeMoments
 from factorctl.calibration.tokens import Tokens
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.paths import hidden_of_all
+from factorctl.models.ridge import RidgeMoments
 from factorctl.models.routing import scatter_weights
 from factorctl.models.teacher_labels import expert_counts, par_distances
 

@@ -28,7 +28,9 @@ from factorctl.config import (
     OptimizerName,
     Precision,
     PresetName,
+    RefreshTarget,
     ScaleRule,
+    Selection,
     TeacherStorage,
     Tracker,
     TrainedPart,
@@ -64,9 +66,31 @@ def finetune(
     router_warmup: Annotated[
         str | None, typer.Option("--router-warmup", help="Tokens at the start during which only routers learn.")
     ] = None,
+    router_refresh: Annotated[
+        str | None, typer.Option("--router-refresh", help="Tokens between closed-form fits of the routers.")
+    ] = None,
+    refresh_target: Annotated[
+        RefreshTarget, typer.Option("--refresh-target", help="What these fits predict: PAR's labels, or benefits.")
+    ] = "labels",
+    straight_through: Annotated[
+        bool, typer.Option("--straight-through", help="Let the outputs of all experts inform the routers.")
+    ] = False,
+    heal_tokens: Annotated[
+        str | None, typer.Option("--heal-tokens", help="Tokens at the start during which each layer learns alone.")
+    ] = None,
     optimizer: Annotated[OptimizerName | None, typer.Option("--optimizer", help="[default: the preset's]")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Of the experts; --router-lr follows in proportion.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Of the experts.")] = None,
     router_lr: Annotated[float | None, typer.Option("--router-lr", help="Of the routers.")] = None,
+    selection: Annotated[
+        Selection | None,
+        typer.Option("--selection", help="Scale at which routers learn: unit, or as stored. [default: the preset's]"),
+    ] = None,
+    router_temperature: Annotated[
+        float | None, typer.Option("--router-temperature", help="Of the logits in the routers' own losses.")
+    ] = None,
+    sharpness_lr: Annotated[
+        float | None, typer.Option("--sharpness-lr", help="Of how unequal each layer's gates are; 0 keeps that.")
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="AdamW's, of the matrices.")] = None,
     clip_norm: Annotated[
         float | None, typer.Option("--clip-norm", help="Largest norm of the gradient; 0 leaves it.")
@@ -142,9 +166,16 @@ def finetune(
         scale=scale,
         train=train,
         router_warmup=count(router_warmup, "--router-warmup") if router_warmup else 0,
+        router_refresh=count(router_refresh, "--router-refresh") if router_refresh else 0,
+        refresh_target=refresh_target,
+        straight_through=straight_through,
+        heal_tokens=count(heal_tokens, "--heal-tokens") if heal_tokens else 0,
         optimizer=optimizer,
         lr=lr,
         router_lr=router_lr,
+        selection=selection,
+        router_temperature=router_temperature,
+        sharpness_lr=sharpness_lr,
         weight_decay=weight_decay,
         clip_norm=clip_norm,
         batch_tokens=count(batch_tokens, "--batch-tokens") if batch_tokens else None,
@@ -247,6 +278,10 @@ def _show_result(result: FinetuneResult, output: OutputFormat) -> None:
     if result.router_agreement is not None and result.router_agreement_before is not None:
         before, after = result.router_agreement_before, result.router_agreement
         facts["router agreement"] = f"{before:.1%} before, {after:.1%} after"
+        facts["PAR (held out)"] = (
+            f"{result.par_of_chance:.3f} by chance, {result.losses_before['par']:.3f} before, "
+            f"{result.losses['par']:.3f} after"
+        )
         facts["dead experts"] = ", ".join(f"layer {la} expert {e}" for la, e in result.dead_experts) or "none"
     facts |= {
         "speed": f"{result.tokens_per_second:,.0f} tokens/s",

@@ -42,21 +42,31 @@ def par_distances(
 
 @torch.no_grad()
 def par_labels(ffn: FactoredFFN, x_TD: torch.Tensor, t_TD: torch.Tensor, share: float) -> torch.Tensor:
-    """The K experts whose own outputs on `x` are nearest to `share` of the target, [T, K] (PAR's pseudo-labels).
+    """The K experts whose own outputs on `x` are nearest to `share` of the target, [T, K] (PAR's pseudo-labels)."""
+    return nearest(distances_to_target(ffn, x_TD, t_TD, share), ffn.top_k)
+
+
+def nearest(distances_TN: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The K experts with the least distance, [T, K]."""
+    return distances_TN.topk(top_k, dim=1, largest=False).indices
+
+
+@torch.no_grad()
+def distances_to_target(ffn: FactoredFFN, x_TD: torch.Tensor, t_TD: torch.Tensor, share: float) -> torch.Tensor:
+    """`par_distances` of a layer's experts, [T, N], less what is the same for all of them.
 
     `x` and `t` are input and output of the dense teacher's FFN in a true dense forward. What the shared neurons and
     the down bias give every token is taken off the target first; in FactorLLM there are none.
     """
     chunks = zip(x_TD.split(LABEL_CHUNK_TOKENS), t_TD.split(LABEL_CHUNK_TOKENS), strict=True)
-    labels = []
+    distances = []
     for x_CD, t_CD in chunks:
         if ffn.shape.shared_size:
             t_CD = t_CD - F.linear(ffn.shared_hidden(x_CD), ffn.down[:, : ffn.shape.shared_size])
         if ffn.down_bias is not None:
             t_CD = t_CD - ffn.down_bias
-        distances_CN = par_distances(hidden_of_all(x_CD, ffn.experts), ffn.experts.down_NDH, t_CD, share)
-        labels.append(distances_CN.topk(ffn.top_k, dim=1, largest=False).indices)
-    return torch.cat(labels)
+        distances.append(par_distances(hidden_of_all(x_CD, ffn.experts), ffn.experts.down_NDH, t_CD, share))
+    return torch.cat(distances)
 
 
 def agreement(chosen_TK: torch.Tensor, labels_TK: torch.Tensor) -> torch.Tensor:

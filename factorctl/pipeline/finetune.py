@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from factorctl.training.metrics import MetricsFile
 from factorctl.training.optimizers import Schedule, make_optimizers
 from factorctl.training.out_of_memory import memory_bytes, memory_explained
 from factorctl.training.plotting import draw_training
+from factorctl.training.selection import to_unit_spread
 from factorctl.training.state import Progressed, incomplete_states, newest_state, remove_states, restore_state
 
 REHEARSED_STEPS = 3
@@ -47,8 +49,11 @@ class FinetuneResult:
     tokens: int
     steps: int
     epochs: float
+    losses_before: dict[str, float]
     losses: dict[str, float]
-    """On the held-out text, after training, each before its weight."""
+    """On the held-out text, before and after training, each before its weight."""
+    par_of_chance: float | None
+    """log N: PAR's loss where a router tells no expert from another."""
     perplexity_dense: float
     perplexity_before: float
     perplexity_after: float
@@ -137,7 +142,9 @@ def finetune(config: FinetuneConfig, progress: Progress) -> FinetuneResult:
         tokens=plan.batch.tokens,
         steps=plan.batch.steps,
         epochs=batches.epochs(),
+        losses_before=before.losses,
         losses=after.losses,
+        par_of_chance=math.log(plan.spec.shape.num_experts) if "par" in after.losses else None,
         perplexity_dense=before.perplexity_dense,
         perplexity_before=before.perplexity,
         perplexity_after=after.perplexity,
@@ -282,6 +289,9 @@ def _start(
     if accelerator.is_main_process:
         MetricsFile(plan.run).keep_until(start.step if start else 0)
     if start is None:
+        if plan.recipe.selection == "unit":
+            (sample, _), *_ = batches.heldout()
+            to_unit_spread(accelerator.unwrap_model(model), *sample, accelerator)
         before = measure(model, batches, accelerator, progress, "Measuring before")
         start = Progressed(notes={"before": asdict(before)})
     return start
@@ -303,6 +313,8 @@ def _loop_options(plan: FinetunePlan) -> LoopOptions:
         schedule=Schedule(tokens, recipe.warmup_fraction * tokens, recipe.final_lr_fraction),
         clip_norm=recipe.clip_norm,
         router_warmup=plan.config.router_warmup,
+        router_refresh=plan.config.router_refresh,
+        heal_tokens=plan.config.heal_tokens,
         save_every=plan.save_every,
         top_k=plan.spec.shape.top_k,
         balance=recipe.weights.balance,

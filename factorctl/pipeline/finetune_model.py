@@ -118,7 +118,15 @@ def build_distiller(plan: FinetunePlan, progress: Progress) -> Distiller:
     model = empty_factored_model(plan.checkpoint.dense, plan.spec).requires_grad_(False).eval()
     choose_trained(factored_ffns(model), plan.config.train, plan.recipe.weights)
     share = plan.spec.shape.top_k / plan.spec.shape.num_experts if plan.recipe.label_share == "paper" else None
-    options = TwinOptions(plan.recipe.weights, share, plan.compute_dtype)
+    options = TwinOptions(
+        plan.recipe.weights,
+        share,
+        plan.compute_dtype,
+        router_temperature=plan.recipe.router_temperature,
+        learns_sharpness=plan.recipe.sharpness_lr > 0,
+        straight_through=plan.config.straight_through,
+        refresh_target=plan.config.refresh_target if plan.config.router_refresh else None,
+    )
     mesh = process_mesh(plan.device, plan.batch.world_size) if plan.sharded else None
     reader = CheckpointReader(plan.checkpoint.path)
     names = stored_tensors(model, reader)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from factorctl import __version__
 from factorctl.checkpoint.builder import building
@@ -23,8 +22,10 @@ from factorctl.pipeline.finetune_plan import FinetunePlan, resolved_config
 from factorctl.pipeline.model_card import native_card
 from factorctl.pipeline.provenance import library_versions
 from factorctl.progress import Progress
+from factorctl.training.distiller import Distiller
 from factorctl.training.heldout import Heldout
 from factorctl.training.sharding import whole
+from factorctl.training.twin_ffn import TwinFFN
 
 
 def publish_checkpoint(
@@ -63,17 +64,22 @@ def _stored(
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def trained_tensors(distiller: nn.Module, *, keeps: bool) -> dict[str, torch.Tensor]:
-    """The trained values on the CPU, by the names they have in a checkpoint.
+def trained_tensors(distiller: Distiller, *, keeps: bool) -> dict[str, torch.Tensor]:
+    """The trained values on the CPU, by the names and at the scale that they have in a checkpoint.
 
     All processes must call this; the one that will write `keeps` them.
     """
     tensors = {}
     for name, parameter in distiller.named_parameters():
-        if parameter.requires_grad:
+        module, _, own = name.rpartition(".student.")
+        if parameter.requires_grad and own:
+            twin = distiller.get_submodule(module)
+            assert isinstance(twin, TwinFFN)
             value = whole(parameter.detach())
+            if own == "router":
+                value = value * whole(twin.sharpness.detach())
             if keeps:
-                tensors[name.removeprefix("model.").replace(".mlp.student.", ".mlp.")] = value.cpu()
+                tensors[f"{module.removeprefix('model.')}.{own}"] = value.cpu()
     return tensors
 
 
@@ -96,7 +102,9 @@ def finetuned_manifest(plan: FinetunePlan, blocks: TokenBlocks, before: Heldout,
         "perplexity_dense": before.perplexity_dense,
         "perplexity_before": before.perplexity,
         "perplexity_after": after.perplexity,
+        "router_agreement_before": before.agreement,
         "router_agreement": after.agreement,
+        "losses_before": before.losses,
         "losses": after.losses,
     }
     layers = parent.details.get("layers") or []

@@ -86,7 +86,7 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
     require_cuda_for(config.teacher_quant, device)
     recipe = recipe_of(config)
     sharded = sharding_asked_for() and world_size() > 1
-    _check_sharding(sharded, recipe)
+    _check_processes(sharded, config, recipe)
     checkpoint = open_checkpoint(config.checkpoint or newest_checkpoint(config.workspace))
     spec = target_spec(checkpoint.spec, config, recipe)
     _check_lengths(config, checkpoint)
@@ -155,9 +155,34 @@ def _check_lengths(config: FinetuneConfig, checkpoint: NativeCheckpoint) -> None
             f"--router-warmup {config.router_warmup} is not within the {config.tokens} tokens of the run",
             "choose fewer; --train router trains routers alone for all of it",
         )
+    if not 0 <= config.heal_tokens <= config.tokens:
+        raise UsageError(
+            f"--heal-tokens {config.heal_tokens} is not within the {config.tokens} tokens of the run",
+            "they are its beginning: choose fewer, or more --tokens",
+        )
+    if not 0 <= config.router_refresh <= config.tokens:
+        raise UsageError(
+            f"--router-refresh {config.router_refresh} is not within the {config.tokens} tokens of the run",
+            "it is the distance between two fits: a quarter of the tokens, for example",
+        )
 
 
-def _check_sharding(sharded: bool, recipe: Recipe) -> None:
+def _check_processes(sharded: bool, config: FinetuneConfig, recipe: Recipe) -> None:
+    if world_size() > 1 and config.router_refresh:
+        raise UsageError(
+            "--router-refresh needs a process of its own: what layers collect for a fit is not added up over several",
+            "leave it out, or start one process",
+        )
+    if sharded and recipe.optimizer == "muon":
+        raise UsageError(
+            "--optimizer muon does not work on a sharded model: it needs whole matrices",
+            "use --optimizer adamw, whose state is spread over the processes, or leave --use_fsdp out",
+        )
+    if sharded and config.heal_tokens:
+        raise UsageError(
+            "--heal-tokens does not work on a sharded model: a layer that learns alone has no gradient to wait for",
+            "leave --use_fsdp out, or heal in a run of its own and go on from its result",
+        )
     if sharded and recipe.optimizer == "adamw-8bit":
         raise UsageError(
             "--optimizer adamw-8bit does not work on a sharded model: bitsandbytes steps whole tensors only",
@@ -221,7 +246,6 @@ def expected_memory(plan: FinetunePlan, model: PreTrainedModel) -> dict[str, int
     values = sum(count for _, count in trained)
     experts = sum(count for name, count in trained if not is_router(name))
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    per_value = 2 if plan.recipe.optimizer == "adamw-8bit" else 8
     vocabulary = int(plan.checkpoint.dense.config.vocab_size)
     tokens = plan.batch.micro_batch * plan.batch.block_length
     kept_layers = 2 if plan.config.gradient_checkpointing else plan.checkpoint.dense.num_layers
@@ -230,8 +254,9 @@ def expected_memory(plan: FinetunePlan, model: PreTrainedModel) -> dict[str, int
         "frozen weights": frozen * width,
         "trained weights": values * 4,
         "gradients": values * 4,
-        "optimizer": values * per_value,
+        "optimizer": values * _state_width(plan.recipe),
         "teacher": _teacher_bytes(plan, model, experts),
+        "router moments": _moment_bytes(plan) if plan.config.router_refresh else 0,
     }
     if plan.sharded:
         held = _per_process(plan, model, held)
@@ -251,6 +276,17 @@ def _teacher_bytes(plan: FinetunePlan, model: PreTrainedModel, experts: int) -> 
     own = plan.teacher is None and quant == "none"
     copied = experts if own else sum(p.numel() for ffn in factored_ffns(model) for p in ffn.parameters())
     return int(copied * width)
+
+
+def _state_width(recipe: Recipe) -> int:
+    """Bytes that the optimiser keeps per trained value: two moments, two in 8 bits, or Muon's one."""
+    return {"adamw-8bit": 2, "muon": 4}.get(recipe.optimizer, 8)
+
+
+def _moment_bytes(plan: FinetunePlan) -> int:
+    """What layers collect for a refresh of routers: their inputs times each other and a value per expert, float32."""
+    dense = plan.checkpoint.dense
+    return dense.num_layers * dense.hidden_size * (dense.hidden_size + plan.spec.shape.num_experts) * 4
 
 
 def _per_process(plan: FinetunePlan, model: PreTrainedModel, held: dict[str, int]) -> dict[str, int]:
@@ -281,7 +317,7 @@ def _require_resources(plan: FinetunePlan) -> None:
     """Refuse before the work starts what disk or memory cannot hold."""
     reader = CheckpointReader(plan.checkpoint.path)
     result = sum(entry.nbytes for entry in reader.entries.values())
-    state = plan.trained_parameters * (4 + (2 if plan.recipe.optimizer == "adamw-8bit" else 8))
+    state = plan.trained_parameters * (4 + _state_width(plan.recipe)) + plan.memory["router moments"]
     require_disk_space(plan.out.parent, result + 2 * state)
     sharing = 1 if plan.device.type == "cuda" else plan.batch.world_size  # processes have a GPU each, and one machine
     hint = (

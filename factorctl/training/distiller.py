@@ -6,6 +6,7 @@ T tokens, D hidden_size, N num_experts, B sequences, L their length.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,14 +16,15 @@ from transformers import PreTrainedModel
 from factorctl.training.head_losses import HeadLosses, HeadTask, chunk_tokens, head_losses
 from factorctl.training.losses import IGNORED, next_tokens
 from factorctl.training.presets import LossWeights
-from factorctl.training.twin_ffn import LayerReport, TwinOptions, acting_as, recording, twins
+from factorctl.training.twin_ffn import LayerReport, TwinOptions, acting_as, labelling, recording, twins
 
 
 class StepReport(NamedTuple):
     """Everything about one micro-batch; all but `total` without gradient. Router values are means over layers."""
 
     total: torch.Tensor
-    lm: torch.Tensor
+    lm: torch.Tensor | None
+    """None while layers heal: the head does not run then."""
     kd: torch.Tensor | None
     par: torch.Tensor | None
     mse: torch.Tensor | None
@@ -55,19 +57,33 @@ class Distiller(nn.Module):
     def needs_teacher(self) -> bool:
         weights = self.options.weights
         routed = any(twin.routes for twin in twins(self.model))
-        return bool(weights.kd or weights.mse or (weights.par and routed))
+        return bool(weights.kd or weights.mse or (routed and (weights.par or self.options.refresh_target)))
 
-    def forward(self, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor, measuring: bool = False) -> StepReport:
-        """Losses of one micro-batch; `measuring` also takes the teacher's language-model loss and every label.
+    def forward(
+        self,
+        input_ids_BL: torch.Tensor,
+        position_ids_BL: torch.Tensor,
+        measuring: bool = False,
+        healing: bool = False,
+    ) -> StepReport:
+        """Losses of one micro-batch.
+
+        Args:
+            measuring: also take the teacher's language-model loss and every label.
+            healing: of what is measured on outputs, take each layer's own loss alone: how far its output is from its
+                dense FFN's on the same input.
 
         Positions restart at 0 at each document: that keeps attention inside documents, and the first token of a
         document is no one's target.
         """
-        teacher_TD = None
         self._forget()
+        self.options.role = "healing" if healing else "student"
+        if healing:
+            return self._healed(input_ids_BL, position_ids_BL)
+        teacher_TD = None
         with self._autocast(input_ids_BL.device):
             if measuring or self.needs_teacher:
-                with torch.no_grad(), acting_as(self.options, "teacher"):
+                with torch.no_grad(), acting_as(self.options, "teacher"), labelling(self.options, measuring):
                     teacher_TD = self._hidden(input_ids_BL, position_ids_BL)
             with recording(self.options):
                 student_TD = self._hidden(input_ids_BL, position_ids_BL)
@@ -75,10 +91,25 @@ class Distiller(nn.Module):
             chunk = chunk_tokens(input_ids_BL.device, self.model.config.vocab_size)
             task = HeadTask(self._logits, targets_T, teacher_TD, self.options.weights, self.temperature, chunk)
             head = head_losses(task, student_TD, measuring=measuring)
+        return _step_report(head, self._reports(), self.options.weights, (targets_T != IGNORED).sum())
+
+    def _healed(self, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> StepReport:
+        with self._autocast(input_ids_BL.device), recording(self.options):
+            self._hidden(input_ids_BL, position_ids_BL)
+        counted = torch.tensor(input_ids_BL.numel(), device=input_ids_BL.device)
+        return _step_report(None, self._reports(), replace(self.options.weights, mse=1.0), counted)
+
+    def _reports(self) -> list[LayerReport]:
+        """What the layers left, taken away."""
         reports = [twin.report for twin in twins(self.model) if twin.report is not None]
         for twin in twins(self.model):
             twin.report = None
-        return _step_report(head, reports, self.options.weights, (targets_T != IGNORED).sum())
+        return reports
+
+    def run_student(self, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> None:
+        """Send a batch through the student for what hooks see on the way."""
+        with self._autocast(input_ids_BL.device):
+            self._hidden(input_ids_BL, position_ids_BL)
 
     def _hidden(self, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> torch.Tensor:
         """The last hidden state behind the final norm, [T, D]."""
@@ -104,22 +135,22 @@ class Distiller(nn.Module):
 
 
 def _step_report(
-    head: HeadLosses, reports: list[LayerReport], weights: LossWeights, counted: torch.Tensor
+    head: HeadLosses | None, reports: list[LayerReport], weights: LossWeights, counted: torch.Tensor
 ) -> StepReport:
     parts = {name: _mean(getattr(report, name) for report in reports) for name in ("par", "mse", "balance", "z")}
-    total = head.total
-    for name, value in parts.items():
-        if value is not None and getattr(weights, name):
-            total = total + getattr(weights, name) * value
+    terms = [] if head is None else [head.total]
+    terms += [
+        getattr(weights, name) * value for name, value in parts.items() if value is not None and getattr(weights, name)
+    ]
     loads = [report.load_N for report in reports if report.load_N is not None]
     return StepReport(
-        total=total,
-        lm=head.lm,
-        kd=head.kd,
+        total=sum(terms[1:], terms[0]),
+        lm=None if head is None else head.lm,
+        kd=None if head is None else head.kd,
         **{name: None if value is None else value.detach() for name, value in parts.items()},
         agreement=_mean(report.agreement for report in reports),
         load_LN=torch.stack(loads) if loads else None,
-        teacher_lm=head.teacher_lm,
+        teacher_lm=None if head is None else head.teacher_lm,
         counted=counted,
     )
 

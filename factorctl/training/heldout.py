@@ -71,7 +71,7 @@ def measure(model: nn.Module, batches: Batches, accelerator: Any, progress: Prog
 def _weighted_parts(report: StepReport) -> tuple[list[str], torch.Tensor]:
     """Names and values of all measured parts, times the tokens they are means over; last, those tokens."""
     names = [name for name in (*PARTS, "agreement", "teacher_lm") if getattr(report, name) is not None]
-    values = [getattr(report, name).double() for name in names] + [torch.ones_like(report.lm, dtype=torch.float64)]
+    values = [getattr(report, name).double() for name in names] + [torch.ones_like(report.total, dtype=torch.float64)]
     return [*names, "counted"], torch.stack(values) * report.counted
 
 

@@ -26,9 +26,12 @@ from factorctl.training.load_watch import LoadWatch
 from factorctl.training.metrics import MetricsFile
 from factorctl.training.optimizers import Schedule, is_router, set_learning_rate
 from factorctl.training.out_of_memory import memory_bytes, memory_explained
+from factorctl.training.router_refresh import refresh_routers
+from factorctl.training.selection import keep_order
 from factorctl.training.sharding import whole
 from factorctl.training.signals import StopRequest, stop_request
 from factorctl.training.state import Progressed, newest_state, save_state, state_path
+from factorctl.training.twin_ffn import twins
 
 _MEANS = (*PARTS, "total", "agreement")
 
@@ -41,6 +44,10 @@ class LoopOptions:
     clip_norm: float
     router_warmup: int
     """Tokens at the start during which only routers learn."""
+    router_refresh: int
+    """Tokens between closed-form fits of the routers; 0 means none."""
+    heal_tokens: int
+    """Tokens at the start during which each layer learns alone."""
     save_every: int
     top_k: int
     balance: float
@@ -53,13 +60,14 @@ class StepSummary:
 
     means: dict[str, float]
     load_LN: torch.Tensor | None
-    gradient_norm: float
+    gradient_norms: dict[str, float]
+    """Before clipping: `gradient_norm` of the experts, `router_gradient_norm` of the routers; of those that learn."""
     stops: bool
     """Some process was asked to stop."""
 
     @property
     def is_finite(self) -> bool:
-        return math.isfinite(self.means["total"]) and math.isfinite(self.gradient_norm)
+        return all(map(math.isfinite, (self.means["total"], *self.gradient_norms.values())))
 
 
 class TrainingLoop:
@@ -84,6 +92,7 @@ class TrainingLoop:
         self.accelerator, self.model, self.optimizers = accelerator, model, optimizers
         self.batches, self.options, self.run, self.progress = batches, options, run, progress
         self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.layers = twins(accelerator.unwrap_model(model).model)
         self.metrics = MetricsFile(run)
         self.watch = LoadWatch(options.top_k, options.balance, progress)
         # Processes that train together must decide alike, or one waits for ever for the others. So they do not ask the
@@ -122,7 +131,7 @@ class TrainingLoop:
         set_learning_rate(self.optimizers, options.schedule.factor(after.tokens))
         where = f"in step {after.step}"
         with memory_explained(where, plan, self.batches.device, lambda: self._kept_before(now)):
-            summary = self._gradients(now.step, request)
+            summary = self._gradients(now, request)
         if not summary.is_finite:
             self._not_finite(now, summary)
         if now.tokens < options.router_warmup:
@@ -130,30 +139,41 @@ class TrainingLoop:
         with memory_explained(where, plan, self.batches.device, self._last_good_state):  # some weights have moved
             for optimizer in self.optimizers:
                 optimizer.step()
+            keep_order(self.layers)
+            if crosses(options.router_refresh, now.tokens, after.tokens):
+                refresh_routers(self.layers)
         self._forget_gradients(routers=True)
         seconds = time.perf_counter() - started
         self._report(after, summary, seconds, task)
-        due = after.tokens // options.save_every > now.tokens // options.save_every
-        if due or after.step == plan.steps:
+        if crosses(options.save_every, now.tokens, after.tokens) or after.step == plan.steps:
             self._save_once(after)
         alone = self.accelerator.num_processes == 1
         self._stopped = summary.stops or (alone and request.signal is not None)
         return after
 
-    def _gradients(self, step: int, request: StopRequest) -> StepSummary:
+    def _gradients(self, now: Progressed, request: StopRequest) -> StepSummary:
         """Gradients of the global batch, clipped, and what was measured on the way."""
         reports = []
-        rounds = self.batches.of_step(step)
+        rounds = self.batches.of_step(now.step)
+        healing = now.tokens < self.options.heal_tokens
         for index, (ids_BL, positions_BL) in enumerate(rounds):
             with nullcontext() if index == len(rounds) - 1 else self.accelerator.no_sync(self.model):
-                report = self.model(ids_BL, positions_BL)
+                report = self.model(ids_BL, positions_BL, healing=healing)
                 self.accelerator.backward(report.total / len(rounds))
             reports.append(report._replace(total=report.total.detach()))
-        limit = self.options.clip_norm or math.inf
-        norm = nn.utils.clip_grad_norm_([p for _, p in self.trained], limit)
-        return self._summarised(reports, float(whole(norm)), request)
+        return self._summarised(reports, self._clipped(), request)
 
-    def _summarised(self, reports: list[StepReport], norm: float, request: StopRequest) -> StepSummary:
+    def _clipped(self) -> dict[str, float]:
+        """Cut the gradients, and say what their norms were. Routers and experts apart: the gradient of a router's
+        cross-entropy is of another size, and would decide how far experts may go."""
+        limit, norms = self.options.clip_norm or math.inf, {}
+        for name, routers in (("gradient_norm", False), ("router_gradient_norm", True)):
+            own = [p for n, p in self.trained if is_router(n) == routers]
+            if own:
+                norms[name] = float(whole(nn.utils.clip_grad_norm_(own, limit)))
+        return norms
+
+    def _summarised(self, reports: list[StepReport], norms: dict[str, float], request: StopRequest) -> StepSummary:
         names = [name for name in _MEANS if getattr(reports[0], name) is not None]
         rows = [torch.stack([getattr(report, name).float() for name in names]) for report in reports]
         wish = torch.tensor([float(request.signal is not None)], device=rows[0].device)
@@ -162,7 +182,7 @@ class TrainingLoop:
         if reports[0].load_LN is not None:
             load = torch.stack([report.load_LN for report in reports if report.load_LN is not None]).sum(0)
             load = self.accelerator.reduce(load, reduction="sum").cpu()
-        return StepSummary(dict(zip(names, means[:-1], strict=True)), load, norm, means[-1] > 0)
+        return StepSummary(dict(zip(names, means[:-1], strict=True)), load, norms, means[-1] > 0)
 
     def _forget_gradients(self, *, routers: bool) -> None:
         """Drop the gradients, those of the routers only if asked: an optimiser skips what has none."""
@@ -185,7 +205,7 @@ class TrainingLoop:
             "tokens": now.tokens,
             "epoch": round(self.batches.order.epoch(now.step * plan.batch_blocks), 4),
             **summary.means,
-            "gradient_norm": summary.gradient_norm,
+            **summary.gradient_norms,
             "lr_factor": self.options.schedule.factor(now.tokens),
             "tokens_per_second": round(speed, 1),
             "memory_bytes": memory_bytes(self.batches.device),
@@ -208,10 +228,11 @@ class TrainingLoop:
         task.advance(plan.batch_tokens, **shown)
 
     def _not_finite(self, now: Progressed, summary: StepSummary) -> None:
-        parts = ", ".join(f"{name} {value:g}" for name, value in summary.means.items())
+        values = summary.means | summary.gradient_norms
+        parts = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in values.items())
         raise FactorctlError(
-            f"step {now.step + 1} ({now.tokens:,} tokens in): a loss or gradient is not finite ({parts}, gradient norm "
-            f"{summary.gradient_norm:g}); {self._last_good_state()}",
+            f"step {now.step + 1} ({now.tokens:,} tokens in): a loss or gradient is not finite ({parts}); "
+            f"{self._last_good_state()}",
             "the weights were not touched; start over with a lower --lr or --router-lr, or with --precision float32",
         )
 
@@ -226,6 +247,11 @@ class TrainingLoop:
             return self._last_good_state()
         self._save_once(now)
         return f"the state {now.tokens:,} tokens in is saved"
+
+
+def crosses(every: int, before: int, after: int) -> bool:
+    """Whether a multiple of `every` tokens, if that is not 0, is reached."""
+    return bool(every) and after // every > before // every
 
 
 def _named(share_LN: torch.Tensor, place: int) -> str:

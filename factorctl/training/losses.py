@@ -61,9 +61,14 @@ def kd_loss(student_TV: torch.Tensor, teacher_TV: torch.Tensor, temperature: flo
 
 
 def mse_loss(y_TD: torch.Tensor, t_TD: torch.Tensor) -> torch.Tensor:
-    """||y - t||^2 / ||t||^2 of one layer's FFN output: 1 where the student gives nothing, alike for all layers."""
+    """sum over tokens of c ||y - t||^2 over that of c ||t||^2, of one layer's FFN output, with c = 1 / ||t||.
+
+    1 where the student gives nothing, alike for all layers. Without the weight c a few tokens with massive activations
+    would decide it alone, and the next norm would shrink what was gained.
+    """
     target_TD = wide(t_TD)
-    return (wide(y_TD) - target_TD).square().sum() / target_TD.square().sum().clamp_min(1e-30)
+    size_T = target_TD.square().sum(1).clamp_min(1e-30).sqrt()
+    return ((wide(y_TD) - target_TD).square().sum(1) / size_T).sum() / size_T.sum()
 
 
 def balance_loss(logits_TN: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,8 @@ from torch import nn
 from factorctl.config import TrainedPart
 from factorctl.errors import UsageError
 from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.router_init import ROUTER_STD
+from factorctl.training.muon import Muon, blocks_of
 from factorctl.training.presets import LossWeights, Recipe
-from factorctl.training.sharding import whole
 
 MIN_8BIT_SIZE = 4096
 """Smaller tensors keep a float32 state in `adamw-8bit`; routers always do."""
@@ -46,15 +45,14 @@ def choose_trained(ffns: Iterable[FactoredFFN], train: TrainedPart, weights: Los
     Raises:
         UsageError: nothing would learn.
     """
-    by_output = bool(weights.lm or weights.kd or weights.mse)
+    by_output = weights.on_outputs
     trained = 0
     for ffn in ffns:
         routes = 0 < ffn.top_k < ffn.shape.num_experts
-        gate_learns = by_output and ffn.gate == "softmax" and ffn.top_k > 1
-        own_losses = bool(weights.par or weights.balance or weights.z)
+        gate_learns = by_output and has_learning_gate(ffn)
         for name, parameter in ffn.named_parameters():
             if name == "router":
-                wanted = train != "experts" and routes and (own_losses or gate_learns)
+                wanted = train != "experts" and routes and (weights.on_routers or gate_learns)
             else:
                 idle = ffn.top_k == 0 and name in ("gate_up", "gate_up_bias")
                 wanted = train != "router" and by_output and not idle
@@ -67,44 +65,48 @@ def choose_trained(ffns: Iterable[FactoredFFN], train: TrainedPart, weights: Los
         )
 
 
+def has_learning_gate(ffn: FactoredFFN) -> bool:
+    """Whether the layer's output depends on more of its router's logits than their order."""
+    return ffn.gate == "softmax" and 1 < ffn.top_k < ffn.shape.num_experts
+
+
 def is_router(name: str) -> bool:
-    return name.endswith(".router")
+    """Whether this is one of the parameters that routing consists of."""
+    return name.endswith((".router", ".sharpness"))
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """One optimiser for the experts and one for the routers, of those that are trained.
+    """One optimiser for the experts, or two with `muon`, and one for the routers, of those that are trained.
 
     Two, because 8-bit AdamW may not take the routers: they are small and decide much, so their state stays float32.
-    Routers have no weight decay: it would pull their logits to a draw.
-
-    With `relative_router_lr` each router's rate scales with its root mean square. Adam moves every value by about the
-    rate, however small the value: an analytic router, whose logits are a thousandth of a random one's so that its gates
-    are near even, would lose in one step what it was fitted to (agreement .51 to .38, chance, on the demo model).
+    Routers have no weight decay: it would pull their logits to a draw. `muon` takes matrices; AdamW takes the rest.
 
     Raises:
         UsageError: 8-bit AdamW is not to be had here.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     experts = [p for name, p in trained if not is_router(name)]
-    routers = [p for name, p in trained if is_router(name)]
-    made = []
+    routers = [p for name, p in trained if name.endswith(".router")]
+    sharpnesses = [p for name, p in trained if name.endswith(".sharpness")]
+    made: list[torch.optim.Optimizer] = []
+    if recipe.optimizer == "muon":
+        cuts = {p: cut for m in model.modules() if isinstance(m, FactoredFFN) for p, cut in blocks_of(m).items()}
+        matrices = {p: cuts[p] for p in experts if p in cuts}
+        if matrices:
+            made.append(Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay))
+        experts = [p for p in experts if p not in matrices]
     if experts:
         made.append(_optimizer(experts, recipe, recipe.lr, recipe.weight_decay, eight_bit=True))
     if routers:
         decay = recipe.weight_decay if recipe.optimizer == "adam" else 0.0  # the paper's Adam decays all
-        rates = [recipe.router_lr * (_relative_size(p) if recipe.relative_router_lr else 1.0) for p in routers]
-        groups = [{"params": [p], "lr": rate} for p, rate in zip(routers, rates, strict=True)]
+        groups: list[dict[str, Any]] = [{"params": routers, "lr": recipe.router_lr}]
+        if sharpnesses:
+            groups.append({"params": sharpnesses, "lr": recipe.sharpness_lr, "weight_decay": 0.0})
         made.append(_optimizer(groups, recipe, recipe.router_lr, decay, eight_bit=False))
     for optimizer in made:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return made
-
-
-def _relative_size(router: nn.Parameter) -> float:
-    """Root mean square of a router over that of random initialisation; 1 for one that is all zero."""
-    size = float(whole(router.detach()).square().mean().sqrt())
-    return size / ROUTER_STD if size else 1.0
 
 
 def _optimizer(

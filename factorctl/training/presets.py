@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from factorctl.config import FinetuneConfig, Gate, OptimizerName, PresetName, ScaleRule
+from factorctl.config import FinetuneConfig, Gate, OptimizerName, PresetName, ScaleRule, Selection
 from factorctl.errors import UsageError, did_you_mean
 
 
@@ -20,6 +20,16 @@ class LossWeights:
     mse: float = 0.0
     balance: float = 0.0
     z: float = 0.0
+
+    @property
+    def on_outputs(self) -> bool:
+        """Whether any loss is measured on what the experts give."""
+        return bool(self.lm or self.kd or self.mse)
+
+    @property
+    def on_routers(self) -> bool:
+        """Whether any loss is measured on the routers' logits themselves."""
+        return bool(self.par or self.balance or self.z)
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,12 @@ class Recipe:
     """The gradient's norm over all trained values is cut to this, after the backward pass; 0 leaves it."""
     temperature: float = 1.0
     """Of the logit distillation."""
-    relative_router_lr: bool = False
-    """Whether `router_lr` is meant for routers of random initialisation's size and scales with each router's own."""
+    selection: Selection = "stored"
+    """`unit` trains routers whose logits have unit spread, and a sharpness apart from them; `stored` as they are."""
+    router_temperature: float = 1.0
+    """Of the routers' own losses."""
+    sharpness_lr: float = 0.0
+    """Of the sharpness of the gates; 0 keeps it."""
     gate: Gate | None = None
     """None keeps the checkpoint's."""
     scale: ScaleRule | None = None
@@ -75,13 +89,14 @@ PRESETS: Mapping[PresetName, Recipe] = {
         weights=LossWeights(lm=0.0, par=5.0, kd=1.0, mse=0.0, balance=0.5, z=0.0),
         optimizer="adamw",
         lr=2e-4,
-        router_lr=4e-4,
+        router_lr=1e-3,
         betas=(0.9, 0.95),
         weight_decay=0.01,
         warmup_fraction=0.05,
         final_lr_fraction=0.1,
         clip_norm=1.0,
-        relative_router_lr=True,
+        selection="unit",
+        sharpness_lr=1e-2,
         gate="softmax",
         label_share="scale",
     ),
@@ -100,6 +115,9 @@ def recipe_of(config: FinetuneConfig) -> Recipe:
         "optimizer",
         "lr",
         "router_lr",
+        "selection",
+        "router_temperature",
+        "sharpness_lr",
         "weight_decay",
         "clip_norm",
         "temperature",
@@ -108,8 +126,6 @@ def recipe_of(config: FinetuneConfig) -> Recipe:
         "batch_tokens",
     )
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    if config.lr is not None and config.router_lr is None:
-        given["router_lr"] = preset.router_lr * config.lr / preset.lr
     recipe = replace(preset, weights=weights, **given)
     _check_numbers(recipe)
     return recipe
@@ -134,10 +150,20 @@ def _weights(preset: LossWeights, given: Mapping[str, float]) -> LossWeights:
 
 
 def _check_numbers(recipe: Recipe) -> None:
-    limits: dict[str, Any] = {"--lr": recipe.lr, "--router-lr": recipe.router_lr, "--temperature": recipe.temperature}
+    limits: dict[str, Any] = {
+        "--lr": recipe.lr,
+        "--router-lr": recipe.router_lr,
+        "--router-temperature": recipe.router_temperature,
+        "--temperature": recipe.temperature,
+    }
     for option, value in limits.items():
         if not 0 < value < float("inf"):
             raise UsageError(f"{option} {value:g} is out of range", "choose a number above 0")
-    for option, value in {"--weight-decay": recipe.weight_decay, "--clip-norm": recipe.clip_norm}.items():
+    limits = {
+        "--sharpness-lr": recipe.sharpness_lr,
+        "--weight-decay": recipe.weight_decay,
+        "--clip-norm": recipe.clip_norm,
+    }
+    for option, value in limits.items():
         if not 0 <= value < float("inf"):
             raise UsageError(f"{option} {value:g} is out of range", "choose 0 or more")

@@ -3,7 +3,7 @@
     RUN/run.json                       what the run is: a resumed one must be the same
     RUN/metrics.jsonl                  one line per step
     RUN/state-00000120/state.json      step, tokens, scalars, and the sha256 of every file beside it
-    RUN/state-00000120/layer-*.safetensors   trained values and optimiser state of one decoder layer
+    RUN/state-00000120/layer-*.safetensors   trained values, optimiser state and more of one decoder layer
 
 A state is written into a partial sibling and renamed when it is whole; older ones are removed only then. It holds no
 random state, because a step draws no random numbers: the order of the data is a function of seed and step.
@@ -144,8 +144,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def _restore_tensor(
     key: str,
     tensor: torch.Tensor,
-    parameters: Mapping[str, nn.Parameter],
-    states: Mapping[nn.Parameter, dict[str, Any]],
+    parameters: Mapping[str, torch.Tensor],
+    states: Mapping[torch.Tensor, dict[str, Any]],
     origin: Path,
 ) -> None:
     kind, name, *slot = key.split("/")
@@ -160,9 +160,9 @@ def _restore_tensor(
         states[parameter][slot[0]] = tensor if tensor.dim() == 0 else placed_like(tensor, parameter)
 
 
-def _optimizer_states(optimizers: Iterable[torch.optim.Optimizer]) -> dict[nn.Parameter, dict[str, Any]]:
+def _optimizer_states(optimizers: Iterable[torch.optim.Optimizer]) -> dict[torch.Tensor, dict[str, Any]]:
     """The live state dictionary of every parameter that some optimiser holds."""
-    states: dict[nn.Parameter, dict[str, Any]] = {}
+    states: dict[torch.Tensor, dict[str, Any]] = {}
     for wrapped in optimizers:
         optimizer = getattr(wrapped, "optimizer", wrapped)  # accelerate wraps optimisers
         for group in optimizer.param_groups:
@@ -170,19 +170,21 @@ def _optimizer_states(optimizers: Iterable[torch.optim.Optimizer]) -> dict[nn.Pa
     return states
 
 
-def _by_layer(model: nn.Module) -> dict[int, dict[str, nn.Parameter]]:
-    """Trained parameters by name, by decoder layer."""
-    layers: dict[int, dict[str, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            match = _LAYER.search(name)
-            assert match, f"{name} is trained and lies in no decoder layer"
-            layers.setdefault(int(match[1]), {})[name] = parameter
+def _by_layer(model: nn.Module) -> dict[int, dict[str, torch.Tensor]]:
+    """What a run changes, by name, by decoder layer: trained parameters, a sharpness that is set once and kept, and
+    what layers have collected for the next refresh of their routers."""
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad or n.endswith(".sharpness")}
+    collected = {name: buffer for name, buffer in model.named_buffers() if ".moments." in name}
+    layers: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in {**found, **collected}.items():
+        match = _LAYER.search(name)
+        assert match, f"{name} is trained and lies in no decoder layer"
+        layers.setdefault(int(match[1]), {})[name] = tensor
     return layers
 
 
 def _layer_content(
-    parameters: Mapping[str, nn.Parameter], states: Mapping[nn.Parameter, Mapping[str, Any]]
+    parameters: Mapping[str, torch.Tensor], states: Mapping[torch.Tensor, Mapping[str, Any]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, float]] = {}

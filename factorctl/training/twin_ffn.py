@@ -9,6 +9,12 @@ routed layers it is not the teacher's. The labels themselves come from the teach
 it: on the student's drifting input the teacher's output would be no target. Router losses stop at that input; they
 train routers, not the layers below.
 
+A third role heals layer by layer: the model runs once, as the student, and each layer learns what its dense FFN gives
+on the very input that the layers below it left. No gradient leaves a layer, so neither attention nor head is asked.
+
+While it is trained the student's `router` holds the selection V, and the layer computes with `sharpness` V: see
+`selection`.
+
 T tokens, D hidden_size, N num_experts, K top_k.
 """
 
@@ -22,20 +28,29 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from factorctl.config import RefreshTarget
 from factorctl.models.building import decoder_layers
 from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.training.losses import agreement, balance_loss, expert_counts, mse_loss, par_labels, par_loss, z_loss
+from factorctl.models.paths import ExpertWeights, hidden_of_all
+from factorctl.models.ridge import RidgeMoments
+from factorctl.models.teacher_labels import distances_to_target, nearest
+from factorctl.training.losses import agreement, balance_loss, expert_counts, mse_loss, par_loss, wide, z_loss
+from factorctl.training.optimizers import has_learning_gate
 from factorctl.training.presets import LossWeights
+from factorctl.training.straight_through import as_if_all_ran
 
-Role = Literal["teacher", "student"]
+Role = Literal["teacher", "student", "healing"]
 
 
 class Hint(NamedTuple):
-    """What the teacher's pass leaves for the student's in one layer."""
+    """What a layer's teacher says of one batch; None where nobody asks or nothing is routed."""
 
     labels_TK: torch.Tensor | None
+    refresh_TN: torch.Tensor | None
+    """What the routers are fitted to when they are refreshed."""
     t_TD: torch.Tensor | None
 
 
@@ -59,9 +74,24 @@ class TwinOptions:
     label_share: float | None
     """Part of the target that an expert is compared with; None takes 1/a, what its output counts for in the sum."""
     compute_dtype: torch.dtype
+    router_temperature: float = 1.0
+    """What the logits are divided by in the routers' own losses."""
+    learns_sharpness: bool = False
+    """Whether the sharpness of the gates is trained, where some loss reaches it."""
+    straight_through: bool = False
+    """Whether the outputs of all experts inform the choice."""
+    refresh_target: RefreshTarget | None = None
+    """What layers collect for a refresh of their routers; None where there is none."""
     role: Role = "student"
+    """Healing or student until the backward pass is over: gradient checkpointing runs layers again in it."""
     recording: bool = False
     """Whether the layers leave reports. Gradient checkpointing runs them a second time, when nobody reads these."""
+    measuring: bool = False
+    """Whether labels are wanted, used or not."""
+
+    @property
+    def wants_labels(self) -> bool:
+        return bool(self.weights.par) or self.measuring or self.refresh_target == "labels"
 
 
 class TwinFFN(nn.Module):
@@ -75,6 +105,13 @@ class TwinFFN(nn.Module):
     def __init__(self, student: FactoredFFN, teacher: nn.Module, options: TwinOptions) -> None:
         super().__init__()
         self.student, self.teacher, self.options = student, teacher, options
+        router = student.router
+        reached = router.requires_grad and options.weights.on_outputs and has_learning_gate(student)
+        one = torch.ones(1, dtype=router.dtype, device=router.device)
+        self.sharpness = nn.Parameter(one, requires_grad=options.learns_sharpness and reached)
+        """What the selection is multiplied by to give the router, [1]."""
+        collects = options.refresh_target is not None and self.routes and router.requires_grad
+        self.moments = RidgeMoments(router.shape[1], router.shape[0], router.device) if collects else None
         self.hint: Hint | None = None
         self.report: LayerReport | None = None
 
@@ -83,46 +120,103 @@ class TwinFFN(nn.Module):
         """Whether there is a choice between experts at all: 0 < K < N."""
         return 0 < self.student.top_k < self.student.shape.num_experts
 
+    def stored_router(self) -> torch.Tensor:
+        """The router as a checkpoint has it, [N, D]."""
+        return self.student.router * self.sharpness
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.to(self.options.compute_dtype)
+        run = {"teacher": self._teach, "student": self._study, "healing": self._heal}[self.options.role]
         with torch.autocast(x.device.type, enabled=False):
-            y = self._teach(x) if self.options.role == "teacher" else self._study(x)
+            y = run(x)
         return y.to(hidden_states.dtype)
 
     def _teach(self, x: torch.Tensor) -> torch.Tensor:
-        t: torch.Tensor = self.teacher(x).to(x.dtype)  # the teacher may be stored, and so compute, in half precision
-        x_TD, t_TD = x.flatten(0, -2), t.flatten(0, -2)
-        self.hint = Hint(
-            labels_TK=self._labels(x_TD, t_TD) if self.routes else None,
-            t_TD=t_TD if self.options.weights.mse else None,
-        )
+        t = self._taught(x)
+        self.hint = self._hint(x, t, keeps_output=bool(self.options.weights.mse))
         return t
 
-    def _labels(self, x_TD: torch.Tensor, t_TD: torch.Tensor) -> torch.Tensor:
-        share = self.options.label_share
-        labeller = _Labeller(self.student, 1 / self.student.scale_a if share is None else share)
-        weights = {f"student.{name}": tensor for name, tensor in self._computed().items()}
-        labels_TK: torch.Tensor = functional_call(labeller, weights, (x_TD, t_TD))
-        return labels_TK
-
     def _study(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = functional_call(self.student, self._computed(), (x,))
-        report = self._reported(x.detach().flatten(0, -2), y.flatten(0, -2))
-        self.report = report if self.options.recording else None
+        y = self._output(x)
+        self._leave_report(x, y, self.hint or Hint(None, None, None))
         return y
 
-    def _computed(self) -> dict[str, torch.Tensor]:
-        """The student's parameters as they compute: in the compute dtype, but for the router."""
-        dtype = self.options.compute_dtype
-        return {n: p if n == "router" else p.to(dtype) for n, p in self.student.named_parameters()}
+    def _heal(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach()
+        with torch.no_grad():
+            hint = self._hint(x, self._taught(x), keeps_output=True)
+        y = self._output(x)
+        self._leave_report(x, y, hint)
+        return y.detach()
 
-    def _reported(self, x_TD: torch.Tensor, y_TD: torch.Tensor) -> LayerReport:
-        labels_TK, t_TD = self.hint or Hint(None, None)
+    def _taught(self, x: torch.Tensor) -> torch.Tensor:
+        t: torch.Tensor = self.teacher(x).to(x.dtype)  # the teacher may be stored, and so compute, in half precision
+        return t
+
+    def _hint(self, x: torch.Tensor, t: torch.Tensor, *, keeps_output: bool) -> Hint:
+        x_TD, t_TD = x.flatten(0, -2), t.flatten(0, -2)
+        labels_TK = refresh_TN = None
+        if self.routes and (self.options.wants_labels or self.moments is not None):
+            distances_TN = self._distances(x_TD, t_TD)
+            labels_TK = nearest(distances_TN, self.student.top_k) if self.options.wants_labels else None
+            if self.moments is not None and self.options.refresh_target == "benefits":
+                refresh_TN = -distances_TN * wide(t_TD).square().mean(1, keepdim=True).clamp_min(1e-30).rsqrt()
+            elif self.moments is not None and labels_TK is not None:
+                refresh_TN = torch.zeros_like(distances_TN).scatter_(1, labels_TK, 1.0)
+        return Hint(labels_TK, refresh_TN, t_TD if keeps_output else None)
+
+    def _distances(self, x_TD: torch.Tensor, t_TD: torch.Tensor) -> torch.Tensor:
+        share = self.options.label_share
+        judge = _Judge(self.student, 1 / self.student.scale_a if share is None else share)
+        weights = {f"student.{name}": tensor for name, tensor in self._computed().items()}
+        distances_TN: torch.Tensor = functional_call(judge, weights, (x_TD, t_TD))
+        return distances_TN
+
+    def _output(self, x: torch.Tensor) -> torch.Tensor:
+        """The student's output; with `straight_through` the gates teach the sharpness alone, and all experts V."""
+        values = self._computed()
+        through = self.options.straight_through and self.student.router.requires_grad and torch.is_grad_enabled()
+        if not (through and self.routes):
+            y: torch.Tensor = functional_call(self.student, values, (x,))
+            return y
+        values["router"] = self.student.router.detach() * self.sharpness
+        y = functional_call(self.student, values, (x,))
+        x_TD, s = x.detach().flatten(0, -2), self.student.scale_a * self.student.top_k
+        down_DR = values["down"].detach()[:, self.student.shape.shared_size :]
+        with torch.no_grad():
+            bias = values.get("gate_up_bias")
+            experts = ExpertWeights(values["gate_up"], down_DR, bias, self.student.activation)
+            hidden_TNH = hidden_of_all(x_TD, experts)
+        weight_TN = s * self._logits(x_TD).softmax(-1)
+        return as_if_all_ran(y.flatten(0, -2), weight_TN, hidden_TNH, down_DR).view_as(y)
+
+    def _computed(self) -> dict[str, torch.Tensor]:
+        """The student's parameters as they compute: in the compute dtype, but for the router, at its own scale."""
+        dtype = self.options.compute_dtype
+        values = {name: p.to(dtype) for name, p in self.student.named_parameters() if name != "router"}
+        return values | {"router": self.stored_router()}
+
+    def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """V x over the temperature of the router's own losses, [T, N]."""
+        router_ND = self.student.router
+        return F.linear(x_TD.to(router_ND.dtype), router_ND) / self.options.router_temperature
+
+    def _leave_report(self, x: torch.Tensor, y: torch.Tensor, hint: Hint) -> None:
+        x_TD = x.detach().flatten(0, -2)
+        report = self._reported(x_TD, y.flatten(0, -2), hint)
+        if self.options.recording:
+            self.report = report
+            if self.moments is not None and hint.refresh_TN is not None and torch.is_grad_enabled():
+                with torch.no_grad():
+                    self.moments.add(wide(x_TD), hint.refresh_TN.to(self.moments.gram_II.dtype))
+
+    def _reported(self, x_TD: torch.Tensor, y_TD: torch.Tensor, hint: Hint) -> LayerReport:
+        labels_TK, _, t_TD = hint
         mse = mse_loss(y_TD, t_TD) if t_TD is not None else None
         if not self.routes:
             return LayerReport(None, mse, None, None, None, None)
         weights = self.options.weights
-        logits_TN = self.student.router_logits(x_TD)
+        logits_TN = self._logits(x_TD)
         chosen_TK = logits_TN.detach().topk(self.student.top_k, dim=-1).indices
         return LayerReport(
             par=par_loss(logits_TN, labels_TK) if labels_TK is not None else None,
@@ -134,15 +228,15 @@ class TwinFFN(nn.Module):
         )
 
 
-class _Labeller(nn.Module):
-    """`par_labels` as a module, so that it can be called with other weights than the stored ones."""
+class _Judge(nn.Module):
+    """`distances_to_target` as a module, so that it can be called with other weights than the stored ones."""
 
     def __init__(self, student: FactoredFFN, share: float) -> None:
         super().__init__()
         self.student, self.share = student, share
 
     def forward(self, x_TD: torch.Tensor, t_TD: torch.Tensor) -> torch.Tensor:
-        return par_labels(self.student, x_TD, t_TD, self.share)
+        return distances_to_target(self.student, x_TD, t_TD, self.share)
 
 
 def twins(model: PreTrainedModel) -> list[TwinFFN]:
@@ -168,3 +262,13 @@ def recording(options: TwinOptions) -> Iterator[None]:
         yield
     finally:
         options.recording = False
+
+
+@contextmanager
+def labelling(options: TwinOptions, wanted: bool) -> Iterator[None]:
+    """Let every layer take its labels while the block runs, also where no loss uses them."""
+    options.measuring = wanted
+    try:
+        yield
+    finally:
+        options.measuring = False

@@ -352,6 +352,31 @@ def test_eight_bit_optimizer_states_come_back_too(
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"router_refresh": 192, "refresh_target": "labels", "straight_through": True},
+        {"router_refresh": 192, "refresh_target": "benefits", "heal_tokens": 256},
+        {"optimizer": "muon", "sharpness_lr": 0.0},
+    ],
+    ids=["refresh", "heal", "muon"],
+)
+def test_what_routers_and_matrices_have_collected_comes_back(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Stopped half way between two fits; with a sharpness that was found on the first text and never trained."""
+    straight = dataclasses.replace(setting.config, out=tmp_path / "straight", **changes)
+    run(straight)
+    config = stopped_early(setting, tmp_path, monkeypatch, **changes)
+    saved = CheckpointReader.of_file(tmp_path / "tuned.training" / "state-00000002" / "layer-00000.safetensors")
+    assert any(name.endswith(".sharpness") for name in saved.entries)
+    if "router_refresh" in changes:
+        gram = next(name for name in saved.entries if name.endswith(".moments.gram_II"))
+        assert float(saved.read(gram).trace()) > 0
+    run(dataclasses.replace(config, resume=True))
+    assert directory_bytes(config.out) == directory_bytes(straight.out)
+
+
+@pytest.mark.parametrize(
     ("changes", "difference"),
     [
         ({"lr": 1e-3}, "lr: was 0.0002, now 0.001"),

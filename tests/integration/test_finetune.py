@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 from conftest import DenseSource
-from helpers import directory_bytes, factorize_quietly, make_source, weights_only
+from helpers import directory_bytes, factorize_quietly, make_source, some_ids, weights_only
 from typer.testing import CliRunner
 
 import factorctl
@@ -21,10 +22,16 @@ from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.cli.app import app
 from factorctl.config import FinetuneConfig
 from factorctl.errors import FactorctlError, IntegrityError, ResourceError, UsageError
+from factorctl.models.building import factored_ffns
+from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.loading import open_checkpoint
+from factorctl.models.routing import scatter_weights
+from factorctl.pipeline import finetune as pipeline
 from factorctl.pipeline import finetune_model, finetune_plan
 from factorctl.pipeline.finetune import FinetuneResult, finetune, rehearse
 from factorctl.progress import SilentProgress
+from factorctl.training.distiller import Distiller
+from factorctl.training.twin_ffn import twins
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -88,6 +95,51 @@ def test_training_helps(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     assert lines[-1]["kd"] < 0.7 * lines[0]["kd"]
     assert result.router_agreement > result.router_agreement_before
     assert Path(result.plot).is_file()
+
+
+def test_the_stored_router_chooses_and_weighs_as_the_trained_one(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Selection and sharpness are two while they are trained and one linear map in the result."""
+    caught: list[dict[int, torch.Tensor]] = []
+    ids, genuine = some_ids(1, 16), pipeline.trained_tensors
+
+    def spy(distiller: Distiller, **options: Any) -> dict[str, torch.Tensor]:
+        assert all(float(twin.sharpness) not in (0.25, 0.5, 1.0, 2.0) for twin in twins(distiller.model))
+        caught.append(gates(distiller.model, [twin.student for twin in twins(distiller.model)]))
+        return genuine(distiller, **options)
+
+    @torch.no_grad()
+    def gates(model: Any, layers: Iterable[FactoredFFN]) -> dict[int, torch.Tensor]:
+        """Each layer's gate weights, zero where an expert is not chosen, [T, N]."""
+        found: dict[int, torch.Tensor] = {}
+        hooks = [
+            ffn.register_forward_pre_hook(
+                lambda ffn, x, layer=layer: found.update({layer: scatter_weights(ffn.route(x[0].flatten(0, -2)), 4)})
+            )
+            for layer, ffn in enumerate(layers)
+        ]
+        model.model(ids)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    monkeypatch.setattr(pipeline, "trained_tensors", spy)
+    tune(config(checkpoint, text, tmp_path / "tuned", sharpness_lr=0.05))
+    loaded = factorctl.load(tmp_path / "tuned")
+    trained, stored = caught[0], gates(loaded, factored_ffns(loaded))
+    assert trained.keys() == stored.keys() == {0, 1}
+    for layer, gates_TN in stored.items():
+        assert torch.equal(gates_TN > 0, trained[layer] > 0)
+        torch.testing.assert_close(gates_TN, trained[layer], atol=1e-5, rtol=1e-5)
+
+
+def test_heal_tokens_train_layer_by_layer_first(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    result = tune(config(checkpoint, text, tmp_path / "tuned", tokens=1280, heal_tokens=640, lr=3e-3))
+    lines = [json.loads(line) for line in Path(result.metrics).read_text().splitlines()]
+    assert ["kd" in line for line in lines] == [False] * 5 + [True] * 5
+    assert lines[4]["mse"] < lines[0]["mse"]
+    assert result.losses["kd"] < result.losses_before["kd"]
 
 
 def test_factorllm_trains_with_a_hard_gate_at_the_papers_scale(checkpoint: Path, text: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A task with planted experts: the trainer finds the routing that was planted, and finds it sooner with PAR.
+"""A task with planted experts: the trainer finds the routing that was planted, and does not without PAR.
 
 Every word belongs to one of six groups, one for each pair of four experts. Attention is off, so what an FFN sees is the
 word alone; the gates of an expert's neurons open for the groups it serves and close for the others. The right two
@@ -96,7 +96,7 @@ def recovered(checkpoint: str) -> float:
     return sum(hits) / len(hits)
 
 
-def test_the_planted_routing_is_recovered_and_sooner_with_par(
+def test_the_planted_routing_is_recovered_with_par_alone(
     planted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "draw_training", lambda *_: None)
@@ -107,9 +107,4 @@ def test_the_planted_routing_is_recovered_and_sooner_with_par(
     assert recovered(with_par.checkpoint) > 0.95
     assert with_par.dead_experts == []
 
-    def first_above(result: FinetuneResult, level: float) -> float:
-        """Tokens until then. Without PAR it never comes: a gate over chosen experts tells nothing of the others."""
-        lines = [json.loads(line) for line in Path(result.metrics).read_text().splitlines()]
-        return next((line["tokens"] for line in lines if line["agreement"] > level), float("inf"))
-
-    assert first_above(with_par, 0.9) < first_above(without, 0.9)
+    assert without.router_agreement < 0.9, "a gate over chosen experts tells nothing of the others"

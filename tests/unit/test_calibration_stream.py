@@ -11,7 +11,6 @@ from conftest import DenseSource
 from helpers import CASES, some_ids
 
 from factorctl.calibration.compressed_stream import CalibrationStream
-from factorctl.calibration.ridge import RidgeMoments
 from factorctl.calibration.statistics import StatsCollector, most_active, token_weights
 from factorctl.calibration.stream import LayerwiseModel
 from factorctl.checkpoint.reader import CheckpointReader
@@ -19,6 +18,7 @@ from factorctl.contracts import PATTERN_TOKENS, DenseFFN, Stat
 from factorctl.models.dense_ffn import dense_hidden
 from factorctl.models.families import read_dense_model
 from factorctl.models.loading import load_dense
+from factorctl.models.ridge import RidgeMoments
 
 CPU = torch.device("cpu")
 

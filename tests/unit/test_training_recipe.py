@@ -38,9 +38,8 @@ def test_options_override_a_preset_one_by_one() -> None:
     changed = recipe(preset="factorllm", loss_weights={"kd": 0.5, "par": 0.0}, gate="softmax", lr=1e-3)
     assert changed.weights == LossWeights(lm=1.0, par=0.0, kd=0.5)
     assert (changed.gate, changed.scale) == ("softmax", "paper")
-    default = recipe()
-    assert recipe(lr=default.lr / 2).router_lr == pytest.approx(default.router_lr / 2), "the routers' rate follows"
-    assert recipe(lr=default.lr / 2, router_lr=0.5).router_lr == 0.5
+    assert recipe(lr=1e-3).router_lr == recipe().router_lr, "routers are trained at a scale of their own"
+    assert recipe(selection="stored").selection == "stored"
 
 
 def test_the_default_batch_grows_with_the_budget() -> None:
@@ -124,23 +123,6 @@ def test_routers_have_a_rate_of_their_own_and_no_decay() -> None:
     experts, routers = make_optimizers(Holder(), recipe(weight_decay=0.3))
     assert (experts.param_groups[0]["weight_decay"], routers.param_groups[0]["weight_decay"]) == (0.3, 0.0)
     assert [p.shape for p in routers.param_groups[0]["params"]] == [(4, 8)]
-
-
-def test_a_small_router_takes_small_steps() -> None:
-    """An analytic router's values may be a thousandth of a random one's; Adam would undo them in one step."""
-    holder = Holder()
-    with torch.no_grad():
-        holder.mlp.router.copy_(0.02 * torch.tensor([1.0, -1.0]).repeat(4, 4))
-    assert rates(make_optimizers(holder, recipe(router_lr=4e-4))[1]) == pytest.approx([4e-4])
-    with torch.no_grad():
-        holder.mlp.router.mul_(1e-3)
-    small = make_optimizers(holder, recipe(router_lr=4e-4))[1]
-    assert rates(small) == pytest.approx([4e-7])
-    before = holder.mlp.router.detach().clone()
-    holder.mlp.router.grad = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    small.step()
-    change = (holder.mlp.router - before).norm() / before.norm()
-    assert float(change) == pytest.approx(0.02, rel=0.01)
 
 
 def test_eight_bit_adamw_keeps_the_routers_state_in_float32() -> None:

@@ -9,30 +9,24 @@ import pytest
 import torch
 from conftest import DenseSource
 from helpers import calibrated, factorize_quietly, some_ids, spy_on_routers, weights_only
+from training_support import LENGTH, batch, distiller
 
 import factorctl
-from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.errors import ResourceError
 from factorctl.models.building import decoder_layers, factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.families import read_dense_model
 from factorctl.models.loading import load_dense
 from factorctl.training import teacher as teacher_module
 from factorctl.training import twin_ffn
-from factorctl.training.distiller import Distiller
 from factorctl.training.optimizers import choose_trained
 from factorctl.training.presets import LossWeights
 from factorctl.training.teacher import (
     QuantisedTeacher,
-    dense_tensors,
     own_tensors,
     require_cuda_for,
     teacher_ffn,
 )
-from factorctl.training.twin_ffn import TwinFFN, TwinOptions, twins
-
-ALL = LossWeights(lm=1.0, par=0.1, kd=1.0, mse=0.5, balance=0.01, z=0.001)
-LENGTH = 24
+from factorctl.training.twin_ffn import twins
 
 
 @pytest.fixture(scope="module")
@@ -46,34 +40,6 @@ def checkpoints(
     factorize_quietly(weights_only(dense_source("llama-biases"), made["biases"], top_k=2))
     factorize_quietly(calibrated(dense_source(), made["refit"], text_file, top_k=2))
     return made
-
-
-def distiller(
-    path: Path,
-    weights: LossWeights = ALL,
-    *,
-    top_k: int | None = None,
-    train: Any = "all",
-    dtype: torch.dtype = torch.float32,
-    source: Path | None = None,
-) -> Distiller:
-    model = factorctl.load(path, top_k=top_k, dtype=torch.float32)
-    choose_trained(factored_ffns(model), train, weights)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-    options = TwinOptions(weights, None, dtype)
-    for layer, block in enumerate(decoder_layers(model)):
-        student = block.mlp
-        student.router.data = student.router.data.float()
-        tensors = own_tensors(student)
-        if source is not None:
-            tensors = dense_tensors(student, read_dense_model(source).read_ffn(layer, CheckpointReader(source).read))
-        block.mlp = TwinFFN(student, teacher_ffn(student, tensors, "none", dtype), options)
-    return Distiller(model, options, 1.0)
-
-
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    return some_ids(2, LENGTH), torch.arange(LENGTH).repeat(2, 1)
 
 
 @pytest.mark.parametrize("case", ["plain", "biases", "refit"])
@@ -108,13 +74,13 @@ def test_labels_come_from_the_teachers_input_and_output(
 ) -> None:
     """Against the dense model's own hooks, in the last layer, where the student's stream is another one."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    genuine = twin_ffn.par_labels
+    genuine = twin_ffn.distances_to_target
 
     def spy(ffn: FactoredFFN, x: torch.Tensor, t: torch.Tensor, share: float) -> torch.Tensor:
         seen.append((x, t))
         return genuine(ffn, x, t, share)
 
-    monkeypatch.setattr(twin_ffn, "par_labels", spy)
+    monkeypatch.setattr(twin_ffn, "distances_to_target", spy)
     ids, positions = batch()
     distiller(checkpoints["plain"])(ids, positions)
     dense = factorctl.load(checkpoints["plain"], top_k=4)
@@ -144,7 +110,14 @@ def test_a_softmax_gate_gives_the_router_a_gradient_and_a_hard_one_does_not(chec
 
 
 @pytest.mark.parametrize(
-    ("case", "name"), [("refit", "gate_up"), ("refit", "shared_gate_up"), ("refit", "down"), ("plain", "router")]
+    ("case", "name"),
+    [
+        ("refit", "gate_up"),
+        ("refit", "shared_gate_up"),
+        ("refit", "down"),
+        ("plain", "router"),
+        ("plain", "sharpness"),
+    ],
 )
 def test_a_whole_step_against_finite_differences(checkpoints: dict[str, Path], case: str, name: str) -> None:
     """Every loss on, along a random direction of each kind of parameter.
@@ -155,7 +128,8 @@ def test_a_whole_step_against_finite_differences(checkpoints: dict[str, Path], c
     model = distiller(checkpoints[case]).double()
     model.options.compute_dtype = torch.float64
     model(*batch()).total.backward()
-    parameter = getattr(twins(model.model)[0].student, name)
+    twin = twins(model.model)[0]
+    parameter = twin.sharpness if name == "sharpness" else getattr(twin.student, name)
     direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     step = 1e-5 if name == "router" else 1e-4  # a larger one changes a token's choice
     values = []

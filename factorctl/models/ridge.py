@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 
-class RidgeMoments:
+class RidgeMoments(nn.Module):
     """X^T X and X^T Y over batches, for  min_W ||X W - Y||^2 + lambda * m * ||W - W0||^2.
 
     m is the mean diagonal entry of X^T X, so that `damping` = lambda has no unit.
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        self.gram_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
-        self.cross_IO = torch.zeros(inputs, outputs, dtype=torch.float32, device=device)
+        super().__init__()
+        self.gram_II: torch.Tensor
+        self.cross_IO: torch.Tensor
+        self.register_buffer("gram_II", torch.zeros(inputs, inputs, dtype=torch.float32, device=device))
+        self.register_buffer("cross_IO", torch.zeros(inputs, outputs, dtype=torch.float32, device=device))
 
     def add(self, x_TI: torch.Tensor, y_TO: torch.Tensor) -> None:
         self.gram_II.addmm_(x_TI.T, x_TI)
         self.cross_IO.addmm_(x_TI.T, y_TO)
+
+    def clear(self) -> None:
+        """Forget all batches."""
+        self.gram_II.zero_()
+        self.cross_IO.zero_()
 
     def solve(self, damping: float, around_IO: torch.Tensor | None = None) -> torch.Tensor:
         """W [I, O], pulled toward `around_IO` (zero if None)."""

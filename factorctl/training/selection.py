@@ -1,0 +1,65 @@
+"""Routers at unit scale: which experts are chosen, learned apart from how unequally they are weighed.
+
+    chosen: the K largest of V x;   gates: softmax of sigma V x over them;   stored router: sigma V
+
+An analytic router's logits differ by a thousandth where near even gates serve best. Cross-entropy on such logits stays
+at log N and an optimiser's step is larger than what it steps from. So V is trained at a scale at which the logits of a
+typical token differ by 1, and the sharpness sigma, one number per layer, goes its own way. The stored router stays one
+linear map, and a positive sigma leaves the order alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from factorctl.training.distiller import Distiller
+from factorctl.training.twin_ffn import TwinFFN, twins
+
+MIN_SHARPNESS = 2.0**-12
+"""Gates as good as even; below 0 the order would turn round."""
+
+
+def spread(logits_TN: torch.Tensor) -> torch.Tensor:
+    """How far a typical token's logits lie apart: the median over tokens of their standard deviation."""
+    return logits_TN.std(dim=1).median()
+
+
+@torch.no_grad()
+def to_unit_spread(
+    distiller: Distiller, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor, accelerator: Any
+) -> None:
+    """Divide every router that is trained by its logits' spread on some text, and keep that as its sharpness.
+
+    Rounded to a power of two, so that the product is the stored router to the last bit. All processes must call this,
+    each with text of its own.
+    """
+    trained = [twin for twin in twins(distiller.model) if twin.routes and twin.student.router.requires_grad]
+    found: dict[TwinFFN, torch.Tensor] = {}
+
+    def look(twin: TwinFFN, inputs: tuple[torch.Tensor]) -> None:
+        found[twin] = spread(F.linear(inputs[0].flatten(0, -2).to(twin.student.router.dtype), twin.student.router))
+
+    hooks = [twin.register_forward_pre_hook(look) for twin in trained]
+    distiller.run_student(input_ids_BL, position_ids_BL)
+    for hook in hooks:
+        hook.remove()
+    if not trained:
+        return
+    spreads = accelerator.reduce(torch.stack([found[twin] for twin in trained]), reduction="mean").tolist()
+    for twin, size in zip(trained, spreads, strict=True):
+        sharpness = 2.0 ** round(math.log2(size)) if size > 0 else 1.0  # an empty router stays as it is
+        twin.student.router.div_(sharpness)
+        twin.sharpness.fill_(sharpness)
+
+
+@torch.no_grad()
+def keep_order(layers: Iterable[TwinFFN]) -> None:
+    """After a step: no sharpness at or below 0."""
+    for twin in layers:
+        if twin.sharpness.requires_grad:
+            twin.sharpness.clamp_(min=MIN_SHARPNESS)
