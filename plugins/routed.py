@@ -8,7 +8,7 @@ With the token weight c_t, the size of what neuron f adds for token t is s_tf = 
 from clusters of gate rows, with the neurons of the largest sum_t s_tf shared, a round is
 
     m_te = sum of s_tf over the neurons of expert e      what each expert gives each token
-    W    = ridge regression of m on x                    the router that would be fitted
+    W    = ridge regression of m, standardised, on x     the router that would be fitted
     C_t  = the K experts with the largest W x_t          its choice
     B_fe = sum of s_tf over the tokens that chose e      what f would give there; for the shared group, over all tokens
     reassign every neuron, shared ones included, to maximise the sum of B: balanced transport
@@ -159,7 +159,7 @@ def best_round(
 
 
 class Router:
-    """The linear router that would be fitted to the experts of a round: ridge regression of their masses on x."""
+    """The linear router of a round: ridge regression of what each expert gives a token on x."""
 
     def __init__(self, x_TD: torch.Tensor) -> None:
         gram_DD = (x_TD.T @ x_TD).double()
@@ -168,7 +168,11 @@ class Router:
         self.weight_DN = x_TD.new_zeros(x_TD.shape[1], 0)
 
     def fit(self, masses: Masses, group_F: torch.Tensor, num_experts: int) -> None:
-        cross_DN = masses.x_TD.T @ (masses.s_TF @ membership(group_F, num_experts)[:, 1:].to(masses.s_TF))
+        """Every token counts alike: its masses are taken at mean 0 and deviation 1, as calibration takes benefits."""
+        mass_TN = masses.s_TF @ membership(group_F, num_experts)[:, 1:].to(masses.s_TF)
+        mass_TN = mass_TN - mass_TN.mean(dim=1, keepdim=True)
+        mass_TN = mass_TN / mass_TN.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-20)
+        cross_DN = masses.x_TD.T @ mass_TN
         self.weight_DN = torch.cholesky_solve(cross_DN.double(), self._cholesky_DD).float()
 
     def choose(self, x_TD: torch.Tensor, top_k: int) -> torch.Tensor:
