@@ -187,6 +187,8 @@ class FactorizeConfig(CommonConfig):
     """The most calibration tokens that may choose one expert, in even shares (K/N of all)."""
     calibration: str = "self"
     calibration_tokens: int = CALIBRATION_TOKENS
+    text_field: str | None = None
+    """Of the calibration text's rows."""
     revision: str | None = None
     overwrite: bool = False
 

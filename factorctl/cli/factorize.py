@@ -16,6 +16,7 @@ from factorctl.cli.options import (
     OverwriteOpt,
     QuietOpt,
     SeedOpt,
+    TextFieldOpt,
     WorkspaceOpt,
 )
 from factorctl.config import CALIBRATION_TOKENS, DEFAULT_WORKSPACE, FactorizeConfig, Gate, RouterInit, ScaleRule
@@ -92,6 +93,7 @@ def factorize(
     calibration_tokens: Annotated[
         str, typer.Option("--calibration-tokens", help="How many tokens to calibrate on (64K is 64,000).")
     ] = str(CALIBRATION_TOKENS),
+    text_field: TextFieldOpt = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")] = None,
     out: OutOpt = None,
     workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
@@ -135,6 +137,7 @@ def factorize(
         load_limit=load_limit,
         calibration=calibration,
         calibration_tokens=parse_token_count(calibration_tokens, "--calibration-tokens"),
+        text_field=text_field,
         revision=revision,
         out=out,
         workspace=workspace,

@@ -21,7 +21,8 @@ DTypeOpt = Annotated[DTypeName, typer.Option("--dtype", help="auto keeps the sou
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace the output once the new one is whole.")]
 DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 TextFieldOpt = Annotated[
-    str | None, typer.Option("--text-field", help="Field of JSON and parquet rows that holds the text.")
+    str | None,
+    typer.Option("--text-field", help="Field of JSON and parquet rows that holds the text, as `text` or `doc.body`."),
 ]
 TopKOpt = Annotated[
     int | None, typer.Option("--top-k", "-k", help="Experts active per token. [default: the checkpoint's]")

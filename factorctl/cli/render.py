@@ -74,7 +74,7 @@ class RichProgress:
                 self._bars = None
 
     def note(self, message: str) -> None:
-        self._console.print(f"[dim]note:[/dim] {escape(message)}", highlight=False)
+        self._console.print(f"[dim]note:[/dim] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 class _Bars(Progress):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from factorctl.data.account import SourceAccount, open_accounts, say_record, say_splits
 from factorctl.data.block_files import BlockWriter, published_directory, sole_builder, write_meta
 from factorctl.data.blocks import TokenBlocks, open_token_blocks
 from factorctl.data.documents import Document
@@ -25,7 +26,7 @@ from factorctl.data.tokenizing import encode_documents
 from factorctl.errors import IntegrityError, ResourceError, UsageError
 from factorctl.progress import Progress, SilentProgress
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raised whenever the same input would give other blocks."""
 
 
@@ -92,7 +93,9 @@ def build_token_blocks(
     final = cache_dir / hash_json(identity)
     with _writable(cache_dir), sole_builder(final):
         blocks = _open_cached(final, shown)
-        if blocks is None:
+        if blocks is not None:
+            _say_again(blocks, spec, plan, shown)
+        else:
             blocks = _build(spec, tokenizer, plan, sampler, identity, final, purpose, shown)
     if blocks.tokens < plan.train_tokens and not allow_fewer:
         raise _too_few_tokens(blocks, plan, purpose)
@@ -120,17 +123,52 @@ def _build(
     purpose: str,
     progress: Progress,
 ) -> TokenBlocks:
+    with published_directory(final) as directory:
+        accounts = open_accounts(spec, progress)
+        filling, parts = _write_parts(directory, spec, tokenizer, plan, sampler, accounts, progress)
+        longer = filling.longer_documents()
+        if longer is not None:
+            progress.note(_longer_note(longer, plan.max_document_tokens))
+            plan = replace(plan, max_document_tokens=longer)
+            accounts = open_accounts(spec, SilentProgress())
+            filling, parts = _write_parts(directory, spec, tokenizer, plan, sampler, accounts, progress)
+        _check_blocks(spec, plan, filling, parts, purpose)
+        write_meta(directory, _meta(spec, plan, identity, filling, accounts, final.name) | parts)
+    return open_token_blocks(final)
+
+
+def _write_parts(
+    directory: Path,
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: BlockPlan,
+    sampler: TextSampler | None,
+    accounts: Mapping[str, SourceAccount],
+    progress: Progress,
+) -> tuple[Filling, dict[str, dict[str, int]]]:
+    """Read the text into the two parts; how far they are filled, and what each holds."""
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"
     with (
-        published_directory(final) as directory,
         BlockWriter(directory, "train", plan.block_length, dtype) as train,
         BlockWriter(directory, "heldout", plan.block_length, dtype) as heldout,
     ):
-        filling = _fill(spec, tokenizer, plan, sampler, train, heldout, progress)
-        _check_blocks(spec, plan, filling, train, heldout, purpose)
-        parts = {"train": train.finish(), "heldout": heldout.finish()}
-        write_meta(directory, _meta(spec, plan, identity, filling, final.name) | parts)
-    return open_token_blocks(final)
+        filling = _fill(spec, tokenizer, plan, sampler, accounts, train, heldout, progress)
+        for account in accounts.values():
+            account.close()
+        return filling, {"train": train.finish(), "heldout": heldout.finish()}
+
+
+def _say_again(blocks: TokenBlocks, spec: DataSpec, plan: BlockPlan, progress: Progress) -> None:
+    """What was said when cached blocks were made."""
+    say_splits(spec, progress)
+    for source in blocks.sources:
+        say_record(source, progress)
+    if blocks.meta["document_tokens"] != plan.max_document_tokens:
+        progress.note(_longer_note(blocks.meta["document_tokens"], plan.max_document_tokens))
+
+
+def _longer_note(longer: int, cap: int | None) -> str:
+    return f"the text is short: up to {longer:,} tokens of a document are read, instead of its first {cap:,}"
 
 
 @contextmanager
@@ -156,6 +194,7 @@ def _fill(
     tokenizer: PreTrainedTokenizerBase,
     plan: BlockPlan,
     sampler: TextSampler | None,
+    accounts: Mapping[str, SourceAccount],
     train: BlockWriter,
     heldout: BlockWriter,
     progress: Progress,
@@ -166,18 +205,24 @@ def _fill(
         # one document more than the sum: what a part has no room for is cut off
         needed = math.ceil(total * spec.self_share) + sampler.document_length
         sampled = sampler(tokens=needed, seed=plan.seed, progress=progress)
-    documents = iter_documents(spec, seed=plan.seed, sampled=sampled, progress=progress)
-    encoded = encode_documents(documents, tokenizer, append_eos=True)
+    documents = iter_documents(spec, seed=plan.seed, sampled=sampled, accounts=accounts, progress=progress)
+    encoded = encode_documents(documents, tokenizer, append_eos=True, accounts=accounts)
     shown = SilentProgress() if spec.self_share == 1 else progress  # sampling draws its own bar
     with shown.stage("Tokenising", total=total, unit="tokens") as task:
         return pack_documents(encoded, plan, len(spec.sources), {"train": train, "heldout": heldout}, task)
 
 
 def _meta(
-    spec: DataSpec, plan: BlockPlan, identity: dict[str, Any], filling: Filling, fingerprint: str
+    spec: DataSpec,
+    plan: BlockPlan,
+    identity: dict[str, Any],
+    filling: Filling,
+    accounts: Mapping[str, SourceAccount],
+    fingerprint: str,
 ) -> dict[str, Any]:
     sources = [
         record
+        | accounts[source.name].record
         | {
             "name": source.name,
             "documents": filling.documents[source.name],
@@ -186,18 +231,22 @@ def _meta(
         }
         for source, record in zip(spec.sources, identity["sources"], strict=True)
     ]
-    available = {"block_length": plan.block_length, "available_tokens": filling.available_tokens}
+    available = {
+        "block_length": plan.block_length,
+        "document_tokens": plan.max_document_tokens,
+        "available_tokens": filling.available_tokens,
+    }
     return identity | available | {"sources": sources, "fingerprint": fingerprint}
 
 
 def _check_blocks(
-    spec: DataSpec, plan: BlockPlan, filling: Filling, train: BlockWriter, heldout: BlockWriter, purpose: str
+    spec: DataSpec, plan: BlockPlan, filling: Filling, parts: dict[str, dict[str, int]], purpose: str
 ) -> None:
     """Refuse a text that fills not even one block of each part."""
     names = ", ".join(f"'{source.name}'" for source in spec.sources)
     if filling.available_tokens == 0:
         raise UsageError(f"the {purpose} text {names} is empty", "give files that hold text, or use `self`")
-    if train.blocks == 0 or (plan.heldout_tokens and heldout.blocks == 0):
+    if parts["train"]["blocks"] == 0 or (plan.heldout_tokens and parts["heldout"]["blocks"] == 0):
         beside = ", and a block of other documents to hold out" if plan.heldout_tokens else ""
         documents = "1 document" if filling.seen_documents == 1 else f"{filling.seen_documents:,} documents"
         raise UsageError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,3 +18,5 @@ class Document:
     """Where in the source: 'file:line' for files, 'repo:row' for Hub datasets."""
     tokens: Sequence[int] | None = None
     """Token ids where the text was made from them (`self`); such a document is not tokenised again."""
+    messages: Sequence[Mapping[str, Any]] | None = None
+    """The turns where the row holds a conversation; `text` then is what they say, without roles."""

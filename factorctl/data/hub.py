@@ -20,10 +20,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # of httpx or httpx2
 
+from factorctl.data.account import SourceAccount
 from factorctl.data.documents import Document
 from factorctl.data.seeded_order import seeded_order
 from factorctl.data.spec import DataSpec, HubSource
-from factorctl.data.text_field import choose_text_field, text_of
+from factorctl.data.text_field import read_rows
 from factorctl.errors import FactorctlError, ResourceError, UsageError
 
 SPLIT = "train"
@@ -45,16 +46,16 @@ def pin_revisions(spec: DataSpec) -> DataSpec:
     )
 
 
-def stream_dataset(source: HubSource, *, seed: int, text_field: str | None) -> Iterator[Document]:
+def stream_dataset(
+    source: HubSource, *, seed: int, text_field: str | None, account: SourceAccount
+) -> Iterator[Document]:
     """The documents of the dataset's train split: its files in seeded order, the rows of each in their own order."""
+    rows = (
+        (f"{source.repo}:{number}", f"Hub dataset '{source.name}', row {number}", row)
+        for number, row in enumerate(_rows(source, seed), start=1)
+    )
     try:
-        field: str | None = None
-        for number, row in enumerate(_rows(source, seed), start=1):
-            where = f"Hub dataset '{source.name}', row {number}"
-            field = field or choose_text_field(row, text_field, where)
-            text = text_of(row, field, where)
-            if text.strip():
-                yield Document(text=text, source=source.name, id=f"{source.repo}:{number}")
+        yield from read_rows(rows, text_field, account)
     except FactorctlError:
         raise
     except (DatasetsError, HfHubHTTPError, TransportError, OSError, ValueError, RuntimeError) as error:

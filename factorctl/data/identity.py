@@ -33,12 +33,15 @@ def identify_sources(spec: DataSpec, sampler_fingerprint: str | None, progress: 
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over all that turns text into ids: vocabulary, merges, pre-tokenizer, special and added tokens.
+    """sha256 over all that turns text into ids: vocabulary, merges, pre-tokenizer, special and added tokens, and the
+    chat template.
 
     The padding and truncation of a fast tokenizer are left out: they are the state of its last call, not its content.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: dict[str, Any] = {"special": {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}}
+    if tokenizer.chat_template is not None:
+        content["chat_template"] = tokenizer.chat_template
     if backend is None:
         content["vocabulary"] = sorted(tokenizer.get_vocab().items())
     else:

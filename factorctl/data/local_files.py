@@ -20,35 +20,37 @@ from typing import IO, cast
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from factorctl.data.account import SourceAccount
 from factorctl.data.documents import Document
+from factorctl.data.shapes import shapes_of_schema
 from factorctl.data.spec import COMPRESSIONS, format_suffix
-from factorctl.data.text_field import choose_text_field, text_of
+from factorctl.data.text_field import choose_text_field, read_row, read_rows
 from factorctl.errors import IntegrityError, UsageError
 
 PIECE_CHARACTERS = 32_768
 """A .txt document ends at the first blank line after this many characters, at any line after twice as many."""
 _PARQUET_BATCH_ROWS = 256
+_PARQUET_MAGIC = b"PAR1"
+_COMPRESSION_MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def read_file(path: Path, name: str, source: str, text_field: str | None) -> Iterator[Document]:
+def read_file(path: Path, name: str, account: SourceAccount, text_field: str | None) -> Iterator[Document]:
     """The documents of one file in their order; `id` is 'name:line' (item or row for .json and .parquet).
 
     Raises:
         UsageError: the file cannot be opened, or a row lacks the text field.
         IntegrityError: corrupt or truncated compression, bad UTF-8, JSON or parquet.
     """
-    suffix = format_suffix(path.name)
+    suffix = ".parquet" if _first_bytes(path).startswith(_PARQUET_MAGIC) else format_suffix(path.name)
     if suffix == ".txt":
-        numbered = _text_pieces(path)
-    elif suffix == ".parquet":
-        numbered = _parquet_texts(path, text_field)
-    elif suffix == ".json" and _starts_with_bracket(path):
-        numbered = _json_array_texts(path, text_field)
-    else:
-        numbered = _json_line_texts(path, text_field)
-    for number, text in numbered:
-        if text.strip():
-            yield Document(text=text, source=source, id=f"{name}:{number}")
+        pieces = ((f"{name}:{number}", text) for number, text in _text_pieces(path) if text.strip())
+        return (Document(text=text, source=account.source, id=identity) for identity, text in pieces)
+    if suffix == ".parquet":
+        return _parquet_documents(path, name, account, text_field)
+    numbered = _json_items(path) if suffix == ".json" and _is_array(path) else _json_rows(path)
+    rows = ((f"{name}:{number}", where, row) for number, where, row in numbered)
+    return read_rows(rows, text_field, account)
 
 
 def _text_pieces(path: Path) -> Iterator[tuple[int, str]]:
@@ -83,53 +85,49 @@ def read_json_lines(path: Path, example: str) -> Iterator[tuple[int, dict[str, o
         yield number, row
 
 
-def _json_line_texts(path: Path, text_field: str | None) -> Iterator[tuple[int, str]]:
-    field: str | None = None
+def _json_rows(path: Path) -> Iterator[tuple[int, str, Mapping[str, object]]]:
     for number, row in read_json_lines(path, '{"text": "..."}'):
-        where = f"{path}, line {number}"
-        field = field or choose_text_field(row, text_field, where)
-        yield number, text_of(row, field, where)
+        yield number, f"{path}, line {number}", row
 
 
-def _json_array_texts(path: Path, text_field: str | None) -> Iterator[tuple[int, str]]:
-    field: str | None = None
+def _json_items(path: Path) -> Iterator[tuple[int, str, Mapping[str, object]]]:
     rows = _parse_json("".join(line for _, line in _lines(path)), str(path))
     for number, row in enumerate(cast(list[object], rows), start=1):
         where = f"{path}, item {number}"
         if not isinstance(row, dict):
             raise IntegrityError(f"{where} is not a JSON object", 'each item must be like {"text": "..."}')
-        field = field or choose_text_field(row, text_field, where)
-        yield number, text_of(row, field, where)
+        yield number, where, row
 
 
-def _parquet_texts(path: Path, text_field: str | None) -> Iterator[tuple[int, str]]:
+def _parquet_documents(path: Path, name: str, account: SourceAccount, text_field: str | None) -> Iterator[Document]:
     if path.suffix.lower() in COMPRESSIONS:
-        raise UsageError(f"{path}: a parquet file is compressed inside and cannot be read through {path.suffix}")
+        raise UsageError(
+            f"{path}: a parquet file is compressed inside and cannot be read through {path.suffix}",
+            f"decompress it, then name {path.stem}",
+        )
     number = 0
     try:
         with _open(path) as raw, pq.ParquetFile(raw) as parquet:
-            field = choose_text_field(_string_columns(parquet.schema_arrow), text_field, str(path))
-            for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[field]):
-                for value in batch.column(0).to_pylist():
+            field = choose_text_field(shapes_of_schema(parquet.schema_arrow), text_field, str(path))
+            column = field.path[0]
+            for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[column]):
+                for value in batch.column(column).to_pylist():
                     number += 1
-                    yield number, text_of({field: value}, field, f"{path}, row {number}")
+                    where = f"{path}, row {number}"
+                    document = read_row({column: value}, field, f"{name}:{number}", where, account)
+                    if document is not None:
+                        yield document
     except (pa.ArrowException, OSError) as error:
         raise IntegrityError(
             f"{path} is not a whole parquet file (after row {number}): {_first_line(error)}", "fetch it again"
         ) from error
 
 
-def _string_columns(schema: pa.Schema) -> Mapping[str, object]:
-    """A stand-in for the first row: an empty string for each column of strings."""
-    strings = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return {column.name: "" if any(test(column.type) for test in strings) else None for column in schema}
-
-
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a plain or compressed file with their numbers, line ends as '\\n'."""
     number = 0
     try:
-        with _open(path) as raw, _decompressed(raw, path.suffix.lower()) as stream:
+        with _open(path) as raw, _decompressed(raw, _compression(path)) as stream:
             for number, line in enumerate(stream, start=1):
                 yield number, _decode(line, path, number)
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
@@ -143,6 +141,29 @@ def _open(path: Path) -> IO[bytes]:
         return path.open("rb")
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _first_bytes(path: Path) -> bytes:
+    """What a file is known by, whatever it is called.
+
+    Raises:
+        IntegrityError: it is what Git left in the place of a large file.
+    """
+    with _open(path) as stream:
+        first = stream.read(len(_LFS_POINTER))
+    if first == _LFS_POINTER:
+        raise IntegrityError(
+            f"{path} is a pointer of Git LFS: the file itself was not fetched", "run `git lfs pull` in its folder"
+        )
+    return first
+
+
+def _compression(path: Path) -> str:
+    """By its name, else by its first bytes; '' for none."""
+    if path.suffix.lower() in COMPRESSIONS:
+        return path.suffix.lower()
+    first = _first_bytes(path)
+    return next((suffix for magic, suffix in _COMPRESSION_MAGIC.items() if first.startswith(magic)), "")
 
 
 def _decompressed(raw: IO[bytes], suffix: str) -> IO[bytes]:
@@ -175,8 +196,17 @@ def _parse_json(text: str, where: str) -> object:
         raise IntegrityError(f"{where} is not valid JSON: {_first_line(error)}") from error
 
 
-def _starts_with_bracket(path: Path) -> bool:
-    first = next((line.lstrip() for _, line in _lines(path) if line.strip()), "")
+def _is_array(path: Path) -> bool:
+    """Whether a .json file is one array; else each line is an object.
+
+    Raises:
+        IntegrityError: it is one object over several lines.
+    """
+    first = next((line.strip() for _, line in _lines(path) if line.strip()), "")
+    if first.startswith("{") and not first.endswith("}"):
+        raise IntegrityError(
+            f"{path} is neither an array of objects nor an object a line", "write its rows as one array, or one a line"
+        )
     return first.startswith("[")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from factorctl.data.account import SourceAccount, open_accounts
 from factorctl.data.documents import Document
 from factorctl.data.hub import stream_dataset
 from factorctl.data.local_files import read_file
@@ -18,6 +19,7 @@ def iter_documents(
     *,
     seed: int,
     sampled: Iterator[Document] | None = None,
+    accounts: Mapping[str, SourceAccount] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Document]:
     """Every document of `spec`, the same for the same arguments.
@@ -29,12 +31,14 @@ def iter_documents(
 
     Args:
         sampled: the documents of `self`, for a spec that names it.
+        accounts: where fields and omissions are kept, by the source's name; the caller closes them.
 
     Raises:
         UsageError, IntegrityError, ResourceError: as the readers do; UsageError if `self` is named and not given.
     """
     progress = progress or SilentProgress()
-    streams = [_stream(source, spec.text_field, seed, sampled) for source in spec.sources]
+    accounts = open_accounts(spec, progress) if accounts is None else accounts
+    streams = [_stream(source, spec.text_field, seed, sampled, accounts[source.name]) for source in spec.sources]
     taken = [0.0] * len(streams)  # characters over weight
     open_streams = list(range(len(streams)))
     while open_streams:
@@ -50,17 +54,21 @@ def iter_documents(
 
 
 def _stream(
-    source: Source, text_field: str | None, seed: int, sampled: Iterator[Document] | None
+    source: Source,
+    text_field: str | None,
+    seed: int,
+    sampled: Iterator[Document] | None,
+    account: SourceAccount,
 ) -> Iterator[Document]:
     if isinstance(source, FileSource):
-        return _stream_files(source, text_field, seed)
+        return _stream_files(source, text_field, seed, account)
     if isinstance(source, HubSource):
-        return stream_dataset(source, seed=seed, text_field=text_field)
+        return stream_dataset(source, seed=seed, text_field=text_field, account=account)
     if sampled is None:
         raise UsageError("`self` needs the dense model to sample from, and none is at hand here", "give text instead")
     return sampled
 
 
-def _stream_files(source: FileSource, text_field: str | None, seed: int) -> Iterator[Document]:
+def _stream_files(source: FileSource, text_field: str | None, seed: int, account: SourceAccount) -> Iterator[Document]:
     for name in seeded_order(source.files, seed):
-        yield from read_file(source.root / name, name, source.name, text_field)
+        yield from read_file(source.root / name, name, account, text_field)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ class Filling:
     """Tokens of all documents read so far, written or not."""
     seen_documents: int = 0
     """Documents read so far, written or not."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each document that the plan cuts, before the cut."""
     _offered: Counter[tuple[str, Part]] = field(default_factory=Counter)
     _sides: dict[bytes, Part] = field(default_factory=dict)
 
@@ -86,6 +89,19 @@ class Filling:
     @property
     def done(self) -> bool:
         return self.room("train") <= 0 and self.room("heldout") <= 0
+
+    def longer_documents(self) -> int | None:
+        """How many tokens of a document to read instead, in whole blocks, where the cut left the parts unfilled."""
+        cap, block = self.plan.max_document_tokens, self.plan.block_length
+        if cap is None or self.done or not self.lengths:
+            return None
+        needed = self.room("train") + self.room("heldout")
+        most = math.ceil(max(self.lengths) / block)
+
+        def suffices(blocks: int) -> bool:
+            return sum(max(0, min(length, blocks * block) - cap) for length in self.lengths) >= needed
+
+        return block * bisect_left(range(most), True, key=suffices)
 
     def place(self, document: Document, ids: list[int]) -> tuple[Part, list[int]]:
         """The part that takes `document`, and as many of its tokens as there is room for (perhaps none)."""
@@ -121,6 +137,8 @@ def pack_documents(
     """Write documents into the two parts until both are full or the text ends."""
     filling = Filling(plan, num_sources)
     for document, ids in encoded:
+        if plan.max_document_tokens is not None and len(ids) > plan.max_document_tokens:
+            filling.lengths.append(len(ids))
         part, kept = filling.place(document, ids[: plan.max_document_tokens])
         if kept:
             writers[part].append(kept)

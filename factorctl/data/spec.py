@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from factorctl.data.splits import split_of, training_files
 from factorctl.errors import UsageError
 
 DEFAULT_PRETRAINING_DATA = "HuggingFaceFW/fineweb-edu:sample-10BT"
@@ -23,6 +24,8 @@ DEFAULT_PRETRAINING_DATA = "HuggingFaceFW/fineweb-edu:sample-10BT"
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""What `datasets` writes beside the files of text."""
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<config>[^@\s]+))?(?:@(?P<revision>\S+))?")
 _DESCRIPTION = "a local file or folder, a Hub dataset user/name[:config][@revision], or self"
 
@@ -44,6 +47,14 @@ class FileSource:
     """The folder, or the folder that holds the one file."""
     files: tuple[str, ...]
     """Paths relative to `root`, with forward slashes, sorted."""
+    left_out: tuple[str, ...] = ()
+    """Files of a folder that hold its test and validation splits, beside those of its training split."""
+
+    @property
+    def odd_splits(self) -> tuple[str, ...]:
+        """Files of a folder that are read although they are named as test or validation splits."""
+        several = self.files if Path(self.name).expanduser().is_dir() else ()
+        return tuple(name for name in several if split_of(name) in ("test", "validation"))
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,8 @@ class DataSpec:
     weights: tuple[float, ...]
     """Shares of the text (in characters) taken from each source; they sum to 1."""
     text_field: str | None = None
-    """Field of JSON and parquet rows that holds the text; None means `text`, else the only string field."""
+    """Field of JSON and parquet rows that holds the text, dots leading into objects; None means `text`, else a
+    conversation, else the only string field."""
 
     @property
     def uses_self(self) -> bool:
@@ -156,16 +168,20 @@ def _local_source(name: str, option: str) -> FileSource:
         files = sorted(
             found.relative_to(path).as_posix()
             for found in path.rglob("*")
-            if format_suffix(found.name) and found.is_file() and not _is_hidden(found.relative_to(path))
+            if _may_hold_text(found) and found.is_file() and not _is_hidden(found.relative_to(path))
         )
         if not files:
             raise UsageError(f"{option} '{name}' is a folder without text files", f"known are {_known_suffixes()}")
-        return FileSource(name, path, tuple(files))
+        return FileSource(name, path, *training_files(files))
     if format_suffix(path.name) is None:
         raise UsageError(
             f"{option} '{name}': files of type '{path.suffix}' are not read", f"known are {_known_suffixes()}"
         )
     return FileSource(name, path.parent, (path.name,))
+
+
+def _may_hold_text(file: Path) -> bool:
+    return format_suffix(file.name) is not None and file.name not in _METADATA
 
 
 def _is_hidden(relative: Path) -> bool:

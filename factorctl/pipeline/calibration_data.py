@@ -41,7 +41,7 @@ def calibration_blocks(
     if config.calibration == "self":
         progress.note("calibrating on text sampled from the model itself; give --calibration DATA for your own")
     blocks = build_token_blocks(
-        parse_data_spec(config.calibration, option="--calibration"),
+        parse_data_spec(config.calibration, text_field=config.text_field, option="--calibration"),
         tokenizer,
         block_length=block_length,
         tokens=config.calibration_tokens,

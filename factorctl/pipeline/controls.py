@@ -80,10 +80,12 @@ class ControlKit:
         """The calibration tokens of the controls."""
         assert self.reference.source is not None
         assert self.reference.description is not None
+        calibration, text_field = calibration_text(self.config, self.model)
         config = FactorizeConfig(
             model=str(self.reference.path),
             num_experts=2,
-            calibration=calibration_text(self.config, self.model),
+            calibration=calibration,
+            text_field=text_field,
             calibration_tokens=self.config.calibration_tokens,
             seed=self.config.seed,
         )
@@ -96,10 +98,13 @@ class ControlKit:
             return load_model(model, dtype=self.dtype, device=self.device, top_k=top_k)
 
 
-def calibration_text(config: EvalConfig, model: EvalModel) -> str:
-    """`--calibration`, else what `factorize` recorded that it calibrated on, else `self`."""
-    recorded = model.manifest.config.get("calibration") if model.manifest is not None else None
-    return config.calibration or (recorded if isinstance(recorded, str) else "self")
+def calibration_text(config: EvalConfig, model: EvalModel) -> tuple[str, str | None]:
+    """`--calibration`, else what `factorize` recorded that it calibrated on, else `self`; and its `--text-field`."""
+    recorded = model.manifest.config if model.manifest is not None else {}
+    if config.calibration or not isinstance(recorded.get("calibration"), str):
+        return config.calibration or "self", config.text_field
+    field = recorded.get("text_field")
+    return str(recorded["calibration"]), field if isinstance(field, str) else None
 
 
 @contextmanager

@@ -234,8 +234,9 @@ def _calibration(
     """What identifies the calibration text, read before the work starts so that a missing file is found now."""
     if not any(CONTROLS[name].calibrates for name in controls):
         return None
-    spec = pin_revisions(parse_data_spec(calibration_text(config, model), option="--calibration"))
-    return identify_sources(spec, None, progress)
+    calibration, text_field = calibration_text(config, model)
+    spec = pin_revisions(parse_data_spec(calibration, text_field=text_field, option="--calibration"))
+    return [{**record, "text_field": text_field} for record in identify_sources(spec, None, progress)]
 
 
 def _can_measure_fidelity(config: EvalConfig, model: EvalModel, reference: EvalModel, remarks: list[str]) -> bool:

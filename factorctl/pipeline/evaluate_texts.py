@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from factorctl.config import EvalConfig
+from factorctl.data.account import open_accounts
 from factorctl.data.hub import pin_revisions
 from factorctl.data.identity import identify_sources, tokenizer_fingerprint
 from factorctl.data.spec import parse_data_spec
@@ -53,16 +54,19 @@ def read_text(
             "give text that the model did not write",
         )
     spec = pin_revisions(spec)
+    accounts = open_accounts(spec, progress)
     found = tokenize_documents(
         spec,
         tokenizer,
         max_tokens=config.data_tokens,
         max_document_tokens=config.document_tokens,
         seed=config.seed,
+        accounts=accounts,
         progress=progress,
     )
+    sources = zip(spec.sources, identify_sources(spec, None, progress), strict=True)
     identity = {
-        "sources": identify_sources(spec, None, progress),
+        "sources": [record | accounts[source.name].record for source, record in sources],
         "text_field": config.text_field,
         "tokens": config.data_tokens,
         "document_tokens": config.document_tokens,

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from factorctl.data.account import SourceAccount
 from factorctl.data.documents import Document
 from factorctl.data.local_files import PIECE_CHARACTERS, read_file
 from factorctl.data.mixing import iter_documents
@@ -48,7 +49,7 @@ def _json_lines(texts: list[str], field: str = "text") -> bytes:
 
 
 def _read(path: Path, text_field: str | None = None) -> list[Document]:
-    return list(read_file(path, path.name, "src", text_field))
+    return list(read_file(path, path.name, SourceAccount("src", SilentProgress()), text_field))
 
 
 def _fault(path: Path, text_field: str | None = None) -> FactorctlError:
@@ -144,13 +145,20 @@ def test_text_field(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "field", "message", "hint"),
     [
-        ('{"title": "a", "body": "b"}\n', None, "line 1 has no field 'text', and not just one other field of text "
-         "(found: body, title)", "name the field with --text-field"),
-        ('{"n": 1}\n', None, "line 1 has no field 'text', and not just one other field of text (found: none)", "name"),
+        ('{"title": "a", "body": "b"}\n', None, "line 1 has no field 'text', and not just one other field that could "
+         "hold the text (found: body, title)", "name the field with --text-field: body, title"),
+        ('{"id": "a", "tags": ["b"]}\n', None, "(found: id; tags, a list of strings)", "with --text-field: id"),
+        ('{"id": "a", "doc": {"body": "b"}}\n', None, "(found: id; doc, an object)", "--text-field: doc.body, id"),
+        ('{"n": 1}\n', None, "could hold the text (found: none)", 'give rows with a string as their text'),
+        ('{"text": 7, "url": "b"}\n', None, "line 1: field 'text' holds numbers or other values, not text", "url"),
+        ('{"text": ["a", "b"], "url": "c"}\n', None, "line 1: field 'text' holds a list of strings, not text",
+         "join each list into one string"),
+        ('{"doc": {"body": "b"}}\n', "doc.text", "line 1 has no field 'doc.text'", "known: doc, doc.body"),
         ('{"text": "a"}\n', "txet", "line 1 has no field 'txet'", "did you mean 'text'?"),
         ('{"text": "a"}\n{"txt": "b"}\n', None, "line 2 has no field 'text'", "did you mean 'txt'?"),
-        ('{"text": "a"}\n{"text": null}\n', None, "line 2: field 'text' holds null, not text", "--text-field"),
-        ('{"text": "a"}\n{"text": ["b"]}\n', None, "line 2: field 'text' holds a list, not text", "--text-field"),
+        ('{"text": "a"}\n{"text": ["b"]}\n', None, "line 2: field 'text' holds a list of strings, not text", "another"),
+        ('{"url": "a"}\n' * 70 + '{"url": "a", "text": "b"}\n', None, "line 71 has a field 'text', which no row before "
+         "it has: there 'url' was read", "name the field with --text-field"),
     ],
 )  # fmt: skip
 def test_missing_field(tmp_path: Path, content: str, field: str | None, message: str, hint: str) -> None:
@@ -207,6 +215,35 @@ def test_compressed_parquet_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files_are_known_by_their_first_bytes(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(COMPRESS[suffix](_json_lines(TEXTS)))
+    assert [document.text for document in _read(path)] == TEXTS
+
+
+def test_parquet_is_known_by_its_first_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    pq.write_table(pa.table({"text": TEXTS}), path)
+    assert [document.text for document in _read(path)] == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_files_that_git_lfs_did_not_fetch(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    error = _fault(tmp_path / name)
+    assert isinstance(error, IntegrityError)
+    assert error.message == f"{tmp_path / name} is a pointer of Git LFS: the file itself was not fetched"
+    assert error.hint == "run `git lfs pull` in its folder"
+
+
+def test_one_json_object_is_no_row(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"text": "a"}]}, indent=1))
+    error = _fault(tmp_path / "a.json")
+    assert error.message == f"{tmp_path / 'a.json'} is neither an array of objects nor an object a line"
+    assert error.hint == "write its rows as one array, or one a line"
+
+
 def test_vanished_file(tmp_path: Path) -> None:
     error = _fault(tmp_path / "gone.txt")
     assert isinstance(error, UsageError)
@@ -216,7 +253,7 @@ def test_vanished_file(tmp_path: Path) -> None:
 def test_files_are_streamed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(_json_lines(["good"] * 3) + b"bad\n")
-    assert len(list(islice(read_file(path, "a", "src", None), 3))) == 3
+    assert len(list(islice(read_file(path, "a", SourceAccount("src", SilentProgress()), None), 3))) == 3
 
 
 def _folder(tmp_path: Path, name: str, files: int, texts: list[str]) -> str:
@@ -265,7 +302,11 @@ def test_a_source_that_ends_is_noted(tmp_path: Path) -> None:
     progress = SilentProgress()
     texts = [document.text[0] for document in iter_documents(parse_data_spec(f"{a},{b}"), seed=0, progress=progress)]
     assert texts == ["a", "b", "a", "b", "b", "b", "b", "b"]
-    assert progress.notes == [f"'{a}' has no more text: the other sources go on without it"]
+    assert progress.notes == [
+        f"'{a}': read as text: field 'text'",
+        f"'{b}': read as text: field 'text'",
+        f"'{a}' has no more text: the other sources go on without it",
+    ]
 
 
 def test_self_without_model() -> None:

@@ -22,10 +22,12 @@ from huggingface_hub.errors import (
 )
 
 from factorctl.data import hub
+from factorctl.data.account import SourceAccount
 from factorctl.data.hub import pin_revisions, stream_dataset
 from factorctl.data.mixing import iter_documents
 from factorctl.data.spec import HubSource, parse_data_spec
 from factorctl.errors import ResourceError, UsageError
+from factorctl.progress import SilentProgress
 
 httpx = importlib.import_module(errors.Response.__module__.split(".")[0])
 """The HTTP library of the installed huggingface_hub: httpx, or httpx2 since 2.0."""
@@ -98,9 +100,12 @@ def test_streaming(fake: FakeHub) -> None:
 def test_text_field(fake: FakeHub) -> None:
     fake.rows = [{"title": "a", "body": "b"}, {"title": "c", "body": "d"}]
     source = HubSource("u/n", "u/n", None, COMMIT)
-    assert sorted(document.text for document in stream_dataset(source, seed=0, text_field="body")) == ["b", "d"]
+    account = SourceAccount("u/n", SilentProgress())
+    documents = stream_dataset(source, seed=0, text_field="body", account=account)
+    assert sorted(document.text for document in documents) == ["b", "d"]
+    assert account.record == {"text": ["field 'body'"]}
     with pytest.raises(UsageError, match=r"Hub dataset 'u/n', row 1 has no field 'text'"):
-        list(stream_dataset(source, seed=0, text_field=None))
+        list(stream_dataset(source, seed=0, text_field=None, account=account))
 
 
 def test_cached_blocks_of_a_commit_need_no_hub(fake: FakeHub, tmp_path: Path) -> None:
@@ -150,7 +155,8 @@ def test_resolving_fails(fake: FakeHub, failure: Exception, kind: type[Exception
 )  # fmt: skip
 def test_streaming_fails(fake: FakeHub, failure: Exception, kind: type[Exception], message: str) -> None:
     fake.failure = failure
+    source = HubSource("user/name:en", "user/name", "en", COMMIT)
     with pytest.raises(kind) as caught:
-        list(stream_dataset(HubSource("user/name:en", "user/name", "en", COMMIT), seed=0, text_field=None))
+        list(stream_dataset(source, seed=0, text_field=None, account=SourceAccount(source.name, SilentProgress())))
     assert message in caught.value.message  # type: ignore[attr-defined]
     assert caught.value.hint  # type: ignore[attr-defined]
