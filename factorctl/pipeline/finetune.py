@@ -22,6 +22,7 @@ from factorctl.pipeline.finetune_model import build_distiller, make_accelerator,
 from factorctl.pipeline.finetune_output import finetuned_manifest, publish_checkpoint, trained_tensors
 from factorctl.pipeline.finetune_plan import RUN_NAME, FinetunePlan, plan_finetune, resolved_config
 from factorctl.progress import Progress, SilentProgress
+from factorctl.training.accelerate_settings import unused_settings
 from factorctl.training.batches import Batches
 from factorctl.training.distiller import Distiller
 from factorctl.training.heldout import Heldout, measure
@@ -106,7 +107,7 @@ def finetune(config: FinetuneConfig, progress: Progress) -> FinetuneResult:
     started = time.monotonic()
     plan = plan_finetune(config, progress)
     shown = progress if is_reporting_process() else SilentProgress()
-    shown.note(memory_statement(plan))
+    _say_beforehand(plan, shown)
     blocks = training_blocks(plan, shown)
     with _sole_run(plan):
         accelerator = make_accelerator(plan)
@@ -162,7 +163,7 @@ def finetune(config: FinetuneConfig, progress: Progress) -> FinetuneResult:
 def rehearse(config: FinetuneConfig, progress: Progress) -> Rehearsal:
     """Check everything and time a few steps on random tokens; the text is not read and nothing is written."""
     plan = plan_finetune(config, progress)
-    progress.note(memory_statement(plan))
+    _say_beforehand(plan, progress)
     if plan.sharded:
         make_accelerator(plan)  # joins the processes
     with memory_explained("in the rehearsal", plan.batch, plan.device, lambda: "no step was taken"):
@@ -216,6 +217,11 @@ def _timed_step(
     if ids_BL.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def _say_beforehand(plan: FinetunePlan, progress: Progress) -> None:
+    for remark in (memory_statement(plan), *unused_settings()):
+        progress.note(remark)
 
 
 def memory_statement(plan: FinetunePlan) -> str:

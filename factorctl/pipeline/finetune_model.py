@@ -28,6 +28,7 @@ from factorctl.models.slicing import FactoredTensors
 from factorctl.pipeline import tokenizers
 from factorctl.pipeline.finetune_plan import FinetunePlan
 from factorctl.progress import Progress
+from factorctl.training.accelerate_settings import NEUTRAL
 from factorctl.training.distiller import Distiller
 from factorctl.training.optimizers import choose_trained
 from factorctl.training.sharding import process_mesh, shard
@@ -209,7 +210,7 @@ def make_accelerator(plan: FinetunePlan) -> Accelerator:
     """accelerate's view of this process: alone, or one of several that a launcher started.
 
     Precision and sharding are not accelerate's business here: `TwinFFN` and `Distiller` choose dtypes part by part, and
-    `build_distiller` shards.
+    `build_distiller` shards. Neither are rounds of a step and compiling.
 
     Raises:
         UsageError: a tracker is not installed.
@@ -218,7 +219,7 @@ def make_accelerator(plan: FinetunePlan) -> Accelerator:
         if importlib.util.find_spec(tracker) is None:
             raise UsageError(f"--track {tracker}: {tracker} is not installed", f"pip install {tracker}")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    with patch_environment(ACCELERATE_USE_FSDP="false"):
+    with patch_environment(**NEUTRAL):
         return Accelerator(
             cpu=plan.device.type == "cpu",
             mixed_precision="no",

@@ -27,6 +27,7 @@ from factorctl.pipeline.devices import torch_device
 from factorctl.pipeline.recorded_source import find_recorded_source, has_recorded_weights, holds_dense_values
 from factorctl.pipeline.workspace import newest_checkpoint, output_path
 from factorctl.progress import Progress
+from factorctl.training.accelerate_settings import refuse_other_trainers
 from factorctl.training.batches import BatchPlan, plan_batches
 from factorctl.training.head_losses import chunk_tokens
 from factorctl.training.optimizers import choose_trained, is_router
@@ -83,6 +84,7 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
         ResourceError: disk, memory or device do not suffice.
     """
     device = _local_device(config)
+    refuse_other_trainers(device.type)
     require_cuda_for(config.teacher_quant, device)
     recipe = recipe_of(config)
     sharded = sharding_asked_for() and world_size() > 1
