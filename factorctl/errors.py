@@ -63,6 +63,13 @@ def in_one_line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """What an error goes back to: libraries wrap the one that says what happened into several that explain it."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The hint for an unknown name: the closest known one first, then all of them."""
     names = sorted(known)

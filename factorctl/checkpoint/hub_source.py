@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -18,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # of httpx or httpx2
 
 from factorctl.checkpoint.aliases import ALIASES
-from factorctl.errors import ResourceError, UsageError, did_you_mean, in_one_line
+from factorctl.errors import ResourceError, UsageError, did_you_mean, first_cause, in_one_line
 from factorctl.progress import Progress
 
 WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
@@ -63,8 +64,13 @@ def download_snapshot(repo: str, *, revision: str | None, progress: Progress) ->
             raise ResourceError(
                 f"no space left while fetching {repo}", "free some disk space, or set HF_HOME to a larger disk"
             ) from None
+        if isinstance(error, OfflineModeIsEnabled) or (HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError)):
+            raise ResourceError(
+                f"{repo} is not in the hub's local cache, and HF_HUB_OFFLINE forbids to ask for it",
+                "unset HF_HUB_OFFLINE, or give a local directory",
+            ) from None
         raise ResourceError(
-            f"the hub cannot be reached for {repo}: {in_one_line(error)}",
+            f"the hub cannot be reached for {repo}: {in_one_line(first_cause(error))}",
             "run again when it is (finished files are kept), give a local directory, or try the model `demo`, "
             "which comes with a package",
         ) from None

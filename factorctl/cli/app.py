@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
 import traceback
-import warnings
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -16,6 +14,7 @@ import typer
 from factorctl import __version__
 from factorctl.cli import evaluate, export, factorize, finetune, inspect, profile, run
 from factorctl.errors import ExitCode, FactorctlError
+from factorctl.quiet import quieten_libraries
 
 app = typer.Typer(
     name="factorctl",
@@ -55,7 +54,7 @@ def _main(
 
 def main() -> None:
     """Run the command line; anything but a FactorctlError is a bug and keeps its traceback."""
-    _quieten_libraries()
+    quieten_libraries()
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         app()
@@ -87,15 +86,3 @@ def _exit_interrupted() -> NoReturn:
     word = "terminated" if _terminated else "interrupted"
     sys.stderr.write(f"{word}; finished parts are kept: run the same command again to go on\n")
     sys.exit(128 + _terminated[0] if _terminated else ExitCode.INTERRUPTED)
-
-
-def _quieten_libraries() -> None:
-    """Progress bars and notices of libraries stay out of our stderr unless FACTORCTL_DEBUG is set."""
-    if os.environ.get("FACTORCTL_DEBUG"):
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -25,7 +25,7 @@ from factorctl.data.documents import Document
 from factorctl.data.seeded_order import seeded_order
 from factorctl.data.spec import DataSpec, HubSource
 from factorctl.data.text_field import read_rows
-from factorctl.errors import FactorctlError, ResourceError, UsageError
+from factorctl.errors import FactorctlError, ResourceError, UsageError, first_cause, in_one_line
 
 SPLIT = "train"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -101,7 +101,9 @@ def _explain(source: HubSource, error: Exception) -> NoReturn:
     if isinstance(error, OfflineModeIsEnabled):
         raise ResourceError(f"Hub dataset '{name}': offline mode is on", f"unset HF_HUB_OFFLINE, or {_USE_LOCAL}")
     if isinstance(error, TransportError | OSError):
-        raise ResourceError(f"Hub dataset '{name}' cannot be reached: {reason}", _USE_LOCAL) from error
+        raise ResourceError(
+            f"Hub dataset '{name}' cannot be reached: {in_one_line(first_cause(error))}", _USE_LOCAL
+        ) from error
     raise UsageError(
         f"Hub dataset '{source.name}' cannot be streamed from its split '{SPLIT}': {reason}",
         f"name a configuration as user/name:config (see {page}), or {_USE_LOCAL}",

@@ -94,6 +94,17 @@ def http_error(kind: type[Exception]) -> Exception:
     return kind("refused", response=http.Response(403, request=request))  # type: ignore[call-arg]
 
 
+def wrapped_by_the_hub() -> Exception:
+    """As huggingface_hub raises it: what happened, wrapped in two long sentences of advice."""
+    try:
+        try:
+            raise http.ConnectError("no such host")
+        except http.ConnectError as error:
+            raise LocalEntryNotFoundError("Got: ConnectError. Please check your internet connection") from error
+    except LocalEntryNotFoundError as error:
+        return error
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "words"),
     [
@@ -101,7 +112,8 @@ def http_error(kind: type[Exception]) -> Exception:
         (lambda: http_error(RepositoryNotFoundError), UsageError, ["the hub has no model someone/model", "spelling"]),
         (lambda: http_error(RevisionNotFoundError), UsageError, ["someone/model has no revision v9", "branch, tag"]),
         (lambda: LocalEntryNotFoundError("no route"), ResourceError, ["cannot be reached", "no route", "`demo`"]),
-        (lambda: OfflineModeIsEnabled("offline mode"), ResourceError, ["cannot be reached", "offline mode"]),
+        (lambda: OfflineModeIsEnabled("off"), ResourceError, ["is not in the hub's local cache", "HF_HUB_OFFLINE"]),
+        (wrapped_by_the_hub, ResourceError, ["cannot be reached for someone/model: no such host\nHint"]),
         (lambda: http.ConnectTimeout("timed out"), ResourceError, ["cannot be reached", "timed out"]),
         (lambda: ConnectionError("reset"), ResourceError, ["cannot be reached", "reset", "finished files are kept"]),
         (lambda: OSError(errno.ENOSPC, "full"), ResourceError, ["no space left while fetching", "HF_HOME"]),

@@ -10,7 +10,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # of httpx or httpx2
 
-from factorctl.errors import FactorctlError, ResourceError, UsageError, in_one_line
+from factorctl.errors import FactorctlError, ResourceError, UsageError, first_cause, in_one_line
 from factorctl.evaluation.tasks.definitions import Tasks, index_for
 from factorctl.evaluation.tasks.quiet import quiet_libraries
 from factorctl.evaluation.tasks.schemas import SCHEMAS
@@ -71,7 +71,8 @@ def _explain(name: str, error: Exception) -> NoReturn:
         ) from error
     if isinstance(error, DatasetNotFoundError | HfHubHTTPError | TransportError | OSError):
         raise ResourceError(
-            f"the data of task '{name}' cannot be fetched from the Hub: {reason}", _use_local(name)
+            f"the data of task '{name}' cannot be fetched from the Hub: {in_one_line(first_cause(error))}",
+            _use_local(name),
         ) from error
     raise UsageError(f"task '{name}' cannot be loaded by lm-eval: {reason}", _use_local(name)) from error
 
