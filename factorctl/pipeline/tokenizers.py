@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from factorctl.errors import UsageError, in_one_line
+from factorctl.pipeline.special_tokens import complete_special_tokens
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of them holds the vocabulary."""
@@ -28,6 +29,7 @@ def load_tokenizer(directory: Path, *, hint: str, config: PretrainedConfig | Non
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, config=config)
+        complete_special_tokens(tokenizer, directory, config)
         tokenizer("a")  # some faults show only in use
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
         raise UsageError(
