@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -24,17 +25,23 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("factorize")(factorize.factorize)
-app.command("finetune")(finetune.finetune)
-app.command("eval")(evaluate.evaluate)
-app.command("profile")(profile.profile)
-app.command("export")(export.export)
-app.command("run")(run.run)
-app.command("demo")(run.demo)
-app.command("inspect")(inspect.inspect)
-app.command("verify")(inspect.verify)
-app.command("plugins")(inspect.plugins)
-app.command("doctor")(inspect.doctor)
+COMMANDS: Sequence[tuple[str, Callable[..., None], str]] = (
+    ("factorize", factorize.factorize, "Split every FFN of a dense model into experts."),
+    ("finetune", finetune.finetune, "Train routers and experts against the dense teacher."),
+    ("eval", evaluate.evaluate, "Say what factoring cost, beside the dense model and controls."),
+    ("profile", profile.profile, "Say what factoring won: FLOPs, latency, memory."),
+    ("export", export.export, "Turn a checkpoint into what unmodified stock engines run."),
+    ("run", run.run, "Run a recipe's stages, redoing only what changed."),
+    ("demo", run.demo, "Take a small real model through every stage."),
+    ("inspect", inspect.inspect, "Say what a checkpoint is, what it was made from and how."),
+    ("verify", inspect.verify, "Check every file of a checkpoint against its manifest."),
+    ("plugins", inspect.plugins, "List partition strategies and model aliases."),
+    ("doctor", inspect.doctor, "Report what this machine has and what is missing."),
+)
+"""Name, function, and what `factorctl --help` says of it: one sentence that fits into a line of 80 columns."""
+
+for name, command, summary in COMMANDS:
+    app.command(name, short_help=summary)(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,16 +10,15 @@ B windows, L tokens, T = B*L, D hidden_size, N num_experts, K top_k.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from factorctl.models.building import factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.models.hooks import watched
 from factorctl.models.teacher_labels import agreement, dead_experts, expert_counts, par_labels
 from factorctl.progress import Progress
 
@@ -66,7 +65,7 @@ def measure_fidelity(
             found.append(layer_fidelity(layer, ffn, inputs[0].flatten(0, -2), y.flatten(0, -2), teacher_of(layer)))
             task.advance(layer=layer, error=found[-1].relative_error)
 
-        with _hooked(ffns, look):
+        with watched(ffns, after=look):
             model(ids_BL.to(model.device), use_cache=False, logits_to_keep=1)
     return found
 
@@ -104,13 +103,3 @@ def _entropy(shares: torch.Tensor) -> float:
     """Entropy of distributions along the last dimension over that of the uniform one, mean over the others."""
     nats = torch.special.entr(shares).sum(-1)
     return float(nats.mean()) / math.log(shares.shape[-1])
-
-
-@contextmanager
-def _hooked(ffns: list[FactoredFFN], hook: Callable[..., Any]) -> Iterator[None]:
-    handles = [ffn.register_forward_hook(hook) for ffn in ffns]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -193,7 +193,11 @@ def _library() -> ctypes.CDLL:
     Raises:
         NoKernelError: there is none.
     """
-    return _loaded(compiled_library(cache_directory() / "kernels"))
+    return _on_trial[0] if _on_trial else _loaded(compiled_library(cache_directory() / "kernels"))
+
+
+_on_trial: list[ctypes.CDLL] = []
+"""The library of `try_out`, in its own process; everywhere else empty."""
 
 
 def _loaded(path: str | Path) -> ctypes.CDLL:
@@ -209,8 +213,7 @@ def _loaded(path: str | Path) -> ctypes.CDLL:
 
 def try_out(path: str) -> None:
     """Compute with a library of which nothing is known, in a process that may be lost."""
-    library = _loaded(path)
-    globals()["_library"] = lambda: library
+    _on_trial.append(_loaded(path))
     _check()
 
 

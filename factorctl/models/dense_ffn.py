@@ -67,10 +67,7 @@ def check_identity(
             raise IdentityError(f"layer {layer}: values of {name} changed while they were moved", _REPORT)
     native_bf16 = ffn.gate_FD.dtype == torch.bfloat16 and has_fast_bfloat16()
     dtype = torch.bfloat16 if native_bf16 else torch.float32
-    reference_TD = dense_output(cast_ffn(ffn, dtype), dense.activation, x_TD.to(dtype)).float()
-    all_on = spec.with_top_k(spec.shape.num_experts)
-    ours_TD = filled_ffn(dense, all_on, layer, tensors, dtype=dtype)(x_TD.to(dtype)).float()
-    error = float((ours_TD - reference_TD).norm() / reference_TD.norm().clamp_min(1e-30))
+    error = identity_error(dense, spec, layer, ffn, tensors, x_TD.to(dtype))
     tolerance = IDENTITY_TOLERANCE[ffn.gate_FD.dtype]
     if not error <= tolerance:
         raise IdentityError(
@@ -78,6 +75,16 @@ def check_identity(
             _REPORT,
         )
     return error
+
+
+def identity_error(
+    dense: DenseModel, spec: FactoredSpec, layer: int, ffn: DenseFFN, tensors: FactoredTensors, x_TD: torch.Tensor
+) -> float:
+    """Relative error of the factored layer with all experts on against `ffn`, both computed in the dtype of `x`."""
+    all_on = spec.with_top_k(spec.shape.num_experts)
+    reference_TD = dense_output(cast_ffn(ffn, x_TD.dtype), dense.activation, x_TD).float()
+    ours_TD = filled_ffn(dense, all_on, layer, tensors, dtype=x_TD.dtype)(x_TD).float()
+    return float((ours_TD - reference_TD).norm() / reference_TD.norm().clamp_min(1e-30))
 
 
 _REPORT = "nothing was published; this is a fault of factorctl or of the strategy: please report it"

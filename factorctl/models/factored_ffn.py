@@ -25,14 +25,15 @@ from factorctl.config import FactorShape, Gate
 from factorctl.errors import UsageError
 from factorctl.kernels import cpu as cpu_kernel
 from factorctl.kernels.cpu import CompiledFFN, FFNWeights, unseen_calls_matter
-from factorctl.models import path_choice
+from factorctl.models import tuned_paths
 from factorctl.models.few_token_linear import linear
-from factorctl.models.path_choice import Steps, kernel_tokens, path_at, steps_for
+from factorctl.models.path_choice import kernel_tokens, path_at, steps_for
 from factorctl.models.paths import (
     ROUTED_PATHS,
     ExpertWeights,
     PathName,
     SharedHidden,
+    Steps,
     can_group,
     gated,
     hidden_of_all,
@@ -193,7 +194,7 @@ class FactoredFFN(nn.Module):
             return self._make_plan(None)
         state = (
             gate_up.data_ptr(), down.data_ptr(), router.data_ptr(), 0 if shared is None else shared.data_ptr(),
-            self.top_k, self.gate, self.scale_a, torch.get_num_threads(), path_choice.generation(),
+            self.top_k, self.gate, self.scale_a, torch.get_num_threads(), tuned_paths.generation(),
             unseen_calls_matter()
             or (torch.is_grad_enabled() and any(weight.requires_grad for weight in own.values() if weight is not None)),
         )  # fmt: skip

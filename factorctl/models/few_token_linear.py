@@ -129,6 +129,13 @@ def use_stock_linears(model: nn.Module) -> None:
 
 
 def _exchange(model: nn.Module, old: type[nn.Linear], new: type[nn.Linear]) -> None:
-    for module in model.modules():
+    for name, module in list(model.named_modules()):
         if type(module) is old:
-            module.__class__ = new
+            model.set_submodule(name, _with_the_weights_of(module, new))
+
+
+def _with_the_weights_of(module: nn.Linear, new: type[nn.Linear]) -> nn.Linear:
+    """The same parameters, not copies: weights that are tied stay so."""
+    made = new(module.in_features, module.out_features, module.bias is not None, device="meta")
+    made.weight, made.bias = module.weight, module.bias
+    return made.train(module.training)

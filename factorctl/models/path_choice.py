@@ -2,29 +2,22 @@
 
 A choice is a ladder of steps: "up to this many tokens, this path". `shipped_steps` is the rule of thumb that comes
 with factorctl; `factorctl profile --tune` times the paths on this machine and caches ladders of its own, one per
-device, dtype and shape, in a JSON file that readers ignore, with a warning, when it is damaged.
+device, dtype and shape: `tuned_paths`.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast, get_args
 
 import torch
 
-from factorctl.cache import cache_directory
-from factorctl.checkpoint.publishing import sole_writer, write_file
-from factorctl.checkpoint.strict_json import dump_json, read_json_object
 from factorctl.config import FactorShape
-from factorctl.errors import IntegrityError
-from factorctl.models.paths import CALL_COST_BYTES, PathName, can_group
+from factorctl.models import tuned_paths
+from factorctl.models.paths import CALL_COST_BYTES, PathName, Steps, can_group
 from factorctl.processor import multiplies_tiles, processor_name
 
-CACHE_VERSION = 1
 GROUPED_FROM_TOKENS = 449
 """On a GPU, where the arithmetic that `grouped` saves begins to outweigh its sort and gathers (an estimate: N = 4)."""
 SKIP_UP_TO_HIT = 0.9
@@ -46,12 +39,6 @@ KERNEL_ROWS, KERNEL_ROWS_OF_ALL = {4: 2048, 2: 1024}, {4: 8192, 2: 512}
 one dense product, by bytes per weight: of MKL's in 32 bits (no more were measured), of oneDNN's in 16."""
 KERNEL_ROWS_BESIDE_AMX = 16
 """The same in 16 bits on a processor that multiplies tiles of bfloat16, which the kernel does not (an estimate)."""
-
-
-Step = tuple[int | None, PathName]
-"""Up to how many tokens, None for however many, and the path that serves them. A plain pair: torch.compile in torch
-2.11 makes no constant of a named tuple."""
-Steps = tuple[Step, ...]
 
 
 @dataclass(frozen=True)
@@ -216,10 +203,17 @@ def _skips(tokens: int, site: Site) -> bool:
 
 @functools.lru_cache(maxsize=512)
 def _steps(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape, threads: int, kernel: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden_size: int,
+    shape: FactorShape,
+    threads: int,
+    kernel: bool,
+    generation: int,
 ) -> Steps:
+    """As `steps_for`; `threads` and `generation` are there to be looked up anew when they change."""
     site = site_of(device, dtype, hidden_size, shape, kernel=kernel)
-    return _tuned(cache_file()).get(site.key) or shipped_steps(site)
+    return tuned_paths.ladders(tuned_paths.cache_file()).get(site.key) or shipped_steps(site)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -231,73 +225,5 @@ def steps_for(
     Args:
         sizes: the fields of a FactorShape, one by one: torch.compile in torch 2.11 takes no dataclass here.
     """
-    return _steps(device, dtype, hidden_size, FactorShape(*sizes), torch.get_num_threads(), kernel)
-
-
-def cache_file() -> Path:
-    """Where tuned ladders live: beside factorctl's other caches."""
-    return cache_directory() / "paths.json"
-
-
-def read_tuned(file: Path) -> dict[str, Steps]:
-    """Tuned ladders by site key; empty when there is no file.
-
-    Raises:
-        IntegrityError: it is no JSON object.
-        ValueError, KeyError, TypeError or AttributeError: it is not what `write_tuned` writes.
-    """
-    if not file.exists():
-        return {}
-    content = read_json_object(file)
-    if content.get("version") != CACHE_VERSION:
-        raise ValueError(f"version is not {CACHE_VERSION}")
-    return {key: _checked(steps) for key, steps in content["sites"].items()}
-
-
-def _checked(raw: list[tuple[int | None, str]]) -> Steps:
-    names = get_args(PathName)
-    steps = []
-    for limit, path in raw:
-        if path not in names or path == "dense" or not (limit is None or isinstance(limit, int)):
-            raise ValueError(f"{[limit, path]} is no step")
-        steps.append((limit, cast(PathName, path)))
-    if not steps or steps[-1][0] is not None:
-        raise ValueError("a ladder must end without a limit")
-    return tuple(steps)
-
-
-@functools.lru_cache(maxsize=4)
-def _tuned(file: Path) -> Mapping[str, Steps]:
-    try:
-        return read_tuned(file)
-    except (IntegrityError, ValueError, KeyError, TypeError, AttributeError, OSError) as fault:
-        warnings.warn(f"{file} is damaged ({fault}); using the shipped crossovers", stacklevel=2)
-        return {}
-
-
-def write_tuned(file: Path, tuned: Mapping[str, Steps]) -> None:
-    """Add ladders to the cache file, atomically; a damaged file is replaced.
-
-    Raises:
-        ResourceError: the cache cannot be written.
-    """
-    with sole_writer(file, wait=True):
-        forget()  # what another process has added meanwhile
-        write_file(file, dump_json({"version": CACHE_VERSION, "sites": {**_tuned(file), **tuned}}))
-    forget()
-
-
-def forget() -> None:
-    """Read the cache file again at the next choice."""
-    global _generation
-    _generation += 1
-    _tuned.cache_clear()
-    _steps.cache_clear()
-
-
-_generation = 0
-
-
-def generation() -> int:
-    """Changes with every `forget`: whoever keeps a ladder compares."""
-    return _generation
+    shape, threads = FactorShape(*sizes), torch.get_num_threads()
+    return _steps(device, dtype, hidden_size, shape, threads, kernel, tuned_paths.generation())

@@ -11,11 +11,11 @@
 | `grouped` | the same in two grouped GEMMs                    | GPU, many tokens; training on a GPU      |
 | `slot`    | the weights of each (token, expert) pair, gathered | GPU, a few tokens                      |
 
-`kernel` is `factorctl.kernels.cpu`; where no compiler made it, and under autograd, the others serve. `single`, `skip`
-and `loop` read the routing on the host and therefore stay on CPUs; the rest never synchronise and compile to a full
-graph. Weights are read through views of one expert-contiguous copy. transformers' experts functions `batched_mm` and
-`grouped_mm` hold the ideas of `slot` and `grouped`, but know no shared prefix and count on module attributes that
-change between releases; exported checkpoints run on them.
+`kernel` is `factorctl.kernels.cpu`; where no compiler made it, and under autograd, the others serve.
+`single`, `skip` and `loop` read the routing on the host and therefore stay on CPUs; the rest never synchronise and
+compile to a full graph. Weights are read through views of one expert-contiguous copy. transformers' experts functions
+`batched_mm` and `grouped_mm` hold the ideas of `slot` and `grouped`, but know no shared prefix and count on module
+attributes that change between releases; exported checkpoints run on them.
 
 T tokens, D hidden_size, F intermediate_size, N num_experts, H expert_size, S shared_size, K top_k,
 G = 2H rows of a gate|up pair, R = N*H routed neurons, A = K*H active ones of a token, P = T*K (token, expert) pairs.
@@ -35,6 +35,12 @@ from factorctl.models.routing import Routing, TokenRouting, group_by_expert, sca
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 PathName = Literal["kernel", "dense", "masked", "single", "skip", "loop", "grouped", "slot"]
+
+Step = tuple[int | None, PathName]
+"""Up to how many tokens, None for however many, and the path that serves them. A plain pair: torch.compile in torch
+2.11 makes no constant of a named tuple."""
+Steps = tuple[Step, ...]
+"""A ladder: the last step has no limit."""
 
 Range = tuple[int, int]
 """Experts from the first number up to, not including, the second."""

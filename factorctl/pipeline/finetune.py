@@ -130,7 +130,7 @@ def finetune(config: FinetuneConfig, progress: Progress) -> FinetuneResult:
         title = f"{plan.checkpoint.manifest.source['id']} as {plan.spec.shape.notation}, preset {config.preset}"
         if accelerator.is_main_process:
             publish_checkpoint(plan, tensors, manifest, shown)
-            draw_training(plan.run, list(MetricsFile(plan.run).lines()), after.load, plan.spec.shape.top_k, title)
+            draw_training(plan.run, list(MetricsFile(plan.run).lines()), after.load, title)
             remove_states(plan.run)
         accelerator.wait_for_everyone()
         accelerator.end_training()

@@ -20,8 +20,8 @@ from factorctl.errors import IntegrityError, UsageError
 from factorctl.kernels.cpu import reason_without
 from factorctl.memory import available_memory
 from factorctl.models.bfloat16 import has_fast_bfloat16
-from factorctl.models.building import empty_factored_model, filled_ffn
-from factorctl.models.dense_ffn import IDENTITY_TOLERANCE, cast_ffn, dense_output
+from factorctl.models.building import empty_factored_model
+from factorctl.models.dense_ffn import IDENTITY_TOLERANCE, identity_error
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint, read_factored_ffn, stored_tensors
 from factorctl.models.slicing import unslice_ffn
 from factorctl.models.strategies import StrategyInfo, available
@@ -172,15 +172,12 @@ def verify_checkpoint(path: Path, *, identity: bool, progress: Progress) -> Veri
 def _identity_error(checkpoint: NativeCheckpoint, progress: Progress) -> float:
     """Largest relative error over the layers of all experts on against the same neurons as one dense FFN."""
     dense, reader, worst = checkpoint.dense, CheckpointReader(checkpoint.path), 0.0
-    all_on = checkpoint.spec.with_top_k(checkpoint.spec.shape.num_experts)
     with progress.stage("Running all experts", total=dense.num_layers, unit="layer") as task, torch.no_grad():
         for layer in range(dense.num_layers):
             tensors = read_factored_ffn(reader, layer)
             x_TD = torch.randn(64, dense.hidden_size, generator=torch.Generator().manual_seed(layer))
-            ours_TD = filled_ffn(dense, all_on, layer, tensors, dtype=torch.float32)(x_TD)
-            whole = cast_ffn(unslice_ffn(tensors, checkpoint.spec.shape), torch.float32)
-            reference_TD = dense_output(whole, dense.activation, x_TD)
-            error = float((ours_TD - reference_TD).norm() / reference_TD.norm().clamp_min(1e-30))
+            whole = unslice_ffn(tensors, checkpoint.spec.shape)
+            error = identity_error(dense, checkpoint.spec, layer, whole, tensors, x_TD)
             if not error <= IDENTITY_TOLERANCE[tensors["down"].dtype]:
                 raise IntegrityError(f"layer {layer}: all experts on differ from the dense layer by {error:.2e}")
             worst = max(worst, error)

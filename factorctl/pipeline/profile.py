@@ -16,7 +16,8 @@ from factorctl.config import ProfileConfig
 from factorctl.errors import ResourceError, UsageError
 from factorctl.models.building import factored_ffns
 from factorctl.models.loading import NativeCheckpoint, load, open_checkpoint
-from factorctl.models.path_choice import cache_file, steps_for, write_tuned
+from factorctl.models.path_choice import steps_for
+from factorctl.models.tuned_paths import cache_file, write_tuned
 from factorctl.pipeline.devices import compute_dtype, torch_device
 from factorctl.pipeline.profile_text import profile_text
 from factorctl.pipeline.provenance import library_versions, peak_rss_bytes

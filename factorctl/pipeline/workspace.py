@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from factorctl.checkpoint.manifest import MANIFEST_NAME
-from factorctl.errors import UsageError
+from factorctl.checkpoint.strict_json import read_json_object
+from factorctl.errors import IntegrityError, UsageError
 
 CLOCK_TOLERANCE = 60
 """Seconds by which the clocks of machines that share a directory may differ."""
@@ -29,7 +30,7 @@ def newest_checkpoint(workspace: Path, *, kind: str = "native") -> Path:
     """
     named = [path for depth in ("*", "*/*") for path in workspace.glob(f"{depth}/{MANIFEST_NAME}")]
     shown = [path for path in named if not any(part.startswith(".") for part in path.relative_to(workspace).parts)]
-    wanted = [path for path in shown if path.is_file() and f'"kind": "{kind}"' in path.read_text(errors="replace")]
+    wanted = [path for path in shown if path.is_file() and _may_be(kind, path)]
     found = sorted(wanted, key=lambda path: path.stat().st_mtime_ns)
     if len(found) > 1 and (finished := found[-1].stat().st_mtime) > time.time() + CLOCK_TOLERANCE:
         raise UsageError(
@@ -43,3 +44,11 @@ def newest_checkpoint(workspace: Path, *, kind: str = "native") -> Path:
         f"no checkpoint was named and {workspace} holds none",
         "make one with `factorctl factorize demo --experts 4`, or name a checkpoint directory",
     )
+
+
+def _may_be(kind: str, manifest: Path) -> bool:
+    """Whether it is of that kind, or damaged: rather than take an older one, whoever opens it says what is wrong."""
+    try:
+        return read_json_object(manifest).get("kind") == kind
+    except IntegrityError:
+        return True

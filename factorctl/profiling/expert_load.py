@@ -5,17 +5,14 @@ T tokens, L layers, N num_experts, K top_k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from factorctl.models.building import factored_ffns
-from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.models.hooks import watched
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,11 @@ def route_text(model: PreTrainedModel, ids_BP: torch.Tensor) -> RoutedText:
     """Run `ids_BP` once and look at every layer's routing; empty when K leaves nothing to route."""
     ffns = list(factored_ffns(model))
     inputs: list[torch.Tensor] = []
-    with _recording(ffns, inputs):
+
+    def note(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(args[0].flatten(0, -2))
+
+    with watched(ffns, before=note):
         model(ids_BP, use_cache=False, logits_to_keep=1)
     loads = [
         layer_load(layer, ffn.route(x_TD).ids_TK, ffn.shape.num_experts)
@@ -66,16 +67,3 @@ def layer_load(layer: int, ids_TK: torch.Tensor, num_experts: int) -> LayerLoad:
 def mean_hits(loads: list[LayerLoad], top_k: int, tokens: int) -> float:
     """Experts hit per layer by `tokens` tokens, from the measured shares; K where nothing is routed."""
     return sum(load.expected_hits(tokens) for load in loads) / len(loads) if loads else float(top_k)
-
-
-@contextmanager
-def _recording(ffns: list[FactoredFFN], inputs: list[torch.Tensor]) -> Iterator[None]:
-    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0].reshape(-1, args[0].shape[-1]))
-
-    handles = [ffn.register_forward_pre_hook(record) for ffn in ffns]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

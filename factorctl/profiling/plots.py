@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from factorctl.profiling.report import ProfileResult
+from factorctl.reporting.pictures import draw_load, png
 
 LOSING, WINNING = "#c0392b", "#1f77b4"
 PARTS = {
@@ -61,15 +60,9 @@ def flops_plot(result: ProfileResult) -> Figure:
 
 
 def load_plot(result: ProfileResult) -> Figure:
-    """Layers by experts: the share of tokens that choose the expert, in multiples of an even spread."""
-    share_LN = np.array([load.share for load in result.expert_load])
-    figure = Figure(figsize=(7, 1.5 + 0.18 * len(share_LN)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(share_LN / share_LN.mean(), aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, label="tokens, 1 = even spread")
+    """Layers by experts: how loaded each is."""
+    figure = Figure(figsize=(7, 1.5 + 0.18 * len(result.expert_load)), layout="constrained")
+    draw_load(figure.subplots(), [load.share for load in result.expert_load])
     return figure
 
 
@@ -78,11 +71,5 @@ def draw(result: ProfileResult) -> dict[str, bytes]:
     plots: dict[str, Callable[[ProfileResult], Figure]] = {"speedup": speedup_plot, "flops": flops_plot}
     if result.expert_load:
         plots["expert_load"] = load_plot
-    return {name: _png(plot(result)) for name, plot in plots.items()}
-
-
-def _png(figure: Figure) -> bytes:
-    """Rendered by the Agg canvas whatever backend the user has set up: no display is needed."""
-    with matplotlib.rc_context({"font.size": 9}), io.BytesIO() as stream:
-        figure.savefig(stream, format="png", dpi=130)
-        return stream.getvalue()
+    with matplotlib.rc_context({"font.size": 9}):
+        return {name: png(plot(result), dpi=130) for name, plot in plots.items()}

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from factorctl.models.path_choice import Step
-from factorctl.models.paths import PathName
+from factorctl.models.paths import PathName, Step
 from factorctl.profiling.attribution import FfnCost
 from factorctl.profiling.expert_load import LayerLoad
 from factorctl.profiling.flops import SweepRow

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from factorctl.models.building import factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.path_choice import Site, Steps, site_of
-from factorctl.models.paths import PathName
+from factorctl.models.path_choice import Site, site_of
+from factorctl.models.paths import PathName, Steps
 from factorctl.profiling.attribution import streamed_layers
 from factorctl.profiling.expert_load import RoutedText
 from factorctl.profiling.runtime import synchronised_clock

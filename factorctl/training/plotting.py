@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from factorctl.checkpoint.publishing import write_file
+from factorctl.reporting.pictures import draw_load, png
 
 PLOT_NAME = "training.png"
 LOSSES = {
@@ -23,9 +23,7 @@ LOSSES = {
 }
 
 
-def draw_training(
-    run: Path, lines: Sequence[dict[str, Any]], load: Sequence[Sequence[float]], top_k: int, title: str
-) -> Path:
+def draw_training(run: Path, lines: Sequence[dict[str, Any]], load: Sequence[Sequence[float]], title: str) -> Path:
     """Write the picture: loss parts over tokens, and the held-out load of every expert of every layer.
 
     Args:
@@ -37,10 +35,9 @@ def draw_training(
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
     _draw_losses(left, lines)
-    _draw_load(figure, right, load, top_k)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_file(run / PLOT_NAME, image.getvalue())
+    right.set_title("Load of the experts, held-out text")
+    draw_load(right, load)
+    write_file(run / PLOT_NAME, png(figure))
     return run / PLOT_NAME
 
 
@@ -53,15 +50,3 @@ def _draw_losses(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
     if axes.lines:
         axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-
-
-def _draw_load(figure: Figure, axes: Axes, load: Sequence[Sequence[float]], top_k: int) -> None:
-    axes.set_title("Load of the experts, held-out text")
-    if not load:
-        axes.text(0.5, 0.5, "nothing is routed", ha="center", va="center")
-        axes.set_axis_off()
-        return
-    even = top_k / len(load[0])
-    image = axes.imshow([[share / even for share in row] for row in load], aspect="auto", vmin=0, vmax=2, cmap="magma")
-    axes.set(xlabel="expert", ylabel="layer")
-    figure.colorbar(image, ax=axes, label="share of tokens / even share")

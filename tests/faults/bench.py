@@ -24,7 +24,7 @@ from verbs import RECIPE, ROWS, Row
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import MANIFEST_NAME, check_files, read_manifest
 from factorctl.checkpoint.strict_json import read_sealed
-from factorctl.models.path_choice import forget
+from factorctl.models.tuned_paths import forget
 
 
 class Bench:

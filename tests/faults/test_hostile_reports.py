@@ -18,8 +18,8 @@ from sandbox import Sandbox, try_cases
 from factorctl.checkpoint.strict_json import SEAL, dump_sealed, parse_json_object
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.evaluation.tasks import read_samples
-from factorctl.models import path_choice
-from factorctl.models.path_choice import write_tuned
+from factorctl.models import tuned_paths
+from factorctl.models.tuned_paths import write_tuned
 from factorctl.pipeline.evaluate_store import Part, PartStore
 from factorctl.pipeline.recipe import parse_recipe
 from factorctl.pipeline.run_recipe import _Lock
@@ -116,10 +116,10 @@ def test_tuned_paths(empty: Sandbox, tally: Tally) -> None:
 
     def read(content: bytes) -> bool:
         path.write_bytes(content)
-        path_choice.forget()
+        tuned_paths.forget()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            found = path_choice._tuned(path)
+            found = tuned_paths.ladders(path)
         assert found or said or json.loads(content)["sites"] == {}
         return not said
 

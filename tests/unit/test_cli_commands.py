@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from helpers_cli import cli
 import factorctl
 from factorctl.checkpoint.aliases import ALIASES
 from factorctl.checkpoint.manifest import read_manifest
+from factorctl.contracts import DenseFFN
 from factorctl.errors import ExitCode
+from factorctl.models.slicing import unslice_ffn
 
 PLAIN = ("--experts", 4, "--strategy", "contiguous", "--router", "random")
 
@@ -285,10 +289,11 @@ def test_verify_a_directory_that_is_no_checkpoint(dense_source: DenseSource, tmp
 
 
 def test_verify_identity_fails_on_a_wrong_layer(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from factorctl.pipeline import inspect
+    def wrong(*arguments: Any) -> DenseFFN:
+        whole = unslice_ffn(*arguments)
+        return replace(whole, down_DF=whole.down_DF * 1.01)
 
-    original = inspect.dense_output
-    monkeypatch.setattr(inspect, "dense_output", lambda *arguments: original(*arguments) * 1.01)
+    monkeypatch.setattr("factorctl.pipeline.inspect.unslice_ffn", wrong)
     outcome = cli("verify", checkpoint, "--identity")
     assert outcome.code == ExitCode.INTEGRITY
     assert "layer 0: all experts on differ from the dense layer" in outcome.message

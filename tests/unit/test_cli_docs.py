@@ -9,6 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from typer.testing import CliRunner
+
+from factorctl.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,3 +41,11 @@ def test_every_command_and_option_has_help(renderer: ModuleType) -> None:
         assert about[0].isupper(), f"{name}: {about}"
         for line in re.findall(r"^  (?:-\w, )?(--[\w-]+(?: <[^>]+>)?) *$(?!\n {4,})", help_text, re.MULTILINE):
             pytest.fail(f"factorctl {name} {line} has no help")
+
+
+def test_the_list_of_commands_says_whole_sentences(renderer: ModuleType) -> None:
+    listed = CliRunner().invoke(app, ["--help"], terminal_width=80).stdout.partition("Commands:\n")[2]
+    lines = listed.strip().splitlines()
+    assert [line.split()[0] for line in lines] == renderer.command_names()
+    for line in lines:
+        assert re.search(r"[^.]\.$", line), line

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from factorctl.config import FactorShape
 from factorctl.errors import UsageError
 from factorctl.kernels import cpu as cpu_kernel
-from factorctl.models import path_choice
+from factorctl.models import path_choice, tuned_paths
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.paths import ROUTED_PATHS, runs
 from factorctl.models.routing import group_by_expert, route_on_host, unit_routing
@@ -319,7 +319,7 @@ def test_routing_on_the_host_takes_the_lower_of_equal_experts() -> None:
 @pytest.mark.parametrize("k", [0, 2, 4])
 def test_auto_compiles_to_a_full_graph_once_per_token_count(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path_choice, "shipped_steps", path_choice._gpu_steps)  # a CPU's paths read on the host
-    path_choice.forget()
+    tuned_paths.forget()
     ffn = make_ffn(n=4, k=k, h=8, s=8)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -328,7 +328,7 @@ def test_auto_compiles_to_a_full_graph_once_per_token_count(k: int, monkeypatch:
         for seed in range(3):
             compiled(tokens_for(ffn, 1, seed))
     assert counter.frame_count == 1
-    path_choice.forget()
+    tuned_paths.forget()
 
 
 def test_gradients_are_allocated_once_per_weight_not_once_per_expert() -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from factorctl.config import FactorShape
-from factorctl.models import path_choice
+from factorctl.models import path_choice, tuned_paths
 from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.path_choice import Site, path_at, read_tuned, shipped_steps, write_tuned
+from factorctl.models.path_choice import Site, path_at, shipped_steps
+from factorctl.models.tuned_paths import read_tuned, write_tuned
 
 CPU = Site("a cpu", torch.float32, 576, FactorShape(4, 1, 384, 0))
 GPU = Site("a gpu", torch.bfloat16, 2048, FactorShape(4, 1, 1408, 0), cuda=True, can_group=True)
@@ -26,9 +27,9 @@ def shipped_path_at_one(ffn: FactoredFFN) -> str:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FACTORCTL_CACHE", str(tmp_path))
-    path_choice.forget()
+    tuned_paths.forget()
     yield tmp_path / "paths.json"
-    path_choice.forget()
+    tuned_paths.forget()
 
 
 def test_a_cpu_skips_for_few_tokens_masks_and_loops_for_many() -> None:
@@ -127,7 +128,7 @@ def test_a_damaged_cache_is_ignored_with_a_warning_and_replaced(cache: Path, con
     ffn = FactoredFFN(FactorShape(4, 2, 8, 0), 16, "silu")
     with pytest.warns(UserWarning, match="is damaged .*; using the shipped crossovers"):
         assert ffn.path_for(1) == shipped_path_at_one(ffn)
-    path_choice.forget()
+    tuned_paths.forget()
     with pytest.warns(UserWarning, match="is damaged"):
         write_tuned(cache, {"one": ((None, "masked"),)})
     assert read_tuned(cache) == {"one": ((None, "masked"),)}

@@ -13,7 +13,7 @@ from helpers import factorize_quietly, weights_only
 
 from factorctl.config import ProfileConfig
 from factorctl.errors import ResourceError, UsageError
-from factorctl.models.path_choice import cache_file, read_tuned
+from factorctl.models.tuned_paths import cache_file, read_tuned
 from factorctl.pipeline import devices
 from factorctl.pipeline import profile as pipeline
 from factorctl.pipeline.profile import profile

@@ -202,5 +202,5 @@ def test_metrics_forget_later_steps_and_a_line_cut_short(tmp_path: Path) -> None
 @pytest.mark.parametrize("load", [[[0.5, 0.5], [0.9, 0.1]], []], ids=["routed", "K = 0"])
 def test_the_picture_is_drawn(tmp_path: Path, load: list[list[float]]) -> None:
     lines = [{"tokens": 10, "kd": 1.0, "par": 2.0}, {"tokens": 20, "kd": 0.5, "par": None}]
-    picture = draw_training(tmp_path, lines, load, 1, "title")
+    picture = draw_training(tmp_path, lines, load, "title")
     assert picture.read_bytes().startswith(b"\x89PNG")

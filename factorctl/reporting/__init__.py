@@ -1,0 +1,1 @@
+"""What reports of evaluation, profile and finetuning share."""
