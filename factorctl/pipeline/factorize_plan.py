@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from factorctl.cache import cache_directory
 from factorctl.calibration.tokens import CHUNK_TOKENS, HIDDEN_BYTES
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader, TensorEntry
-from factorctl.checkpoint.sources import Source, resolve
+from factorctl.checkpoint.sources import Source
 from factorctl.config import FactorizeConfig
 from factorctl.contracts import SAMPLE_TOKENS, PartitionStrategy, Stat, check_option_names, chooses_shared
 from factorctl.errors import UsageError
@@ -22,6 +21,7 @@ from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel, read_dense_model
 from factorctl.models.loading import stored_tensors
 from factorctl.models.strategies import StrategyProvenance, get_strategy
+from factorctl.pipeline.dense_source import find_source
 from factorctl.pipeline.devices import storage_dtype, torch_device
 from factorctl.pipeline.time_estimate import factorize_seconds
 from factorctl.pipeline.workspace import output_path
@@ -73,9 +73,9 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
     strategy, provenance = get_strategy(config.strategy)
     check_option_names(strategy, config.strategy_options)
     needs = strategy.needs(config.strategy_options)
-    source = resolve(config.model, revision=config.revision, cache=cache_directory(), progress=progress)
-    if source.note:
-        progress.note(source.note)
+    source = find_source(config.model, progress, revision=config.revision)
+    for note in source.notes:
+        progress.note(note)
     dense = read_dense_model(source.path)
     shape = config.shape_for(dense.intermediate_size)
     out = output_path(config.out, config.workspace, config.model, shape.notation)
