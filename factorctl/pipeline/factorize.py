@@ -14,7 +14,7 @@ from factorctl.calibration.stream import LayerwiseModel
 from factorctl.checkpoint.builder import ArtefactBuilder, building
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import Manifest
-from factorctl.checkpoint.reader import CheckpointReader, all_finite
+from factorctl.checkpoint.reader import COMPUTED, CheckpointReader, all_finite
 from factorctl.checkpoint.sources import copied_files
 from factorctl.checkpoint.strict_json import dump_json
 from factorctl.config import FactorizeConfig
@@ -170,7 +170,7 @@ def _layer_tensors(
     """All tensors of a decoder layer: the factored FFN's and everything else as it was."""
     replaced = set(plan.dense.ffn_tensor_names(layer).values())
     kept = [name for name in reader.entries if name.startswith(layer_prefix(layer)) and name not in replaced]
-    tensors = {name: _stored(plan, reader, name) for name in kept if not name.endswith("rotary_emb.inv_freq")}
+    tensors = {name: _stored(plan, reader, name) for name in kept if not name.endswith(COMPUTED)}
     return tensors | {f"{ffn_prefix(layer)}.{name}": tensor for name, tensor in factored.tensors.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 
@@ -12,7 +13,7 @@ from factorctl.calibration.tokens import CHUNK_TOKENS, HIDDEN_BYTES
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader, TensorEntry
 from factorctl.checkpoint.sources import Source
-from factorctl.config import FactorizeConfig
+from factorctl.config import DTypeName, FactorizeConfig
 from factorctl.contracts import SAMPLE_TOKENS, PartitionStrategy, Stat, check_option_names, chooses_shared
 from factorctl.errors import UsageError
 from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
@@ -85,6 +86,7 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
     compressed = config.router == "analytic" or config.split.scale == "fitted" or config.refit
     reader = CheckpointReader(source.path)
     stored_tensors(empty_dense_model(dense), reader)
+    config = _with_one_dtype(config, reader, progress)
     plan = FactorizePlan(
         config=config,
         out=out,
@@ -154,6 +156,17 @@ def require_resources(plan: FactorizePlan) -> None:
         "(--experts N --router random, no --refit, no --shared-fraction)"
     )
     require_memory(plan.memory_bytes, available_memory(), hint=hint)
+
+
+def _with_one_dtype(config: FactorizeConfig, reader: CheckpointReader, progress: Progress) -> FactorizeConfig:
+    """`auto` as a name where the matrices of the source differ: the dtype that holds all of them exactly."""
+    found = {e.dtype for e in reader.entries.values() if e.dtype.is_floating_point and len(e.shape) > 1}
+    name = str(reader.matrix_dtype).removeprefix("torch.")
+    if config.dtype != "auto" or len(found) < 2 or name not in get_args(DTypeName):
+        return config
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+    progress.note(f"the source's weights are stored in {names}: all are kept in {name}, exactly; --dtype takes another")
+    return replace(config, dtype=cast(DTypeName, name))
 
 
 def stored_dtype(config: FactorizeConfig, entry: TensorEntry) -> torch.dtype:
