@@ -243,4 +243,5 @@ def _tokenizer(model: EvalModel) -> PreTrainedTokenizerBase | None:
     if not has_tokenizer(model.path):
         return None
     config = model.native.dense.config if model.native is not None else None
-    return load_tokenizer(model.path, hint="put the model's own tokenizer files there", config=config)
+    hint = "put the model's own tokenizer files there"
+    return load_tokenizer(model.path, hint=hint, config=config, rows=model.vocabulary)

@@ -15,7 +15,8 @@ from factorctl.checkpoint.reader import CheckpointReader, TensorEntry
 from factorctl.checkpoint.sources import Source
 from factorctl.config import DTypeName, FactorizeConfig
 from factorctl.contracts import SAMPLE_TOKENS, PartitionStrategy, Stat, check_option_names, chooses_shared
-from factorctl.errors import UsageError
+from factorctl.data.spec import parse_data_spec
+from factorctl.errors import IntegrityError, UsageError
 from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
 from factorctl.models.building import empty_dense_model
 from factorctl.models.factored_spec import FactoredSpec
@@ -24,6 +25,7 @@ from factorctl.models.loading import stored_tensors
 from factorctl.models.strategies import StrategyProvenance, get_strategy
 from factorctl.pipeline.dense_source import find_source
 from factorctl.pipeline.devices import storage_dtype, torch_device
+from factorctl.pipeline.source_tokenizer import SourceTokenizer, source_tokenizer
 from factorctl.pipeline.time_estimate import factorize_seconds
 from factorctl.pipeline.workspace import output_path
 from factorctl.progress import Progress
@@ -42,6 +44,7 @@ class FactorizePlan:
     provenance: StrategyProvenance
     needs: frozenset[Stat]
     calibrates: bool
+    tokenizer: SourceTokenizer
     compressed: bool
     disk_bytes: int
     memory_bytes: int
@@ -86,7 +89,12 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
     compressed = config.router == "analytic" or config.split.scale == "fitted" or config.refit
     reader = CheckpointReader(source.path)
     stored_tensors(empty_dense_model(dense), reader)
+    refuse_other_copy_of_tied(dense, reader)
     config = _with_one_dtype(config, reader, progress)
+    calibrates = compressed or bool(needs)
+    if calibrates:
+        parse_data_spec(config.calibration, option="--calibration")
+    tokenizer = source_tokenizer(source.path, dense, needed=calibrates, progress=progress)
     plan = FactorizePlan(
         config=config,
         out=out,
@@ -96,7 +104,8 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
         strategy=strategy,
         provenance=provenance,
         needs=needs,
-        calibrates=compressed or bool(needs),
+        calibrates=calibrates,
+        tokenizer=tokenizer,
         compressed=compressed,
         disk_bytes=sum(math.prod(e.shape) * (stored_dtype(config, e).itemsize) for e in reader.entries.values()),
         memory_bytes=0,
@@ -156,6 +165,21 @@ def require_resources(plan: FactorizePlan) -> None:
         "(--experts N --router random, no --refit, no --shared-fraction)"
     )
     require_memory(plan.memory_bytes, available_memory(), hint=hint)
+
+
+def refuse_other_copy_of_tied(dense: DenseModel, reader: CheckpointReader) -> None:
+    """Old writers stored tied embeddings twice; a copy that differs is another head.
+
+    Raises:
+        IntegrityError: the two differ.
+    """
+    if not dense.config.tie_word_embeddings or "lm_head.weight" not in reader.entries:
+        return
+    if not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
+        raise IntegrityError(
+            f"{reader.directory}: the config ties lm_head.weight to the embeddings, but the two differ",
+            "set tie_word_embeddings to false in its config.json if the separate head is meant",
+        )
 
 
 def _with_one_dtype(config: FactorizeConfig, reader: CheckpointReader, progress: Progress) -> FactorizeConfig:

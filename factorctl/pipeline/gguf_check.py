@@ -23,7 +23,7 @@ from factorctl.models.families import DenseModel, layer_prefix, read_dense_model
 from factorctl.pipeline.tokenizers import load_tokenizer
 from factorctl.progress import Progress
 
-SEQUENCES, LENGTH = 2, 24
+SEQUENCES, LENGTH = 2, 16
 """How much llama.cpp is asked for: it gives one position per request."""
 EXACT_LIMIT, ROUNDED_LIMIT = 0.02, 0.25
 """Largest rms difference of log-probabilities, relative to the spread of the logits: for float32 files, and for those
