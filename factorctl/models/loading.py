@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from factorctl.checkpoint.manifest import Manifest, check_files, read_manifest
-from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.checkpoint.reader import COMPUTED, CheckpointReader
 from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.config import ScaleRule
 from factorctl.errors import IntegrityError, UsageError, in_one_line
@@ -191,6 +191,9 @@ def fill(
         IntegrityError: naming the first tensor that is missing, unexpected or misshaped.
     """
     state = {}
+    floats = {entry.dtype for entry in reader.entries.values() if entry.dtype.is_floating_point}
+    if dtype is None and len(floats) > 1:  # products of two dtypes are none: all take that of the matrices
+        dtype = reader.matrix_dtype
     for name in stored_tensors(model, reader):
         tensor = reader.read(name)
         state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
@@ -218,12 +221,40 @@ def stored_tensors(model: PreTrainedModel, reader: CheckpointReader) -> list[str
     """
     expected = expected_tensors(model)
     found = {name: entry.shape for name, entry in reader.entries.items() if not _is_surplus(name, expected)}
+    _refuse_other_head(model, expected, found, reader.directory)
     check_names(expected, found, reader.directory)
     return sorted(found)
 
 
+def _refuse_other_head(
+    model: PreTrainedModel, expected: Mapping[str, object], found: Mapping[str, object], directory: Path
+) -> None:
+    """Say of a checkpoint what it is, where only its head is not that of a language model.
+
+    Raises:
+        UsageError: a classifier, a reward model, or a base model saved without its head.
+    """
+    missing, surplus = expected.keys() - found.keys(), found.keys() - expected.keys()
+    named = ", ".join(model.config.architectures or [])
+    of_layers = {name for name in missing | surplus if name.startswith("model.")}
+    if of_layers or not missing <= {"lm_head.weight"}:
+        return
+    if surplus and (missing or (named and "CausalLM" not in named)):
+        what = f"a {named}" if named and "CausalLM" not in named else "a model with another head"
+        raise UsageError(
+            f"{directory} holds {what}, no causal language model: it has tensor {min(surplus)}",
+            "give the language model that it was made from",
+        )
+    if missing and not surplus:
+        raise UsageError(
+            f"{directory} lacks lm_head.weight and does not tie it to the embeddings: it was saved without its head, "
+            "as AutoModel does",
+            "save it from AutoModelForCausalLM, or set tie_word_embeddings in its config.json if the head is tied",
+        )
+
+
 def _is_surplus(name: str, expected: Mapping[str, tuple[int, ...]]) -> bool:
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in expected)
+    return name.endswith(COMPUTED) or (name == "lm_head.weight" and name not in expected)
 
 
 def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

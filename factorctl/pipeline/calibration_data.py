@@ -15,11 +15,11 @@ from factorctl.data.spec import parse_data_spec
 from factorctl.errors import UsageError
 from factorctl.models.families import DenseModel
 from factorctl.models.loading import load_dense
+from factorctl.pipeline.source_tokenizer import ADD_TOKENIZER
 from factorctl.pipeline.tokenizers import load_tokenizer
 from factorctl.progress import Progress
 
 BLOCK_LENGTH = 512
-_TOKENIZER_HINT = "add the model's tokenizer files, or choose options that need no calibration (--router random)"
 
 
 def calibration_blocks(
@@ -30,7 +30,7 @@ def calibration_blocks(
     Raises:
         UsageError: no tokenizer, one of another model, or no text.
     """
-    tokenizer = load_tokenizer(source.path, hint=_TOKENIZER_HINT)
+    tokenizer = load_tokenizer(source.path, hint=ADD_TOKENIZER, rows=int(dense.config.vocab_size))
     block_length = min(BLOCK_LENGTH, int(getattr(dense.config, "max_position_embeddings", BLOCK_LENGTH)))
     sampler = ModelSampler(
         load_model=lambda: load_dense(source.path),

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
-from factorctl.cache import cache_directory
 from factorctl.checkpoint.aliases import DEMO
 from factorctl.checkpoint.publishing import make_directory, sole_writer, write_file
-from factorctl.checkpoint.sources import resolve
 from factorctl.errors import ResourceError
 from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.models.loading import load, load_dense
+from factorctl.pipeline.dense_source import find_source
 from factorctl.pipeline.recipe import Recipe, parse_recipe
 from factorctl.pipeline.run_recipe import StageOutcome, run_recipe
 from factorctl.pipeline.tokenizers import load_tokenizer
@@ -179,7 +178,7 @@ def write_manual(directory: Path) -> None:
 
 
 def _sample(checkpoint: Path) -> Sample:
-    source = resolve(DEMO, revision=None, cache=cache_directory(), progress=SilentProgress())
+    source = find_source(DEMO, SilentProgress())
     tokenizer = load_tokenizer(source.path, hint="remove the cached model, and run `factorctl demo` again")
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     continued = []

@@ -29,8 +29,7 @@ def compute_dtype(wanted: DTypeName, checkpoint: Path, device: torch.device, rem
     """`--dtype`, else the one that the checkpoint is stored in, unless that is bf16 and the device only emulates it."""
     if wanted != "auto":
         return torch_dtype(wanted)
-    entries = CheckpointReader(checkpoint).entries.values()
-    stored = next((entry.dtype for entry in entries if entry.dtype.is_floating_point), torch.float32)
+    stored = CheckpointReader(checkpoint).matrix_dtype
     if stored == torch.bfloat16 and not has_fast_bfloat16(device):
         kind = "GPU" if device.type == "cuda" else "CPU"
         remarks.append(f"computed in float32: this {kind} has no bfloat16 arithmetic")

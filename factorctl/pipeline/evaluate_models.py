@@ -11,16 +11,16 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from factorctl.cache import cache_directory
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import Manifest, check_files, is_artefact, read_manifest
-from factorctl.checkpoint.sources import Source, resolve
+from factorctl.checkpoint.sources import Source
 from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.config import EvalConfig
 from factorctl.errors import IntegrityError, UsageError, in_one_line
 from factorctl.models.factored_spec import MODEL_TYPE
 from factorctl.models.families import FAMILIES
 from factorctl.models.loading import NativeCheckpoint, load, load_dense, open_checkpoint
+from factorctl.pipeline.dense_source import find_source
 from factorctl.pipeline.recorded_source import describe_source, find_recorded_source
 from factorctl.pipeline.tokenizers import has_tokenizer, load_tokenizer
 from factorctl.pipeline.workspace import newest_checkpoint
@@ -111,7 +111,7 @@ def find_model(name: str, progress: Progress) -> EvalModel:
             return _artefact(path, progress)
         if (path / "config.json").is_file() and read_json_object(path / "config.json").get("model_type") == MODEL_TYPE:
             read_manifest(path)  # says what an unfinished checkpoint is
-    return _plain(resolve(name, revision=None, cache=cache_directory(), progress=progress), progress)
+    return _plain(find_source(name, progress), progress)
 
 
 def _artefact(path: Path, progress: Progress) -> EvalModel:
@@ -139,8 +139,8 @@ def _artefact(path: Path, progress: Progress) -> EvalModel:
 
 
 def _plain(source: Source, progress: Progress) -> EvalModel:
-    if source.note:
-        progress.note(source.note)
+    for note in source.notes:
+        progress.note(note)
     with progress.stage(f"Hashing {source.id}"):
         description = describe_source(source)
     return EvalModel(
@@ -243,4 +243,5 @@ def _tokenizer(model: EvalModel) -> PreTrainedTokenizerBase | None:
     if not has_tokenizer(model.path):
         return None
     config = model.native.dense.config if model.native is not None else None
-    return load_tokenizer(model.path, hint="put the model's own tokenizer files there", config=config)
+    hint = "put the model's own tokenizer files there"
+    return load_tokenizer(model.path, hint=hint, config=config, rows=model.vocabulary)

@@ -14,12 +14,12 @@ from factorctl.calibration.stream import LayerwiseModel
 from factorctl.checkpoint.builder import ArtefactBuilder, building
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import Manifest
-from factorctl.checkpoint.reader import CheckpointReader, all_finite
+from factorctl.checkpoint.reader import COMPUTED, CheckpointReader, all_finite
 from factorctl.checkpoint.sources import copied_files
 from factorctl.checkpoint.strict_json import dump_json
 from factorctl.config import FactorizeConfig
 from factorctl.data.blocks import TokenBlocks
-from factorctl.errors import IntegrityError, UsageError
+from factorctl.errors import UsageError
 from factorctl.models.building import empty_dense_model
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import ffn_prefix, layer_prefix
@@ -64,8 +64,9 @@ def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
 
     1. Resolve the source and check every option against it.
     2. Read the calibration text, if an option needs it.
-    3. Layer by layer: partition, slice, prove the identity, fit router, scale and down-projection; write the shard.
-    4. Write the other tensors, config, tokenizer, card; then the manifest; then give the directory its name.
+    3. Write the tensors outside of the layers.
+    4. Layer by layer: partition, slice, prove the identity, fit router, scale and down-projection; write the shard.
+    5. Write config, tokenizer, card; then the manifest; then give the directory its name.
 
     Raises:
         FactorctlError: with what is wrong; nothing is published then.
@@ -81,15 +82,18 @@ def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
     with building(
         plan.out, num_shards=num_shards, fingerprint=identity, overwrite=config.overwrite, progress=progress
     ) as builder:
+        _write_rest(plan, builder)  # first: a value that does not fit is found before the long part
         records = _write_layers(plan, builder, blocks, device, progress)
-        _write_rest(plan, builder)
         spec = plan.spec
         if spec.scale == "fitted":
             spec = replace(spec, fitted_a=tuple(record["fitted_a"] for record in records))
         manifest = _manifest(plan, spec, source, blocks, records)
         builder.write_file("config.json", dump_json(native_config(plan.dense, spec)))
         for path in copied_files(plan.source.path):
-            builder.copy_file(path)
+            if path.name not in plan.tokenizer.superseded:
+                builder.copy_file(path)
+        for name, content in plan.tokenizer.files.items():
+            builder.write_file(name, content)
         builder.write_file("README.md", native_card(manifest).encode())
         builder.publish(manifest)
     shape = plan.spec.shape
@@ -170,7 +174,7 @@ def _layer_tensors(
     """All tensors of a decoder layer: the factored FFN's and everything else as it was."""
     replaced = set(plan.dense.ffn_tensor_names(layer).values())
     kept = [name for name in reader.entries if name.startswith(layer_prefix(layer)) and name not in replaced]
-    tensors = {name: _stored(plan, reader, name) for name in kept if not name.endswith("rotary_emb.inv_freq")}
+    tensors = {name: _stored(plan, reader, name) for name in kept if not name.endswith(COMPUTED)}
     return tensors | {f"{ffn_prefix(layer)}.{name}": tensor for name, tensor in factored.tensors.items()}
 
 
@@ -180,12 +184,6 @@ def _write_rest(plan: FactorizePlan, builder: ArtefactBuilder) -> None:
         return
     reader = CheckpointReader(plan.source.path)
     names = [n for n in stored_tensors(empty_dense_model(plan.dense), reader) if not n.startswith("model.layers.")]
-    tied_twice = plan.dense.config.tie_word_embeddings and "lm_head.weight" in reader.entries
-    if tied_twice and not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
-        raise IntegrityError(
-            f"{plan.source.path}: the config ties lm_head.weight to the embeddings, but the two differ",
-            "set tie_word_embeddings to false in its config.json if the separate head is meant",
-        )
     builder.write_shard(0, {name: _stored(plan, reader, name) for name in names}, {})
 
 

@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 
-from factorctl.cache import cache_directory
 from factorctl.calibration.tokens import CHUNK_TOKENS, HIDDEN_BYTES
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader, TensorEntry
-from factorctl.checkpoint.sources import Source, resolve
-from factorctl.config import FactorizeConfig
+from factorctl.checkpoint.sources import Source
+from factorctl.config import DTypeName, FactorizeConfig
 from factorctl.contracts import SAMPLE_TOKENS, PartitionStrategy, Stat, check_option_names, chooses_shared
-from factorctl.errors import UsageError
+from factorctl.data.spec import parse_data_spec
+from factorctl.errors import IntegrityError, UsageError
 from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
 from factorctl.models.building import empty_dense_model
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel, read_dense_model
 from factorctl.models.loading import stored_tensors
 from factorctl.models.strategies import StrategyProvenance, get_strategy
+from factorctl.pipeline.dense_source import find_source
 from factorctl.pipeline.devices import storage_dtype, torch_device
+from factorctl.pipeline.source_tokenizer import SourceTokenizer, source_tokenizer
 from factorctl.pipeline.time_estimate import factorize_seconds
 from factorctl.pipeline.workspace import output_path
 from factorctl.progress import Progress
@@ -41,6 +44,7 @@ class FactorizePlan:
     provenance: StrategyProvenance
     needs: frozenset[Stat]
     calibrates: bool
+    tokenizer: SourceTokenizer
     compressed: bool
     disk_bytes: int
     memory_bytes: int
@@ -73,9 +77,9 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
     strategy, provenance = get_strategy(config.strategy)
     check_option_names(strategy, config.strategy_options)
     needs = strategy.needs(config.strategy_options)
-    source = resolve(config.model, revision=config.revision, cache=cache_directory(), progress=progress)
-    if source.note:
-        progress.note(source.note)
+    source = find_source(config.model, progress, revision=config.revision)
+    for note in source.notes:
+        progress.note(note)
     dense = read_dense_model(source.path)
     shape = config.shape_for(dense.intermediate_size)
     out = output_path(config.out, config.workspace, config.model, shape.notation)
@@ -85,6 +89,12 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
     compressed = config.router == "analytic" or config.split.scale == "fitted" or config.refit
     reader = CheckpointReader(source.path)
     stored_tensors(empty_dense_model(dense), reader)
+    refuse_other_copy_of_tied(dense, reader)
+    config = _with_one_dtype(config, reader, progress)
+    calibrates = compressed or bool(needs)
+    if calibrates:
+        parse_data_spec(config.calibration, option="--calibration")
+    tokenizer = source_tokenizer(source.path, dense, needed=calibrates, progress=progress)
     plan = FactorizePlan(
         config=config,
         out=out,
@@ -94,7 +104,8 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
         strategy=strategy,
         provenance=provenance,
         needs=needs,
-        calibrates=compressed or bool(needs),
+        calibrates=calibrates,
+        tokenizer=tokenizer,
         compressed=compressed,
         disk_bytes=sum(math.prod(e.shape) * (stored_dtype(config, e).itemsize) for e in reader.entries.values()),
         memory_bytes=0,
@@ -154,6 +165,32 @@ def require_resources(plan: FactorizePlan) -> None:
         "(--experts N --router random, no --refit, no --shared-fraction)"
     )
     require_memory(plan.memory_bytes, available_memory(), hint=hint)
+
+
+def refuse_other_copy_of_tied(dense: DenseModel, reader: CheckpointReader) -> None:
+    """Old writers stored tied embeddings twice; a copy that differs is another head.
+
+    Raises:
+        IntegrityError: the two differ.
+    """
+    if not dense.config.tie_word_embeddings or "lm_head.weight" not in reader.entries:
+        return
+    if not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
+        raise IntegrityError(
+            f"{reader.directory}: the config ties lm_head.weight to the embeddings, but the two differ",
+            "set tie_word_embeddings to false in its config.json if the separate head is meant",
+        )
+
+
+def _with_one_dtype(config: FactorizeConfig, reader: CheckpointReader, progress: Progress) -> FactorizeConfig:
+    """`auto` as a name where the matrices of the source differ: the dtype that holds all of them exactly."""
+    found = {e.dtype for e in reader.entries.values() if e.dtype.is_floating_point and len(e.shape) > 1}
+    name = str(reader.matrix_dtype).removeprefix("torch.")
+    if config.dtype != "auto" or len(found) < 2 or name not in get_args(DTypeName):
+        return config
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+    progress.note(f"the source's weights are stored in {names}: all are kept in {name}, exactly; --dtype takes another")
+    return replace(config, dtype=cast(DTypeName, name))
 
 
 def stored_dtype(config: FactorizeConfig, entry: TensorEntry) -> torch.dtype:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from factorctl.cache import cache_directory
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.checkpoint.sources import Source, resolve
+from factorctl.checkpoint.sources import Source
 from factorctl.config import FinetuneConfig
 from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, DataSpec, parse_data_spec
 from factorctl.errors import UsageError
@@ -23,6 +22,7 @@ from factorctl.memory import PROCESS_BYTES, free_memory, require_memory
 from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint
+from factorctl.pipeline.dense_source import find_source
 from factorctl.pipeline.devices import torch_device
 from factorctl.pipeline.recorded_source import find_recorded_source, has_recorded_weights, holds_dense_values
 from factorctl.pipeline.workspace import newest_checkpoint, output_path
@@ -227,7 +227,7 @@ def find_teacher(config: FinetuneConfig, checkpoint: NativeCheckpoint, progress:
         return None
     known = manifest.source
     if config.teacher is not None:
-        source = resolve(config.teacher, revision=None, cache=cache_directory(), progress=progress)
+        source = find_source(config.teacher, progress)
     else:
         why = "since this checkpoint's values are no longer the dense ones"
         wanted_for = f"the teacher is the dense source {known['id']}, {why}"

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from factorctl.cache import cache_directory
+from factorctl.checkpoint.first_bytes import is_gguf
+from factorctl.checkpoint.gguf_source import cached_copy
 from factorctl.checkpoint.hashing import hash_file
 from factorctl.checkpoint.manifest import Manifest
-from factorctl.checkpoint.sources import Source, copied_files, resolve
+from factorctl.checkpoint.sources import Source, copied_files
 from factorctl.errors import FactorctlError, UsageError
+from factorctl.pipeline.dense_source import find_source
 from factorctl.progress import Progress
 
 
@@ -25,7 +28,7 @@ def describe_source(source: Source) -> dict[str, Any]:
         "id": source.id,
         "kind": source.kind,
         "revision": source.revision,
-        "path": str(source.path.resolve()) if source.kind in ("local", "gguf") else None,
+        "path": str((source.file or source.path).resolve()) if source.kind in ("local", "gguf") else None,
         "files": {path.name: asdict(hash_file(path)) for path in dict.fromkeys(files)},
     }
 
@@ -39,19 +42,30 @@ def find_recorded_source(known: Mapping[str, Any], progress: Progress, *, wanted
         hint: how to name it by hand.
 
     Raises:
-        UsageError: it is in neither place.
+        UsageError: it is in neither place, or another file stands there by now.
     """
-    recorded = known.get("path")
-    fetched_by_name = known["id"] if known["kind"] in ("hub", "wheel") else None
-    model = recorded if recorded and (Path(recorded) / "config.json").is_file() else fetched_by_name
+    recorded, kind, revision = known.get("path"), known["kind"], known.get("revision")
     try:
-        if model is not None:
-            revision = known.get("revision") if model == known["id"] and known["kind"] == "hub" else None
-            return resolve(str(model), revision=revision, cache=cache_directory(), progress=progress)
-        reason = f"{recorded} is not there any more"
+        if kind in ("hub", "wheel"):
+            return find_source(str(known["id"]), progress, revision=revision if kind == "hub" else None)
+        if recorded and _is_model(Path(recorded)):
+            found = find_source(str(recorded), progress)
+            if kind != "gguf" or found.file is None or found.revision == revision:
+                return found
+            reason = (
+                f"{recorded} is another file by now: its sha256 is {found.revision}, the manifest records {revision}"
+            )
+        else:
+            reason = f"{recorded} is not there any more"
+        if kind == "gguf" and (copy := cached_copy(str(revision), cache_directory())).is_dir():
+            return Source(copy, str(known["id"]), "gguf", str(revision), (f"{reason}; the cached copy is used",))
     except FactorctlError as error:
         reason = error.message
     raise UsageError(f"{wanted_for}; it was not found: {reason}", hint)
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file() or is_gguf(path)
 
 
 def has_recorded_weights(directory: Path, files: Mapping[str, Any]) -> bool:

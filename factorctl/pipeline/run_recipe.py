@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from factorctl import __version__
-from factorctl.cache import cache_directory
 from factorctl.checkpoint.hashing import hash_file, hash_value
 from factorctl.checkpoint.manifest import MANIFEST_NAME, check_files, is_artefact, read_manifest
 from factorctl.checkpoint.publishing import make_directory, refuse_impossible_name, sole_writer, writable, write_file
-from factorctl.checkpoint.sources import resolve
 from factorctl.checkpoint.strict_json import dump_sealed, read_sealed
 from factorctl.config import EvalConfig, ExportConfig, FactorizeConfig, FinetuneConfig, ProfileConfig
 from factorctl.data.hub import pin_revisions
 from factorctl.data.identity import identify_sources
 from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, parse_data_spec
 from factorctl.errors import IntegrityError, ResourceError
+from factorctl.pipeline.dense_source import find_source
 from factorctl.pipeline.evaluate import evaluate
 from factorctl.pipeline.evaluate_result import RESULTS_NAME
 from factorctl.pipeline.export import export
@@ -138,7 +137,7 @@ def stage_key(config: StageConfig, upstream: str | None, progress: Progress) -> 
 def _source_identity(config: StageConfig, progress: Progress) -> dict[str, Any] | None:
     if not isinstance(config, FactorizeConfig):
         return None
-    source = resolve(config.model, revision=config.revision, cache=cache_directory(), progress=progress)
+    source = find_source(config.model, progress, revision=config.revision)
     with progress.stage("Hashing the source"):
         return dict(describe_source(source)["files"])
 

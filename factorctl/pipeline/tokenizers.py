@@ -6,7 +6,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from factorctl.checkpoint.first_bytes import refuse_pointer
 from factorctl.errors import UsageError, in_one_line
+from factorctl.pipeline.embedded_tokens import with_rows_alone
 from factorctl.pipeline.special_tokens import complete_special_tokens
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -17,16 +19,21 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
-def load_tokenizer(directory: Path, *, hint: str, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    directory: Path, *, hint: str, config: PretrainedConfig | None = None, rows: int | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer in `directory`.
 
     Args:
         hint: what to do where it cannot be read.
         config: the model's, where the directory's own is none that transformers knows.
+        rows: of the embedding; added tokens that none of them stands for are left out.
 
     Raises:
-        UsageError: there is none, or transformers cannot read it.
+        UsageError: there is none, transformers cannot read it, or it uses tokens that the model does not have.
     """
+    for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
+        refuse_pointer(directory / name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, config=config)
         complete_special_tokens(tokenizer, directory, config)
@@ -35,4 +42,4 @@ def load_tokenizer(directory: Path, *, hint: str, config: PretrainedConfig | Non
         raise UsageError(
             f"{directory} has no tokenizer that transformers can read: {in_one_line(error)}", hint
         ) from error
-    return tokenizer
+    return tokenizer if rows is None else with_rows_alone(tokenizer, rows, directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
@@ -18,7 +19,9 @@ def output_path(out: Path | None, workspace: Path, model: str, suffix: str) -> P
     """`out`, or a name in the workspace made of the model's and what was done to it."""
     if out is not None:
         return out.expanduser()
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model.removeprefix("pypi:")).name).strip("-.") or "model"
+    path = Path(model).expanduser()
+    named = path.resolve() if os.path.exists(path) else Path(model.removeprefix("pypi:"))  # "." has a name then
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", named.name).strip("-.") or "model"
     return workspace / f"{stem.removesuffix('.gguf')}-{suffix}"
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = {
-"cache": 0, "contracts": 0, "config": 0, "errors": 0, "memory": 0, "processor": 0, "progress": 0, "quiet": 0,
+    "cache": 0, "contracts": 0, "config": 0, "errors": 0, "memory": 0, "processor": 0, "progress": 0, "quiet": 0,
     "token_counts": 0,
     "kernels": 1, "models": 1, "checkpoint": 1, "data": 1, "reporting": 1,
     "calibration": 2, "training": 2, "evaluation": 2, "profiling": 2, "exporting": 2,

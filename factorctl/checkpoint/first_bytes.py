@@ -1,0 +1,79 @@
+"""What a file is, by its first bytes: names are given by people, and a failed download keeps the name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from factorctl.errors import IntegrityError, UsageError
+
+GGUF_MAGIC = b"GGUF"
+_LFS_POINTER = b"version https://git-lfs"
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_MARKUP = (b"<!DOCTYPE", b"<!doctype", b"<html", b"<?xml", b"<Error")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a regular file that begins as GGUF files do."""
+    return path.is_file() and first_bytes(path).startswith(GGUF_MAGIC)
+
+
+def first_bytes(path: Path) -> bytes:
+    """Enough of the file to tell what it is."""
+    with path.open("rb") as file:
+        return file.read(64)
+
+
+def looks_like(path: Path) -> str | None:
+    """What the file seems to be, in words that follow "is"; None where its first bytes do not tell."""
+    start = first_bytes(path)
+    if not start:
+        return "an empty file"
+    if start.startswith(GGUF_MAGIC):
+        return "a GGUF file"
+    if start.startswith(_LFS_POINTER):
+        return "a git-lfs pointer, not the file that it points to"
+    if start.startswith(_ZIP):
+        return "a zip archive, as PyTorch's pickled weights and wheels are"
+    if start.startswith(_PICKLE):
+        return "a Python pickle"
+    if start.startswith(_MARKUP):
+        return "a web page"
+    if _is_safetensors(start):
+        return "a safetensors file"
+    return "a JSON file" if start.lstrip().startswith(b"{") else None
+
+
+def next_step(path: Path) -> str:
+    """What to do with a file that is given as a model, or stands where another was expected."""
+    start = first_bytes(path)
+    if start.startswith(_LFS_POINTER):
+        return f"fetch the file itself: git lfs pull --include {path.name}"
+    if start.startswith(GGUF_MAGIC):
+        return f"give that file itself as the model: {path}"
+    if start.startswith((_ZIP, _PICKLE)):
+        return "pickled weights are not read; convert them with transformers' save_pretrained"
+    if _is_safetensors(start):
+        return f"give the directory that it lies in, with config.json and tokenizer files: {path.parent}"
+    return "fetch the file again"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that git left as a pointer, or that is a web page, wherever one of a checkpoint's is expected.
+
+    Raises:
+        IntegrityError: with what it is and the command that fetches the file.
+    """
+    if path.is_file() and first_bytes(path).startswith((_LFS_POINTER, *_MARKUP)):
+        raise IntegrityError(f"{path} is {looks_like(path)}", next_step(path))
+
+
+def refuse_as_model(path: Path) -> UsageError:
+    """The error for a file, no GGUF, that was given as MODEL."""
+    found = looks_like(path)
+    described = "is no GGUF file" if found is None else f"is {found}"
+    return UsageError(f"{path} {described}; a model is a .gguf file or a Hugging Face directory", next_step(path))
+
+
+def _is_safetensors(start: bytes) -> bool:
+    """A length of eight bytes, then a JSON object."""
+    return len(start) > 9 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 30
