@@ -44,7 +44,9 @@ def export(
     quant: Annotated[
         str,
         typer.Option(
-            "--quant", help="GGUF storage: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.; auto keeps the dtype."
+            "--quant",
+            help="GGUF storage: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; by llama.cpp's own quantiser q6_k, "
+            "q5_k_m, q4_k_m, q3_k_m and their kin (pip install cyllama); auto keeps the dtype.",
         ),
     ] = "auto",
     exact: Annotated[
@@ -161,6 +163,8 @@ def _show_result(result: ExportResult, output: OutputFormat) -> None:
         facts["the source, bit for bit"] = result.identical_to_source
     if result.memory_bytes is not None:
         facts["weights in memory"] = gigabytes(result.memory_bytes)
+    if result.bits_per_weight is not None:
+        facts["bits per weight"] = f"{result.bits_per_weight:.2f}"
     facts |= {
         "on disk": f"{gigabytes(result.bytes)} in {result.files} files",
         "time": f"{result.seconds:.1f} s",
@@ -173,6 +177,5 @@ def _show_result(result: ExportResult, output: OutputFormat) -> None:
 
 
 def _next_steps(result: ExportResult) -> list[str]:
-    if result.format == "gguf":
-        return [f"Next: llama-cli -m {result.path}/model.gguf", f"      ollama create NAME -f {result.path}/Modelfile"]
-    return [f"Next: vllm serve {result.path}", "      more engines and their limits: docs/serve.md"]
+    first, *others = result.next_steps
+    return [f"Next: {first}", *(f"      {step}" for step in others)]

@@ -41,6 +41,7 @@ QWEN3 = Architecture("qwen3_moe", "Qwen3MoeForCausalLM", "copied", reads_head_di
 
 HF_ROPE_TYPES = frozenset({"default", "linear", "dynamic", "yarn", "llama3"})
 GGUF_ROPE_TYPES = frozenset({"default", "linear", "llama3"})
+LLAMA_CPP_MAX_LAYERS = 512
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def refuse_blocked(dense: DenseModel, spec: FactoredSpec, target: ExportTarget, 
     if not found:
         return
     able = [name for name in get_args(ExportTarget) if not blockers(dense, spec, name, exact=exact)]
-    few_bits = "; few bits for engines: --to gguf --quant q8_0" if target.startswith("bnb") else ""
+    few_bits = "; few bits for engines: --to gguf --quant q8_0" if target[:3] == "bnb" and "gguf" in able else ""
     raise UsageError(
         f"--to {target} cannot hold this model: " + "; ".join(str(blocker) for blocker in found),
         f"targets that can: {', '.join('--to ' + name for name in able)}; the native checkpoint can as well{few_bits}",
@@ -134,12 +135,18 @@ def _hf_blockers(dense: DenseModel, spec: FactoredSpec, features: Features) -> l
 
 
 def _gguf_blockers(dense: DenseModel, spec: FactoredSpec, features: Features) -> list[Blocker]:
-    rope_type = features.rope_type
+    arch, rope_type, found = gguf_architecture(dense, spec), features.rope_type, []
+    if features.attention_bias and arch == "qwen3moe":
+        reason = "llama.cpp's qwen3moe has no bias on attention's output, and does not load a file with one"
+        found.append(Blocker("attention_bias", True, reason))
     if rope_type not in GGUF_ROPE_TYPES:
-        return [Blocker("rope_type", rope_type, f"known here: {', '.join(sorted(GGUF_ROPE_TYPES))}")]
-    if rope_type == "llama3" and gguf_architecture(dense, spec) == "qwen3moe":
-        return [Blocker("rope_type", rope_type, "llama.cpp's qwen3moe reads no rope_freqs")]
-    return []
+        found.append(Blocker("rope_type", rope_type, f"known here: {', '.join(sorted(GGUF_ROPE_TYPES))}"))
+    elif rope_type == "llama3" and arch == "qwen3moe":
+        found.append(Blocker("rope_type", rope_type, "llama.cpp's qwen3moe reads no rope_freqs"))
+    if dense.num_layers > LLAMA_CPP_MAX_LAYERS:
+        reason = f"llama.cpp stops above {LLAMA_CPP_MAX_LAYERS}"
+        found.append(Blocker("num_hidden_layers", dense.num_layers, reason))
+    return found
 
 
 def _dense_4bit_blockers(dense: DenseModel, spec: FactoredSpec) -> list[Blocker]:

@@ -40,6 +40,7 @@ class CardFacts:
     memory_bytes: int | None = None
     """Of the loaded weights, where the engine says it."""
     gguf_file: str | None = None
+    bits_per_weight: float | None = None
     needs_factorctl: bool = False
     """Whether `factorctl.load` has to load it: experts that are routed and quantised."""
     licence: str | None = None
@@ -108,6 +109,8 @@ def _what_it_is(parent: Manifest, facts: CardFacts) -> str:
 
 def _format(facts: CardFacts) -> str:
     held = "" if facts.memory_bytes is None else f", {facts.memory_bytes / 1e6:.1f} MB of memory when loaded"
+    if facts.bits_per_weight is not None:
+        held = f" ({facts.bits_per_weight:.2f} bits a weight)"
     code = "loaded by `factorctl.load`, as the stock class" if facts.needs_factorctl else "no custom code"
     return (
         f"- Format: {facts.config['target']}, architecture `{facts.architecture}`, {facts.dtype} weights{held}, {code}."

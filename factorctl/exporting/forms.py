@@ -133,7 +133,7 @@ def _gguf_form(
 
 
 def _gguf_fidelity(quant: str, of_experts: Fidelity, reader: CheckpointReader) -> Fidelity:
-    if quant.startswith("q8"):
+    if quant.startswith(("q8", "q6")):
         return Fidelity.INT8
     if quant not in PLAIN_QUANTS.values():
         return Fidelity.INT4

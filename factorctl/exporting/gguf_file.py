@@ -6,27 +6,22 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
 from factorctl.checkpoint.publishing import writable
 from factorctl.checkpoint.reader import CheckpointReader, all_finite
-from factorctl.errors import FactorctlError, UsageError
+from factorctl.errors import UsageError
 from factorctl.exporting.features import Features, features_of
+from factorctl.exporting.gguf_identity import Identity
 from factorctl.exporting.gguf_tensors import PLAIN_QUANTS, GgufLayout, storage_type, stored_bytes, to_numpy
 from factorctl.exporting.gguf_tokenizer import GgufTokenizer
+from factorctl.exporting.llama_quantizer import file_type
 from factorctl.exporting.shards import planned_tensors
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel
 from factorctl.progress import Progress
 
 GGUF_NAME = "model.gguf"
-MODELFILE = """# ollama create NAME -f Modelfile
-FROM ./model.gguf
-"""
-
-
-class GgufMismatchError(FactorctlError):
-    """The file that was written does not hold what was meant to be in it."""
 
 
 def planned_bytes(layout: GgufLayout, reader: CheckpointReader, quant: str) -> int:
@@ -48,7 +43,7 @@ def write_gguf(
     reader: CheckpointReader,
     tokenizer: GgufTokenizer,
     *,
-    name: str,
+    identity: Identity,
     quant: str,
     progress: Progress,
 ) -> None:
@@ -58,7 +53,8 @@ def write_gguf(
         UsageError: a value does not fit the storage type.
     """
     writer = GGUFWriter(None, layout.arch)
-    add_metadata(writer, layout.native.dense, spec, layout, name=name, quant=quant)
+    add_metadata(writer, layout.native.dense, spec, layout, quant=quant)
+    identity.add_to(writer)
     tokenizer.add_to(writer)
     for tensor in planned_tensors(layout, reader):
         kind = storage_type(tensor.name, tensor.shape, quant)
@@ -85,13 +81,10 @@ def _write_unit(writer: GGUFWriter, layout: GgufLayout, unit: int, reader: Check
         writer.write_tensor_data(gguf.quantize(to_numpy(tensor), kind))
 
 
-def add_metadata(
-    writer: GGUFWriter, dense: DenseModel, spec: FactoredSpec, layout: GgufLayout, *, name: str, quant: str
-) -> None:
+def add_metadata(writer: GGUFWriter, dense: DenseModel, spec: FactoredSpec, layout: GgufLayout, *, quant: str) -> None:
     """Sizes, RoPE and experts under the keys that llama.cpp reads."""
     features, shape = features_of(dense), spec.shape
-    writer.add_name(name)
-    writer.add_file_type(LlamaFileType.ALL_F32 if quant == "f32" else LlamaFileType[f"MOSTLY_{quant.upper()}"])
+    writer.add_file_type(file_type(quant))
     if quant not in PLAIN_QUANTS.values():
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(int(dense.config.vocab_size))
@@ -134,22 +127,3 @@ def _add_granite(writer: GGUFWriter, features: Features, shared_size: int) -> No
     writer.add_residual_scale(1.0)
     writer.add_embedding_scale(1.0)
     writer.add_attention_scale(features.head_dim**-0.5)
-
-
-def check_gguf(path: Path, layout: GgufLayout, reader: CheckpointReader, quant: str) -> None:
-    """Read the file back: every tensor is there, as it was meant to be stored, and no other.
-
-    Raises:
-        GgufMismatchError: naming the first difference.
-    """
-    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    for unit in range(layout.num_units):
-        for name, tensor in layout.unit(unit, reader.read).items():
-            found = stored.pop(name, None)
-            kind = storage_type(name, tensor.shape, quant)
-            if found is None or found.tensor_type is not kind:
-                raise GgufMismatchError(f"{path.name} lacks tensor {name} as {kind.name}", "nothing was published")
-            if not np.array_equal(found.data.reshape(-1), gguf.quantize(to_numpy(tensor), kind).reshape(-1)):
-                raise GgufMismatchError(f"{path.name}: tensor {name} was not stored whole", "nothing was published")
-    if stored:
-        raise GgufMismatchError(f"{path.name} holds tensor {next(iter(stored))}, which was not meant to be there")

@@ -16,6 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from factorctl.errors import UsageError, did_you_mean
 from factorctl.exporting.features import Features, features_of
 from factorctl.exporting.folding import Folding, StockFFN
+from factorctl.exporting.llama_quantizer import ALIASES, MIXED, likely_type
 from factorctl.exporting.stock_tensors import NativeUnits, Tensors, split_qkv, with_head
 from factorctl.models.families import ReadTensor, layer_prefix
 
@@ -29,7 +30,7 @@ QUANTS = {
     "q4_1": GGMLQuantizationType.Q4_1,
     "q4_0": GGMLQuantizationType.Q4_0,
 }
-"""What the `gguf` package can quantise to. Mixed types (Q4_K_M and the like) are made by llama.cpp itself."""
+"""What the `gguf` package can quantise to; `MIXED` has what llama.cpp makes itself."""
 
 PLAIN_QUANTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f32"}
 
@@ -56,17 +57,19 @@ def chosen_quant(name: str, stored: torch.dtype) -> str:
     """`--quant` as one of `QUANTS`; `auto` keeps the dtype of the weights.
 
     Raises:
-        UsageError: llama.cpp has to make this type itself, with the command; or there is no such type.
+        UsageError: the type needs more than the weights, with the command that makes it; or there is no such type.
     """
     quant = PLAIN_QUANTS[stored] if name == "auto" else name.lower()
-    if quant in QUANTS:
+    quant = ALIASES.get(quant, quant)
+    if quant in QUANTS or quant in MIXED:
         return quant
-    if quant.startswith(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq", "tq", "mxfp4")):
+    if quant.startswith(("iq", "tq", "mxfp4", "q2_k", "q4_0_")):
         raise UsageError(
-            f"--quant {name} is made by llama.cpp, not by the gguf package",
-            f"export with --quant f16, then run: llama-quantize model.gguf model-{name.upper()}.gguf {name.upper()}",
+            f"--quant {name} takes an importance matrix or a conversion of its own, which are not made here",
+            f"did you mean one of {', '.join(MIXED)}? Or export with --quant f16, then run: "
+            f"llama-quantize model.gguf model-{name.upper()}.gguf {name.upper()}",
         )
-    raise UsageError(f"--quant {name} is no GGUF type", did_you_mean(quant, QUANTS))
+    raise UsageError(f"--quant {name} is no GGUF type", did_you_mean(quant, [*QUANTS, *MIXED]))
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,12 @@ def rope_factors(features: Features) -> Tensors:
 
 
 def storage_type(name: str, shape: Sequence[int], quant: str) -> GGMLQuantizationType:
-    """What a tensor is stored as: vectors and routers wide; rows that are no whole number of blocks as f16."""
+    """What a tensor is stored as: vectors and routers wide; rows that are no whole number of blocks as f16.
+
+    In a mixed type it is what most tensors of its kind become.
+    """
+    if quant in MIXED:
+        return likely_type(name, shape, quant)
     if len(shape) == 1 or name.endswith(_KEPT_WIDE):
         return GGMLQuantizationType.F32
     wanted = QUANTS[quant]

@@ -11,14 +11,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, SpecialVocab, TokenType
-from tokenizers import Tokenizer
+from gguf import GGUFWriter, TokenType
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.errors import FactorctlError, UsageError, in_one_line
+from factorctl.exporting.chat_format import ChatFormat, chat_format
+from factorctl.exporting.gguf_special import ELSEWHERE, SpecialTokens, read_special_tokens
+from factorctl.exporting.gguf_vocabulary import TokenTable, pieces_of_merges, pieces_of_model
+from factorctl.exporting.verification_text import PASSAGES
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,70 +50,111 @@ class GgufTokenizer:
     """A tokenizer in GGUF's terms; `tokens` has one entry per row of the embedding."""
 
     model: str
-    pre: str | None
+    pre: str
     tokens: list[str]
     types: list[int]
-    special: SpecialVocab
+    original: PreTrainedTokenizerBase
+    """What it was made of, as transformers reads it."""
+    special: SpecialTokens
+    chat: ChatFormat | None
+    """The chat template as text around messages, where it is no more than that."""
+    merges: list[str] | None = None
     scores: list[float] | None = None
+    space_prefix: bool | None = None
+    """Whether a text is read as if a space stood before it; only SentencePiece asks."""
+    is_rebuilt: bool = False
+    """Whether scores were derived from merges: then llama.cpp itself has to say that they serve."""
+
+    @cached_property
+    def missing_bytes(self) -> frozenset[int]:
+        """Bytes that a byte-level vocabulary has no token for, which only a damaged or a very small one lacks."""
+        if self.model != "gpt2":
+            return frozenset()
+        known = set(self.tokens)
+        return frozenset(byte for byte, token in bytes_to_unicode().items() if token not in known)
 
     def add_to(self, writer: GGUFWriter) -> None:
         """Write the keys `tokenizer.*`."""
         writer.add_tokenizer_model(self.model)
-        if self.pre is not None:
-            writer.add_tokenizer_pre(self.pre)
+        writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
+        if self.merges is not None:
+            writer.add_token_merges(self.merges)
         if self.scores is not None:
             writer.add_token_scores(self.scores)
-        self.special.add_to_gguf(writer, quiet=True)
+        if self.space_prefix is not None:
+            writer.add_add_space_prefix(self.space_prefix)
+        self.special.add_to(writer)
 
 
-def read_tokenizer(directory: Path, *, vocab_size: int) -> GgufTokenizer:
+def read_tokenizer(directory: Path, *, vocab_size: int, config: PretrainedConfig | None = None) -> GgufTokenizer:
     """The tokenizer of a checkpoint directory.
+
+    Args:
+        config: the dense model's, for special tokens that no file of the tokenizer names.
 
     Raises:
         UsageError: there is none that llama.cpp could run, with the reason.
     """
     try:
-        return _read(directory, vocab_size)
+        return _read(directory, vocab_size, config)
     except FactorctlError:
         raise
     except Exception as error:  # a damaged tokenizer.json fails wherever its parts are looked at
         raise UsageError(
             f"the tokenizer files in {directory} are damaged: {in_one_line(error)}",
-            "fetch the model's tokenizer files again, or export with --to hf",
+            f"fetch the model's tokenizer files again; or {ELSEWHERE}",
         ) from error
 
 
-def _read(directory: Path, vocab_size: int) -> GgufTokenizer:
-    path = directory / "tokenizer.json"
-    raw = read_json_object(path) if path.is_file() else None
-    if raw is not None and raw.get("model", {}).get("type") == "BPE" and not raw["model"].get("byte_fallback"):
-        return _byte_level(directory, raw, vocab_size)
-    if (directory / "tokenizer.model").is_file():
-        return _sentencepiece(directory, raw, vocab_size)
-    if raw is None:
+def _read(directory: Path, vocab_size: int, config: PretrainedConfig | None) -> GgufTokenizer:
+    path, pieces = directory / "tokenizer.json", directory / "tokenizer.model"
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UsageError(
             f"{directory} has neither tokenizer.json nor tokenizer.model, and a GGUF file carries its tokenizer",
-            "add the model's tokenizer files, or export with --to hf",
+            f"add the model's tokenizer files; or {ELSEWHERE}",
         )
-    raise UsageError(
-        f"{path} holds a {raw.get('model', {}).get('type')} tokenizer with byte fallback; its scores are in "
-        "tokenizer.model, which is missing",
-        "add the source's tokenizer.model, or export with --to hf",
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    raw = read_json_object(path) if path.is_file() else json.loads(tokenizer.backend_tokenizer.to_str())
+    model, table = raw.get("model", {}), TokenTable(vocab_size)
+    is_byte_level = model.get("type") == "BPE" and not model.get("byte_fallback")
+    if not is_byte_level and not pieces.is_file() and not (model.get("type") == "BPE" and model.get("byte_fallback")):
+        raise UsageError(
+            f"{path} holds a {model.get('type')} tokenizer; llama.cpp takes BPE, byte-level or of SentencePiece",
+            f"add the source's tokenizer.model if it has one; or {ELSEWHERE}",
+        )
+    special = read_special_tokens(directory, tokenizer, config, vocab_size=vocab_size)
+    if is_byte_level:
+        kind: dict[str, Any] = {"model": "gpt2", "pre": pre_tokenizer(raw), "merges": _merges(model)}
+        for token, index in model["vocab"].items():
+            table.place(index, token, TokenType.NORMAL)
+    else:
+        found = pieces_of_model(pieces) if pieces.is_file() else pieces_of_merges(model)
+        table.place_all(found)
+        kind = {"model": "llama", "pre": "default", "scores": table.scores, "is_rebuilt": not pieces.is_file()}
+        kind["space_prefix"] = tokenizer.tokenize(PASSAGES[0])[0].startswith("▁")
+    table.place_added(special)
+    return GgufTokenizer(
+        tokens=table.names(),
+        types=table.types,
+        original=tokenizer,
+        special=special,
+        chat=chat_format(tokenizer),
+        **kind,
     )
 
 
-def _byte_level(directory: Path, raw: Mapping[str, Any], vocab_size: int) -> GgufTokenizer:
-    tokens, types = _padded(vocab_size)
-    for token, index in raw["model"]["vocab"].items():
-        _place(tokens, types, index, token, TokenType.NORMAL)
-    _place_added(tokens, types, raw)
-    if not raw["model"].get("merges"):
-        raise UsageError("the tokenizer has no merges, and llama.cpp takes none without", "export with --to hf")
-    special = SpecialVocab(directory, load_merges=True, n_vocab=vocab_size)
-    _add_special_as_the_tokenizer_does(directory, special)
-    return GgufTokenizer("gpt2", pre_tokenizer(raw), tokens, types, special)
+def _merges(model: Mapping[str, Any]) -> list[str]:
+    """Merges as GGUF spells them: "left right", a space within either side as byte-level BPE spells it.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if not model.get("merges"):
+        raise UsageError("the tokenizer has no merges, and llama.cpp takes none without", ELSEWHERE)
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    return [" ".join(side.replace(" ", "Ġ") for side in pair) for pair in pairs]
 
 
 def pre_tokenizer(raw: Mapping[str, Any]) -> str:
@@ -142,71 +189,3 @@ def _steps(part: Mapping[str, Any] | None, key: str) -> list[str]:
         return [_step("Split", part["pattern"].get("Regex") or part["pattern"].get("String"))]
     details = {name: value for name, value in part.items() if name != "type"}
     return [_step(part["type"], json.dumps(details, sort_keys=True))] if details else [part["type"]]
-
-
-def _sentencepiece(directory: Path, raw: Mapping[str, Any] | None, vocab_size: int) -> GgufTokenizer:
-    pieces = _sentencepiece_model(directory / "tokenizer.model")
-    tokens, types = _padded(vocab_size)
-    scores = [-10000.0] * vocab_size
-    for index in range(pieces.vocab_size()):
-        kind = TokenType.NORMAL
-        if pieces.IsUnknown(index):
-            kind = TokenType.UNKNOWN
-        elif pieces.IsControl(index):
-            kind = TokenType.CONTROL
-        elif pieces.IsByte(index):
-            kind = TokenType.BYTE
-        _place(tokens, types, index, pieces.IdToPiece(index), kind)
-        scores[index] = pieces.GetScore(index)
-    if raw is not None:
-        _place_added(tokens, types, raw, after=pieces.vocab_size())
-    special = SpecialVocab(directory, n_vocab=vocab_size)
-    _add_special_as_the_tokenizer_does(directory, special)
-    return GgufTokenizer("llama", "default", tokens, types, special, scores)
-
-
-def _sentencepiece_model(path: Path) -> Any:
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise UsageError(
-            f"{path} is a SentencePiece model, and the package sentencepiece is not installed",
-            "pip install sentencepiece",
-        ) from None
-    processor = SentencePieceProcessor()
-    processor.LoadFromFile(str(path))
-    return processor
-
-
-def _padded(vocab_size: int) -> tuple[list[str], list[int]]:
-    """As many tokens as the embedding has rows; those that the tokenizer does not know stay unused."""
-    return [f"[PAD{index}]" for index in range(vocab_size)], [int(TokenType.UNUSED)] * vocab_size
-
-
-def _place_added(tokens: list[str], types: list[int], raw: Mapping[str, Any], after: int = 0) -> None:
-    for token in raw.get("added_tokens") or []:
-        if token["id"] >= after:
-            kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-            _place(tokens, types, token["id"], token["content"], kind)
-
-
-def _place(tokens: list[str], types: list[int], index: int, token: str, kind: TokenType) -> None:
-    if not isinstance(token, str) or index < 0:
-        raise UsageError(f"the tokenizer has the id {index} for {str(token)[:80]!r}", "its files are damaged")
-    if index >= len(tokens):
-        raise UsageError(
-            f"the tokenizer has an id {index} ({token!r}), but the model embeds only {len(tokens)} tokens",
-            "the tokenizer files belong to another model",
-        )
-    tokens[index], types[index] = token, int(kind)
-
-
-def _add_special_as_the_tokenizer_does(directory: Path, special: SpecialVocab) -> None:
-    """Whether BOS and EOS are added, found by encoding a letter: llama.cpp's defaults differ between names."""
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        return
-    ids = Tokenizer.from_file(str(path)).encode("a").ids
-    bos, eos = special.special_token_ids.get("bos"), special.special_token_ids.get("eos")
-    special.add_special_token["bos"] = len(ids) > 1 and ids[0] == bos
-    special.add_special_token["eos"] = len(ids) > 1 and ids[-1] == eos

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from pathlib import Path
+
 from factorctl.checkpoint.builder import ArtefactBuilder
-from factorctl.errors import IntegrityError
+from factorctl.checkpoint.publishing import writable
+from factorctl.errors import UsageError
 from factorctl.exporting.comparison import compare_candidates
 from factorctl.exporting.features import features_of
-from factorctl.exporting.gguf_file import (
-    GGUF_NAME,
-    MODELFILE,
-    check_gguf,
-    fallbacks,
-    gguf_context,
-    planned_bytes,
-    write_gguf,
-)
-from factorctl.exporting.gguf_tensors import GgufLayout
+from factorctl.exporting.forms import stored_dtype
+from factorctl.exporting.gguf_check import check_gguf
+from factorctl.exporting.gguf_file import GGUF_NAME, fallbacks, gguf_context, planned_bytes, write_gguf
+from factorctl.exporting.gguf_identity import Identity, identity_of
+from factorctl.exporting.gguf_tensors import PLAIN_QUANTS, GgufLayout
 from factorctl.exporting.gguf_tokenizer import read_tokenizer
+from factorctl.exporting.gguf_tokens_check import check_tokens, token_questions
 from factorctl.exporting.jobs import ExportJob, Verified
 from factorctl.exporting.llama_cpp import ask_llama_cpp, has_llama_cpp, llama_cpp_name, require_llama_cpp
+from factorctl.exporting.llama_quantizer import MIXED, fits, require_quantizer
+from factorctl.exporting.modelfile import modelfile
 from factorctl.exporting.native_reference import NativeReference
-from factorctl.exporting.verification_text import PASSAGES
+from factorctl.exporting.shards import planned_tensors
 from factorctl.progress import Progress
 
 SEQUENCES_RUN = 4
 """How many sequences llama.cpp is asked about: it gives one position per request."""
+PLAIN_NAME = "plain.gguf"
+"""What llama.cpp's quantiser is given; gone when it is done."""
 
 
 class GgufWriter:
@@ -37,56 +41,122 @@ class GgufWriter:
         if job.config.verify_gguf:
             require_llama_cpp()
         self.job, self.layout, self.quant = job, job.form.layout, job.form.dtype
+        self.quantizer = require_quantizer(self.quant) if self.quant in MIXED else None
+        self.written_as = PLAIN_QUANTS[stored_dtype(job.config, job.reader)] if self.quantizer else self.quant
         self.vocab_size = int(job.checkpoint.dense.config.vocab_size)
-        self.tokenizer = read_tokenizer(job.checkpoint.path, vocab_size=self.vocab_size)
-        self.weight_bytes = planned_bytes(self.layout, job.reader, self.quant)
+        self.tokenizer = read_tokenizer(
+            job.checkpoint.path, vocab_size=self.vocab_size, config=job.checkpoint.dense.config
+        )
+        if self.tokenizer.is_rebuilt and not has_llama_cpp():
+            raise UsageError(
+                "the source has no tokenizer.model; its scores can be derived from tokenizer.json, but only llama.cpp "
+                "can say whether it then makes the same tokens, and it is not here",
+                "pip install xllamacpp, or add the source's tokenizer.model to the checkpoint",
+            )
+        stored = {self.quant, self.written_as}
+        self.weight_bytes = sum(planned_bytes(self.layout, job.reader, quant) for quant in stored)
         self.notes = self._remarks()
 
+    @cached_property
+    def identity(self) -> Identity:
+        checkpoint = self.job.checkpoint
+        return identity_of(
+            checkpoint.manifest.source,
+            checkpoint.dense.raw,
+            self.job.licences,
+            list(planned_tensors(self.layout, self.job.reader)),
+            notation=checkpoint.spec.shape.notation,
+            num_experts=checkpoint.spec.shape.num_experts,
+        )
+
     def write(self, builder: ArtefactBuilder, progress: Progress) -> None:
+        written = builder.partial / (PLAIN_NAME if self.quantizer else GGUF_NAME)
         write_gguf(
-            builder.partial / GGUF_NAME,
+            written,
             self.layout,
             self.job.checkpoint.spec,
             self.job.reader,
             self.tokenizer,
-            name=f"{self.job.checkpoint.manifest.source['id']} {self.job.checkpoint.spec.shape.notation}",
-            quant=self.quant,
+            identity=self.identity,
+            quant=self.written_as,
             progress=progress,
         )
+        if self.quantizer is not None:
+            with progress.stage(f"Quantising in {self.quantizer.name}"):
+                self.quantizer.quantise(written, builder.partial / GGUF_NAME, self.quant)
+            with writable(written):
+                written.unlink()
         builder.adopt_file(GGUF_NAME)
-        builder.write_file("Modelfile", MODELFILE.encode())
+        builder.write_file("Modelfile", modelfile(self.tokenizer).encode())
         for path in self.job.licences:
             builder.copy_file(path)
 
     def verify(self, builder: ArtefactBuilder, reference: NativeReference, progress: Progress) -> Verified:
         path = builder.partial / GGUF_NAME
         with progress.stage("Reading it back"):
-            check_gguf(path, self.layout, self.job.reader, self.quant)
+            bits = check_gguf(path, self.layout, self.job.reader, self.quant)
         if not has_llama_cpp():
-            return Verified("no engine: every stored tensor was read back and compared", None)
+            engine = "no engine: every stored tensor was read back and compared"
+            return Verified(engine, None, bits_per_weight=bits)
+        return self._run(path, reference, progress, bits)
+
+    def _run(self, path: Path, reference: NativeReference, progress: Progress, bits: float) -> Verified:
+        """Ask llama.cpp for tokens and logits.
+
+        Raises:
+            FactorctlError: it does not load the file, or makes something else of it.
+        """
         length = gguf_context(features_of(self.job.checkpoint.dense)) - 1  # one token is generated
         sequences = [ids[:length] for ids in self.job.sequences[:SEQUENCES_RUN]]
+        questions = token_questions(self.tokenizer)
         with progress.stage("Running it in llama.cpp"):
-            answer = ask_llama_cpp(path, sequences, vocab_size=self.vocab_size, texts=PASSAGES)
-        for text, theirs in zip(PASSAGES, answer.tokens, strict=True):
-            ours = theirs if self.job.tokenise is None else self.job.tokenise(text)
-            if ours != theirs:
-                raise IntegrityError(
-                    f"llama.cpp, with pre-tokenizer {self.tokenizer.pre!r}, tokenises {text[:40]!r}... as "
-                    f"{theirs[:12]}...; the model's own tokenizer gives {ours[:12]}...",
-                    "nothing was published; export with --to hf",
-                )
+            answer = ask_llama_cpp(
+                path,
+                sequences,
+                vocab_size=self.vocab_size,
+                texts=questions.texts,
+                fragments=questions.fragments,
+                ends=self.tokenizer.special.ends,
+            )
+        notes = check_tokens(self.tokenizer, questions, answer)
         logits = [logits_LV[:length] for logits_LV in reference.logits[:SEQUENCES_RUN]]
         agreement = compare_candidates(logits, answer.successors, self.job.fidelity)
-        return Verified(llama_cpp_name(), agreement)
+        return Verified(llama_cpp_name(), agreement, notes=tuple(notes), bits_per_weight=bits)
 
     def _remarks(self) -> list[str]:
         notes = []
-        if narrow := fallbacks(self.layout, self.job.reader, self.quant):
+        if self.quantizer is not None:
+            notes += self._remarks_on_mixture(self.quantizer.name)
+        elif narrow := fallbacks(self.layout, self.job.reader, self.quant):
             notes.append(
                 f"{narrow} tensors stay f16: their rows are no whole number of {self.quant} blocks "
                 f"(expert_size {self.job.checkpoint.spec.shape.expert_size})"
             )
+        if left_out := self.tokenizer.special.left_out:
+            notes.append(
+                f"{len(left_out)} added tokens are not in the file, since the model embeds none for them: "
+                f"{', '.join(left_out[:3])}"
+            )
+        if unnamed := self.tokenizer.special.unnamed_ends:
+            names = ", ".join(self.tokenizer.tokens[token] for token in unnamed)
+            notes.append(f"a GGUF file names three ends of text; beyond them {names} ends one where llama.cpp knows it")
+        if self.tokenizer.missing_bytes:
+            notes.append(
+                f"the vocabulary has no token for {len(self.tokenizer.missing_bytes)} of the 256 bytes: text with such "
+                "a byte is not compared, since what is left out of it may differ"
+            )
+        if self.tokenizer.is_rebuilt:
+            notes.append("the source has no tokenizer.model: its scores are derived from the merges of tokenizer.json")
         if not has_llama_cpp():
             notes.append("llama.cpp is not at hand (pip install xllamacpp): the file is read back, not run")
+        return notes
+
+    def _remarks_on_mixture(self, quantizer: str) -> list[str]:
+        notes = [f"quantised by {quantizer}"]
+        matrices = [tensor.shape for tensor in planned_tensors(self.layout, self.job.reader) if len(tensor.shape) > 1]
+        if wide := sum(not fits(shape, MIXED[self.quant]) for shape in matrices):
+            notes.append(
+                f"{wide} of {len(matrices)} matrices have rows that are no multiple of 256, as K-quants need: they are "
+                "stored in larger types"
+            )
         return notes

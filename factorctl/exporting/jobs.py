@@ -58,6 +58,8 @@ class Verified:
     """What the engine held for the weights after loading."""
     notes: tuple[str, ...] = ()
     """What the comparison has to say beyond its figures."""
+    bits_per_weight: float | None = None
+    """Of a GGUF file, over all its tensors."""
 
 
 class Writer(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from factorctl.errors import FactorctlError, UsageError
 from factorctl.exporting import llama_cpp_process
@@ -29,6 +30,10 @@ class LlamaAnswer:
     successors: list[Successors]
     tokens: list[list[int]]
     """Each text as llama.cpp tokenises it."""
+    fragments: list[list[int]]
+    """Each fragment, without BOS and EOS."""
+    ending: list[bool]
+    """Whether generation stops at each of `ends`."""
     continuations: list[list[int]]
 
 
@@ -58,6 +63,8 @@ def ask_llama_cpp(
     *,
     vocab_size: int,
     texts: Sequence[str] = (),
+    fragments: Sequence[str] = (),
+    ends: Sequence[int] = (),
     prompts: Sequence[Sequence[int]] = (),
     new_tokens: int = 0,
 ) -> LlamaAnswer:
@@ -74,10 +81,13 @@ def ask_llama_cpp(
             "gguf": str(gguf.resolve()),
             "sequences": [list(ids) for ids in sequences],
             "texts": list(texts),
+            "fragments": list(fragments),
+            "ends": list(ends),
+            "vocab_size": vocab_size,
             "top": min(TOP, vocab_size),
             "prompts": [list(ids) for ids in prompts],
             "new_tokens": new_tokens,
-            "threads": os.cpu_count() or 1,
+            "threads": torch.get_num_threads(),
             "answer": str(answer),
         }
         request.write_text(json.dumps(asked))
@@ -90,15 +100,15 @@ def ask_llama_cpp(
         )
         if finished.returncode or not answer.is_file():
             raise LlamaCppError(
-                f"llama.cpp does not take the file: {_reason(finished.stderr)}", "nothing was published"
+                f"llama.cpp does not take the file: {telling_line(finished.stderr)}", "nothing was published"
             )
         found = json.loads(answer.read_text())
     successors = [[[(int(i), float(p)) for i, p in step] for step in steps] for steps in found["successors"]]
-    return LlamaAnswer(successors, found["tokens"], found["continuations"])
+    return LlamaAnswer(successors, found["tokens"], found["fragments"], found["ending"], found["continuations"])
 
 
-def _reason(stderr: str) -> str:
+def telling_line(log: str) -> str:
     """The line of llama.cpp's log that says what was wrong."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower()]
     return (telling or lines or ["no message"])[0][:300]

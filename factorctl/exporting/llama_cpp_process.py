@@ -1,8 +1,9 @@
 """Run a GGUF file in llama.cpp, through the wheel xllamacpp: a program of its own, since a fault there is fatal.
 
-Run `python -I llama_cpp_process.py REQUEST`, where REQUEST is a JSON file: {"gguf", "sequences", "texts", "top",
-"prompts", "new_tokens", "threads", "answer"}. For every position of every sequence it asks for the `top` most likely
-successors; it tokenises `texts` and continues `prompts` greedily. The answer goes to the JSON file `answer`.
+Run `python -I llama_cpp_process.py REQUEST`, where REQUEST is a JSON file: {"gguf", "vocab_size", "sequences", "top",
+"texts", "fragments", "ends", "prompts", "new_tokens", "threads", "answer"}. For every position of every sequence it
+asks for the `top` most likely successors; it tokenises `texts` as prompts and `fragments` as parts of one, finds out
+which of the tokens `ends` end a text, and continues `prompts` greedily. The answer goes to the JSON file `answer`.
 """
 
 import json
@@ -38,19 +39,27 @@ def post(llama: Any, route: str, body: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def successors(llama: Any, sequence: list[int], top: int) -> list[list[tuple[int, float]]]:
+def successors(llama: Any, sequence: list[int], top: int, letter: int) -> list[list[tuple[int, float]]]:
     """For every position: (id, log-probability) of the likeliest next tokens.
 
-    The server reports none for a token that is no whole character. So it is made to emit a letter; the
+    The server reports none for a token that is no whole character. So it is made to emit `letter`, which is one; the
     log-probabilities are those before that bias.
     """
-    (letter,) = tokenise(llama, "a", special=False)
     found = []
     for end in range(1, len(sequence) + 1):
-        body = {"prompt": sequence[:end], "n_predict": 1, "n_probs": top, "logit_bias": [[letter, 1e4]], **GREEDY}
-        (step,) = post(llama, "/completion", body)["completion_probabilities"]
+        (step,) = forced(llama, sequence[:end], letter, n_predict=1, n_probs=top)["completion_probabilities"]
         found.append([(candidate["id"], candidate["logprob"]) for candidate in step["top_logprobs"]])
     return found
+
+
+def ends_text(llama: Any, token: int, letter: int) -> bool:
+    """Whether generation stops at `token`."""
+    return bool(forced(llama, [letter], token, n_predict=2)["stop_type"] == "eos")
+
+
+def forced(llama: Any, prompt: list[int], token: int, **changes: Any) -> dict[str, Any]:
+    """A completion of which every token is `token`."""
+    return post(llama, "/completion", {"prompt": prompt, "logit_bias": [[token, 1e4]], **changes, **GREEDY})
 
 
 def continuation(llama: Any, prompt: list[int], new_tokens: int) -> list[int]:
@@ -60,19 +69,39 @@ def continuation(llama: Any, prompt: list[int], new_tokens: int) -> list[int]:
     return tokens
 
 
-def tokenise(llama: Any, text: str, *, special: bool = True) -> list[int]:
-    """Token ids as llama.cpp splits the text; with `special`, BOS and EOS as the file says."""
-    tokens: list[int] = post(llama, "/tokenize", {"content": text, "add_special": special})["tokens"]
+def tokenise(llama: Any, text: str, *, whole: bool = False, special: bool = True) -> list[int]:
+    """Token ids as llama.cpp splits the text.
+
+    Args:
+        whole: add BOS and EOS as the file says.
+        special: find special tokens in the text.
+    """
+    body = {"content": text, "add_special": whole, "parse_special": special}
+    tokens: list[int] = post(llama, "/tokenize", body)["tokens"]
     return tokens
+
+
+def whole_character(llama: Any, vocab_size: int) -> int:
+    """An ordinary token that is text by itself, found by trying: no letter need be a token."""
+    for token in range(vocab_size):
+        text = post(llama, "/detokenize", {"tokens": [token]})["content"].strip()
+        if not text or "\ufffd" in text or tokenise(llama, text, special=False) != [token]:
+            continue
+        if forced(llama, [token], token, n_predict=1, n_probs=1).get("completion_probabilities"):
+            return token
+    raise SystemExit("error: no token of the vocabulary is a whole character, so nothing can be asked")
 
 
 def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         request = json.load(file)
     llama = server(request)
+    letter = whole_character(llama, request["vocab_size"]) if request["sequences"] or request["ends"] else 0
     answer = {
-        "successors": [successors(llama, ids, request["top"]) for ids in request["sequences"]],
-        "tokens": [tokenise(llama, text) for text in request["texts"]],
+        "successors": [successors(llama, ids, request["top"], letter) for ids in request["sequences"]],
+        "tokens": [tokenise(llama, text, whole=True) for text in request["texts"]],
+        "fragments": [tokenise(llama, text) for text in request["fragments"]],
+        "ending": [ends_text(llama, token, letter) for token in request["ends"]],
         "continuations": [continuation(llama, ids, request["new_tokens"]) for ids in request["prompts"]],
     }
     with open(request["answer"], "w", encoding="utf-8") as file:

@@ -26,6 +26,7 @@ from factorctl.exporting.reports import report_tables
 from factorctl.models.families import ffn_prefix
 from factorctl.pipeline.devices import torch_device
 from factorctl.pipeline.export_plan import ExportPlan, plan_export, writer_for
+from factorctl.pipeline.next_steps import next_steps
 from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
 from factorctl.progress import Progress
 
@@ -57,11 +58,15 @@ class ExportResult:
     files: int
     bytes: int
     memory_bytes: int | None
+    bits_per_weight: float | None
+    """With `--to gguf`: over all tensors of the file."""
     commit: str | None
     """Hub commit, with `--push`."""
     seconds: float
     peak_rss_bytes: int
     notes: list[str] = field(default_factory=list)
+    next_steps: list[str] = field(default_factory=list)
+    """What to type next with what was written."""
 
 
 def export(config: ExportConfig, progress: Progress) -> ExportResult:
@@ -120,10 +125,12 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         files=len(manifest.files),
         bytes=manifest.total_bytes,
         memory_bytes=verified.memory_bytes,
+        bits_per_weight=verified.bits_per_weight,
         commit=commit,
         seconds=round(time.monotonic() - started, 3),
         peak_rss_bytes=peak_rss_bytes(),
         notes=list(plan.notes),
+        next_steps=next_steps(plan.out, plan.job.form, has_tokenizer=plan.job.tokenise is not None),
     )
 
 
@@ -186,6 +193,7 @@ def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
         notes=plan.notes,
         memory_bytes=verified.memory_bytes if job.form.quantised_experts else None,
         gguf_file=GGUF_NAME if job.form.container == "gguf" else None,
+        bits_per_weight=verified.bits_per_weight,
         needs_factorctl=job.form.quantised_experts is not None,
         reports=report_tables(
             [job.config.workspace, job.config.workspace / "reports", job.checkpoint.path.parent],
@@ -230,6 +238,7 @@ def _manifest(plan: ExportPlan, verified: Verified, scaling: RouterScaling | Non
             "dtype": form.dtype,
             "quantised_experts": form.quantised_experts,
             "memory_bytes": verified.memory_bytes,
+            "bits_per_weight": verified.bits_per_weight,
             "engine": verified.engine,
             "agreement": None if verified.agreement is None else asdict(verified.agreement),
             "router_scaling": None if scaling is None else asdict(scaling),

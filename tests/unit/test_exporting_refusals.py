@@ -46,6 +46,8 @@ REFUSED: list[tuple[str, DenseModel, FactoredSpec, ExportTarget, str, str]] = [
     ("window", model("mistral"), SHARED, "hf", "sliding_window = 8", "--to gguf"),
     ("longrope", model("phi3", rope_parameters=LONGROPE), ROUTED, "hf", "rope_type = 'longrope'", "--to dense"),
     ("llama3 qwen3", model("qwen3", rope_parameters=LLAMA3), ROUTED, "gguf", "rope_type = 'llama3'", "--to hf"),
+    ("biases qwen3", model("qwen3", attention_bias=True), ROUTED, "gguf", "attention_bias = True", "--to dense"),
+    ("layers", model("llama", num_hidden_layers=513), ROUTED, "gguf", "num_hidden_layers = 513", "--to hf"),
     ("gemma", model("gemma"), ROUTED, "hf", "model_type = 'gemma'", "--to dense"),
     ("gemma3", model("gemma3_text"), ROUTED, "gguf", "model_type = 'gemma3_text'", "--to dense"),
     ("no expert", model("llama"), with_k(SHARED, 0), "hf", "top_k = 0", "--to dense"),
@@ -92,3 +94,10 @@ def test_held(dense: DenseModel, spec: FactoredSpec, target: ExportTarget) -> No
 def test_every_fault_is_named_at_once() -> None:
     with pytest.raises(UsageError, match=r"hidden_act = 'gelu'.*mlp_bias = True.*attention_bias = True"):
         refuse_blocked(model("llama-biases", hidden_act="gelu"), ROUTED, "hf", exact=False)
+
+
+def test_few_bits_are_not_promised_where_gguf_is_refused_too() -> None:
+    for dense, promised in ((model("llama", attention_bias=True), True), (model("qwen3", attention_bias=True), False)):
+        with pytest.raises(UsageError) as refusal:
+            refuse_blocked(dense, ROUTED, "bnb-8bit", exact=False)
+        assert ("--to gguf --quant q8_0" in str(refusal.value.hint)) == promised
