@@ -32,16 +32,18 @@ from factorctl.profiling.variants import make_variants
 WIDTH, INNER, VOCABULARY = 2048, 5632, 32000
 
 
-def tinyllama(shape: FactorShape, layers: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def tinyllama(
+    shape: FactorShape, layers: int, dtype: torch.dtype, device: torch.device, width: int = WIDTH
+) -> PreTrainedModel:
     """TinyLlama-1.1B's sizes, factored, random weights."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=layers,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=64, num_hidden_layers=layers,
         num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=8192,
     )  # fmt: skip
     with device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for block in decoder_layers(model):
-        block.mlp = FactoredFFN(shape, WIDTH, "silu", dtype=dtype, device=device)
+        block.mlp = FactoredFFN(shape, width, "silu", dtype=dtype, device=device)
         for parameter in block.mlp.parameters():
             nn.init.normal_(parameter, std=0.02)
         block.mlp.keep_experts_together()
@@ -83,6 +85,7 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--width", type=int, default=WIDTH, help="other than TinyLlama's, to see that all of this runs")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--batch", default="1")
@@ -119,7 +122,7 @@ def main() -> None:
     saved = []
     for top_k in numbers(arguments.top_k):
         shape = FactorShape(4, top_k, INNER // 4, 0)
-        model = tinyllama(shape, arguments.layers, dtype, arguments.device)
+        model = tinyllama(shape, arguments.layers, dtype, arguments.device, arguments.width)
         sizes = ModelSizes.of(model.config, shape)
         machine = measure_machine(sizes, dtype, arguments.device)
         for regime in regimes:
