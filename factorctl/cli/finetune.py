@@ -25,6 +25,7 @@ from factorctl.config import (
     DEFAULT_WORKSPACE,
     FinetuneConfig,
     Gate,
+    LabelSource,
     OptimizerName,
     Precision,
     PresetName,
@@ -65,6 +66,10 @@ def finetune(
     train: Annotated[TrainedPart, typer.Option("--train", help="What learns.")] = "all",
     router_warmup: Annotated[
         str | None, typer.Option("--router-warmup", help="Tokens at the start during which only routers learn.")
+    ] = None,
+    labels_from: Annotated[
+        LabelSource | None,
+        typer.Option("--labels-from", help="Whose neurons PAR's labels compare. [default: the preset's]"),
     ] = None,
     router_refresh: Annotated[
         str | None, typer.Option("--router-refresh", help="Tokens between closed-form fits of the routers.")
@@ -166,6 +171,7 @@ def finetune(
         scale=scale,
         train=train,
         router_warmup=count(router_warmup, "--router-warmup") if router_warmup else 0,
+        labels_from=labels_from,
         router_refresh=count(router_refresh, "--router-refresh") if router_refresh else 0,
         refresh_target=refresh_target,
         straight_through=straight_through,

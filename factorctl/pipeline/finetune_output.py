@@ -71,7 +71,7 @@ def trained_tensors(distiller: Distiller, *, keeps: bool) -> dict[str, torch.Ten
     """
     tensors = {}
     for name, parameter in distiller.named_parameters():
-        module, _, own = name.rpartition(".student.")
+        module, _, own = name.partition(".student.")
         if parameter.requires_grad and own:
             twin = distiller.get_submodule(module)
             assert isinstance(twin, TwinFFN)

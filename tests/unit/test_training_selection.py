@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DenseSource
 from training_support import batch, distiller
 
 from factorctl.config import FactorShape, FinetuneConfig
@@ -249,3 +250,19 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     assert [p.dim() for group in rest.param_groups for p in group["params"]] == [2, 1], "biases"
     assert isinstance(routers, torch.optim.AdamW)
     assert routers.param_groups[0]["params"] == [ffn.router]
+
+
+def test_labels_from_the_teachers_neurons_are_the_students_own_at_first(
+    refitted: Path, dense_source: DenseSource
+) -> None:
+    """Also after a refit, which changes the down-projection alone; not once gate and up rows have moved."""
+
+    def par(source: Any, *, moved: bool) -> float:
+        model = distiller(refitted, source=dense_source(), labels_from=source)
+        for twin in twins(model.model):
+            if moved:
+                twin.student.gate_up.data.mul_(1 + 0.5 * torch.randn(4, 1, 1, generator=torch.Generator().manual_seed(0)))
+        return float(model(*batch()).par.detach())
+
+    assert par("teacher", moved=False) == pytest.approx(par("student", moved=False), rel=1e-6)
+    assert par("teacher", moved=True) != pytest.approx(par("student", moved=True), rel=1e-4)
