@@ -20,7 +20,7 @@ T tokens, D hidden_size, N num_experts, K top_k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -51,7 +51,7 @@ class Hint(NamedTuple):
 
     labels_TK: torch.Tensor | None
     refresh_TN: torch.Tensor | None
-    """What the routers are fitted to when they are refreshed."""
+    """What the routers are fitted to when they are refreshed, less its mean over the experts."""
     t_TD: torch.Tensor | None
 
 
@@ -165,13 +165,16 @@ class TwinFFN(nn.Module):
                 refresh_TN = -distances_TN * wide(t_TD).square().mean(1, keepdim=True).clamp_min(1e-30).rsqrt()
             elif self.moments is not None and labels_TK is not None:
                 refresh_TN = torch.zeros_like(distances_TN).scatter_(1, labels_TK, 1.0)
+            if refresh_TN is not None:
+                refresh_TN = refresh_TN - refresh_TN.mean(1, keepdim=True)
         return Hint(labels_TK, refresh_TN, t_TD if keeps_output else None), t
 
     def _distances(self, known: torch.Tensor, t_TD: torch.Tensor) -> torch.Tensor:
         """Of every expert, [T, N], from the layer's input or from what the teacher's neurons made of it."""
         share = self.options.label_share
         judge = _Judge(self.student, 1 / self.student.scale_a if share is None else share, self.options.labels_from)
-        weights = {f"student.{name}": tensor for name, tensor in self._computed().items()}
+        names = {"down", "down_bias"} if self.options.labels_from == "teacher" else None
+        weights = {f"student.{name}": tensor for name, tensor in self._computed(names).items()}
         distances_TN: torch.Tensor = functional_call(judge, weights, (known, t_TD))
         return distances_TN
 
@@ -193,11 +196,12 @@ class TwinFFN(nn.Module):
         weight_TN = s * self._logits(x_TD).softmax(-1)
         return as_if_all_ran(y.flatten(0, -2), weight_TN, hidden_TNH, down_DR).view_as(y)
 
-    def _computed(self) -> dict[str, torch.Tensor]:
-        """The student's parameters as they compute: in the compute dtype, but for the router, at its own scale."""
+    def _computed(self, names: Container[str] | None = None) -> dict[str, torch.Tensor]:
+        """The student's parameters, or those of `names`, as they compute: in the compute dtype, but for the router, at
+        its own scale."""
         dtype = self.options.compute_dtype
-        values = {name: p.to(dtype) for name, p in self.student.named_parameters() if name != "router"}
-        return values | {"router": self.stored_router()}
+        own = {name: p for name, p in self.student.named_parameters() if names is None or name in names}
+        return {name: self.stored_router() if name == "router" else p.to(dtype) for name, p in own.items()}
 
     def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         """V x over the temperature of the router's own losses, [T, N]."""
