@@ -85,7 +85,9 @@ def finetune(
     ] = None,
     optimizer: Annotated[OptimizerName | None, typer.Option("--optimizer", help="[default: the preset's]")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Of the experts.")] = None,
-    router_lr: Annotated[float | None, typer.Option("--router-lr", help="Of the routers.")] = None,
+    router_lr: Annotated[
+        float | None, typer.Option("--router-lr", help="Of the routers, by logit; of stored ones, by weight.")
+    ] = None,
     selection: Annotated[
         Selection | None,
         typer.Option("--selection", help="Scale at which routers learn: unit, or as stored. [default: the preset's]"),
