@@ -234,6 +234,7 @@ TrainedPart = Literal["router", "experts", "all"]
 OptimizerName = Literal["adamw", "adam", "adamw-8bit", "muon"]
 Selection = Literal["unit", "stored"]
 RefreshTarget = Literal["labels", "benefits"]
+LabelSource = Literal["student", "teacher"]
 TeacherStorage = Literal["none", "bf16", "8bit", "4bit"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
@@ -260,6 +261,8 @@ class FinetuneConfig(CommonConfig):
     train: TrainedPart = "all"
     router_warmup: int = 0
     """Tokens at the start during which only the routers learn."""
+    labels_from: LabelSource | None = None
+    """Whose neurons PAR's labels compare, behind the student's down-projection."""
     router_refresh: int = 0
     """Tokens between two closed-form fits of the routers; 0 means none."""
     refresh_target: RefreshTarget = "labels"

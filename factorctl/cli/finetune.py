@@ -25,6 +25,7 @@ from factorctl.config import (
     DEFAULT_WORKSPACE,
     FinetuneConfig,
     Gate,
+    LabelSource,
     OptimizerName,
     Precision,
     PresetName,
@@ -66,6 +67,10 @@ def finetune(
     router_warmup: Annotated[
         str | None, typer.Option("--router-warmup", help="Tokens at the start during which only routers learn.")
     ] = None,
+    labels_from: Annotated[
+        LabelSource | None,
+        typer.Option("--labels-from", help="Whose neurons PAR's labels compare. [default: the preset's]"),
+    ] = None,
     router_refresh: Annotated[
         str | None, typer.Option("--router-refresh", help="Tokens between closed-form fits of the routers.")
     ] = None,
@@ -80,7 +85,9 @@ def finetune(
     ] = None,
     optimizer: Annotated[OptimizerName | None, typer.Option("--optimizer", help="[default: the preset's]")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Of the experts.")] = None,
-    router_lr: Annotated[float | None, typer.Option("--router-lr", help="Of the routers.")] = None,
+    router_lr: Annotated[
+        float | None, typer.Option("--router-lr", help="Of the routers, by logit; of stored ones, by weight.")
+    ] = None,
     selection: Annotated[
         Selection | None,
         typer.Option("--selection", help="Scale at which routers learn: unit, or as stored. [default: the preset's]"),
@@ -166,6 +173,7 @@ def finetune(
         scale=scale,
         train=train,
         router_warmup=count(router_warmup, "--router-warmup") if router_warmup else 0,
+        labels_from=labels_from,
         router_refresh=count(router_refresh, "--router-refresh") if router_refresh else 0,
         refresh_target=refresh_target,
         straight_through=straight_through,

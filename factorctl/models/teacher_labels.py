@@ -36,7 +36,9 @@ def par_distances(
         return torch.stack(columns, dim=1)
     hidden_NTH = hidden_TNH.transpose(0, 1)
     gram_NHH = down_NDH.transpose(1, 2) @ down_NDH
-    pulled_NTH = hidden_NTH @ gram_NHH - 2 * share * (target_TD @ down_NDH)
+    down_DR = down_NDH.transpose(0, 1).flatten(1)  # a view where it is cut out of a layer's: one product for all
+    pulled_NTH = (target_TD @ down_DR).view_as(hidden_TNH).transpose(0, 1)
+    pulled_NTH = torch.baddbmm(pulled_NTH, hidden_NTH, gram_NHH, beta=-2 * share)
     return (hidden_NTH * pulled_NTH).sum(-1).T
 
 
@@ -58,15 +60,31 @@ def distances_to_target(ffn: FactoredFFN, x_TD: torch.Tensor, t_TD: torch.Tensor
     `x` and `t` are input and output of the dense teacher's FFN in a true dense forward. What the shared neurons and
     the down bias give every token is taken off the target first; in FactorLLM there are none.
     """
-    chunks = zip(x_TD.split(LABEL_CHUNK_TOKENS), t_TD.split(LABEL_CHUNK_TOKENS), strict=True)
     distances = []
-    for x_CD, t_CD in chunks:
-        if ffn.shape.shared_size:
-            t_CD = t_CD - F.linear(ffn.shared_hidden(x_CD), ffn.down[:, : ffn.shape.shared_size])
-        if ffn.down_bias is not None:
-            t_CD = t_CD - ffn.down_bias
-        distances.append(par_distances(hidden_of_all(x_CD, ffn.experts), ffn.experts.down_NDH, t_CD, share))
+    for x_CD, t_CD in zip(x_TD.split(LABEL_CHUNK_TOKENS), t_TD.split(LABEL_CHUNK_TOKENS), strict=True):
+        shared_CS = ffn.shared_hidden(x_CD) if ffn.shape.shared_size else None
+        distances.append(_distances(ffn, shared_CS, hidden_of_all(x_CD, ffn.experts), t_CD, share))
     return torch.cat(distances)
+
+
+@torch.no_grad()
+def distances_of_hidden(ffn: FactoredFFN, hidden_TF: torch.Tensor, t_TD: torch.Tensor, share: float) -> torch.Tensor:
+    """`distances_to_target` where what the neurons give is at hand, in storage order; only W_down is the layer's."""
+    distances, shared = [], ffn.shape.shared_size
+    for hidden_CF, t_CD in zip(hidden_TF.split(LABEL_CHUNK_TOKENS), t_TD.split(LABEL_CHUNK_TOKENS), strict=True):
+        routed_CNH = hidden_CF[:, shared:].unflatten(1, (ffn.shape.num_experts, ffn.shape.expert_size))
+        distances.append(_distances(ffn, hidden_CF[:, :shared] if shared else None, routed_CNH, t_CD, share))
+    return torch.cat(distances)
+
+
+def _distances(
+    ffn: FactoredFFN, shared_TS: torch.Tensor | None, routed_TNH: torch.Tensor, t_TD: torch.Tensor, share: float
+) -> torch.Tensor:
+    if shared_TS is not None:
+        t_TD = t_TD - F.linear(shared_TS, ffn.down[:, : ffn.shape.shared_size])
+    if ffn.down_bias is not None:
+        t_TD = t_TD - ffn.down_bias
+    return par_distances(routed_TNH, ffn.experts.down_NDH, t_TD, share)
 
 
 def agreement(chosen_TK: torch.Tensor, labels_TK: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -296,7 +297,7 @@ def _start(
         MetricsFile(plan.run).keep_until(start.step if start else 0)
     if start is None:
         if plan.recipe.selection == "unit":
-            (sample, _), *_ = batches.heldout()
+            sample = batches.take("heldout", np.arange(1))
             to_unit_spread(accelerator.unwrap_model(model), *sample, accelerator)
         before = measure(model, batches, accelerator, progress, "Measuring before")
         start = Progressed(notes={"before": asdict(before)})

@@ -125,6 +125,7 @@ def build_distiller(plan: FinetunePlan, progress: Progress) -> Distiller:
         plan.compute_dtype,
         router_temperature=plan.recipe.router_temperature,
         learns_sharpness=plan.recipe.sharpness_lr > 0,
+        labels_from=plan.recipe.labels_from,
         straight_through=plan.config.straight_through,
         refresh_target=plan.config.refresh_target if plan.config.router_refresh else None,
     )

@@ -71,8 +71,8 @@ def trained_tensors(distiller: Distiller, *, keeps: bool) -> dict[str, torch.Ten
     """
     tensors = {}
     for name, parameter in distiller.named_parameters():
-        module, of_student, own = name.rpartition(".student.")
-        if parameter.requires_grad and of_student:
+        module, _, own = name.partition(".student.")
+        if parameter.requires_grad and own:
             twin = distiller.get_submodule(module)
             assert isinstance(twin, TwinFFN)
             value = whole(parameter.detach())

@@ -107,7 +107,8 @@ class Distiller(nn.Module):
         return reports
 
     def run_student(self, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> None:
-        """Send a batch through the student for what hooks see on the way."""
+        """Send a batch through for what hooks see on the way, in the role that the layers have now."""
+        self._forget()
         with self._autocast(input_ids_BL.device):
             self._hidden(input_ids_BL, position_ids_BL)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from factorctl.config import FinetuneConfig, Gate, OptimizerName, PresetName, ScaleRule, Selection
+from factorctl.config import FinetuneConfig, Gate, LabelSource, OptimizerName, PresetName, ScaleRule, Selection
 from factorctl.errors import UsageError, did_you_mean
 
 
@@ -40,6 +40,7 @@ class Recipe:
     optimizer: OptimizerName
     lr: float
     router_lr: float
+    """With `selection` `unit`, how far a step moves a logit; else, a weight."""
     betas: tuple[float, float]
     weight_decay: float
     warmup_fraction: float
@@ -61,6 +62,9 @@ class Recipe:
     scale: ScaleRule | None = None
     label_share: str = "paper"
     """Part of the target that one expert is compared with: `paper` K/N; `scale` 1/a, what its output counts for."""
+    labels_from: LabelSource = "student"
+    """`student` computes every expert anew for PAR's labels; `teacher` takes what the dense FFN's neurons give, which
+    is at hand: the same until gate and up rows have moved."""
     batch_tokens: int | None = None
     """None: a 256th of all tokens, between 2048 and 32,768."""
 
@@ -89,7 +93,7 @@ PRESETS: Mapping[PresetName, Recipe] = {
         weights=LossWeights(lm=0.0, par=5.0, kd=1.0, mse=0.0, balance=0.5, z=0.0),
         optimizer="adamw",
         lr=2e-4,
-        router_lr=1e-3,
+        router_lr=0.5,
         betas=(0.9, 0.95),
         weight_decay=0.01,
         warmup_fraction=0.05,
@@ -99,6 +103,7 @@ PRESETS: Mapping[PresetName, Recipe] = {
         sharpness_lr=1e-2,
         gate="softmax",
         label_share="scale",
+        labels_from="teacher",
     ),
 }
 
@@ -124,6 +129,7 @@ def recipe_of(config: FinetuneConfig) -> Recipe:
         "gate",
         "scale",
         "batch_tokens",
+        "labels_from",
     )
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     recipe = replace(preset, weights=weights, **given)

@@ -2,7 +2,8 @@
 
 Gradient steps follow a router's target slowly: the inputs are so correlated that an optimiser of single values crawls
 along most directions. Ridge regression on what the last tokens taught goes there at once. Each layer adds up X^T X and
-X^T Y while it trains; Y is what the router should tell apart, PAR's labels or the experts' benefits.
+X^T Y while it trains; Y is what the router should tell apart, less its mean over the experts: PAR's labels, 1 for K
+experts and 0 for the others, or the experts' benefits.
 
 D hidden_size, N num_experts.
 """
@@ -22,25 +23,26 @@ DAMPING = 1e-3
 
 @torch.no_grad()
 def refresh_routers(layers: Iterable[TwinFFN]) -> None:
-    """Replace every selection that has collected something, at the spread that it has, and begin to collect anew."""
+    """Replace every selection that has collected something, leave the gates as unequal as they are, and begin anew.
+
+    A fit to labels predicts each label's probability, so that N/K times it is, to first order, the logits of least
+    cross-entropy: log(K/N + d) = log(K/N) + d N/K. A fit to benefits has no scale of its own and takes the old one's.
+    """
     for twin in layers:
-        if twin.moments is not None:
-            twin.student.router.copy_(fitted(twin.moments, twin.student.router))
-            twin.moments.clear()
+        if twin.moments is None:
+            continue
+        selection_ND = twin.student.router
+        fitted_ND = twin.moments.solve(DAMPING).T.to(selection_ND.dtype)
+        new, old = spread_of(fitted_ND, twin.moments), spread_of(selection_ND, twin.moments)
+        if new > 0 and old > 0:
+            labels = twin.options.refresh_target == "labels"
+            scale = selection_ND.shape[0] / twin.student.top_k if labels else old / new
+            selection_ND.copy_(fitted_ND * scale)
+            twin.sharpness.mul_(old / (new * scale))
+        twin.moments.clear()
 
 
-def fitted(moments: RidgeMoments, router_ND: torch.Tensor) -> torch.Tensor:
-    """The ridge solution, [N, D], scaled so that its logits spread as far over the experts as those of `router_ND`."""
-    solved_ND = _centred(moments.solve(DAMPING).T).to(router_ND.dtype)
-    new, old = (_spread(router, moments) for router in (solved_ND, _centred(router_ND)))
-    return solved_ND * (old / new) if new > 0 and old > 0 else router_ND
-
-
-def _centred(router_ND: torch.Tensor) -> torch.Tensor:
-    """The same choice and the same gates: what all logits have in common says nothing."""
-    return router_ND - router_ND.mean(0)
-
-
-def _spread(router_ND: torch.Tensor, moments: RidgeMoments) -> torch.Tensor:
-    """Root of the summed square of the logits over the tokens that were collected."""
-    return ((router_ND @ moments.gram_II.to(router_ND.dtype)) * router_ND).sum().clamp_min(0).sqrt()
+def spread_of(router_ND: torch.Tensor, moments: RidgeMoments) -> torch.Tensor:
+    """How far its logits lie apart on the tokens that were collected: root of their summed square, less their means."""
+    centred_ND = router_ND - router_ND.mean(0)
+    return ((centred_ND @ moments.gram_II.to(router_ND.dtype)) * centred_ND).sum().clamp_min(0).sqrt()

@@ -36,7 +36,7 @@ def to_unit_spread(
     """Divide every router that is trained by its logits' spread on some text, and keep that as its sharpness.
 
     Rounded to a power of two, so that the product is the stored router to the last bit. All processes must call this,
-    each with text of its own.
+    with the same text, so that their number decides nothing.
     """
     trained = [twin for twin in twins(distiller.model) if twin.routes and twin.student.router.requires_grad]
     found: dict[TwinFFN, torch.Tensor] = {}

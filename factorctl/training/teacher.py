@@ -6,6 +6,7 @@ student's own parameter where that is frozen and holds the same values; only wha
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,22 @@ from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.slicing import FactoredTensors, slice_ffn
 
 
-class TeacherFFN(nn.Module):
+class Teacher(nn.Module, ABC):
+    """A frozen dense FFN whose neurons lie in the student's order, in two halves: what they give, and their sum."""
+
+    @abstractmethod
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """act(gate x) * (up x) of every neuron, [..., F]."""
+
+    @abstractmethod
+    def output(self, hidden: torch.Tensor) -> torch.Tensor:
+        """W_down of that, [..., D]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.hidden(x))
+
+
+class TeacherFFN(Teacher):
     """The dense FFN from factored tensors: gate|up rows of all neurons, then one down-projection.
 
     Args:
@@ -35,16 +51,20 @@ class TeacherFFN(nn.Module):
             tensor = tensors[name]
             self.register_parameter(name, tensor if isinstance(tensor, nn.Parameter) else _frozen(tensor))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
         own = dict(self.named_parameters())
         x = x.to(own["down"].dtype)
-        hidden = self._hidden(x, own["gate_up"].flatten(0, 1), own.get("gate_up_bias"), own["gate_up"].shape[0])
+        hidden = self._gated(x, own["gate_up"].flatten(0, 1), own.get("gate_up_bias"), own["gate_up"].shape[0])
         if "shared_gate_up" in own:
-            shared = self._hidden(x, own["shared_gate_up"], own.get("shared_gate_up_bias"), 1)
+            shared = self._gated(x, own["shared_gate_up"], own.get("shared_gate_up_bias"), 1)
             hidden = torch.cat([shared, hidden], dim=-1)
+        return hidden
+
+    def output(self, hidden: torch.Tensor) -> torch.Tensor:
+        own = dict(self.named_parameters())
         return F.linear(hidden, own["down"], own.get("down_bias"))
 
-    def _hidden(self, x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, groups: int) -> torch.Tensor:
+    def _gated(self, x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, groups: int) -> torch.Tensor:
         """act(gate x) * (up x) of rows that lie as gate, up, gate, up, ... in `groups` pairs."""
         pairs = F.linear(x, rows, None if bias is None else bias.flatten()).unflatten(-1, (groups, -1))
         gate, up = pairs.chunk(2, dim=-1)
@@ -66,9 +86,7 @@ def own_tensors(student: FactoredFFN) -> FactoredTensors:
     return {name: p.detach() for name, p in student.named_parameters() if name != "router"}
 
 
-def teacher_ffn(
-    student: FactoredFFN, tensors: FactoredTensors, storage: TeacherStorage, dtype: torch.dtype
-) -> nn.Module:
+def teacher_ffn(student: FactoredFFN, tensors: FactoredTensors, storage: TeacherStorage, dtype: torch.dtype) -> Teacher:
     """The frozen teacher of one layer, stored as asked; call it once the student's `requires_grad` are settled.
 
     Raises:
@@ -102,13 +120,13 @@ def require_cuda_for(storage: TeacherStorage, device: torch.device) -> None:
         )
 
 
-def quantised_teacher(student: FactoredFFN, tensors: FactoredTensors, storage: TeacherStorage) -> nn.Module:
+def quantised_teacher(student: FactoredFFN, tensors: FactoredTensors, storage: TeacherStorage) -> Teacher:
     """The dense FFN with bitsandbytes weights: LLM.int8 for 8bit, NF4 for 4bit; biases stay as they are."""
     require_cuda_for(storage, student.down.device)
     return QuantisedTeacher(student, tensors, storage)
 
 
-class QuantisedTeacher(nn.Module):
+class QuantisedTeacher(Teacher):
     """gate|up and down as bitsandbytes linears, quantised when they are moved to the GPU."""
 
     def __init__(self, student: FactoredFFN, tensors: FactoredTensors, storage: TeacherStorage) -> None:
@@ -131,9 +149,13 @@ class QuantisedTeacher(nn.Module):
         self.gate_up = _bnb_linear(torch.cat([*gate, *up]), joined_bias, storage, device)
         self.down = _bnb_linear(tensors["down"], tensors.get("down_bias"), storage, device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x.to(torch.bfloat16)).chunk(2, dim=-1)
-        t: torch.Tensor = self.down(self.activation(gate) * up)
+        hidden: torch.Tensor = self.activation(gate) * up
+        return hidden
+
+    def output(self, hidden: torch.Tensor) -> torch.Tensor:
+        t: torch.Tensor = self.down(hidden)
         return t
 
 

@@ -20,7 +20,7 @@ T tokens, D hidden_size, N num_experts, K top_k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -31,16 +31,17 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from factorctl.config import RefreshTarget
+from factorctl.config import LabelSource, RefreshTarget
 from factorctl.models.building import decoder_layers
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.paths import ExpertWeights, hidden_of_all
 from factorctl.models.ridge import RidgeMoments
-from factorctl.models.teacher_labels import distances_to_target, nearest
+from factorctl.models.teacher_labels import distances_of_hidden, distances_to_target, nearest
 from factorctl.training.losses import agreement, balance_loss, expert_counts, mse_loss, par_loss, wide, z_loss
 from factorctl.training.optimizers import has_learning_gate
 from factorctl.training.presets import LossWeights
 from factorctl.training.straight_through import as_if_all_ran
+from factorctl.training.teacher import Teacher
 
 Role = Literal["teacher", "student", "healing"]
 
@@ -50,7 +51,7 @@ class Hint(NamedTuple):
 
     labels_TK: torch.Tensor | None
     refresh_TN: torch.Tensor | None
-    """What the routers are fitted to when they are refreshed."""
+    """What the routers are fitted to when they are refreshed, less its mean over the experts."""
     t_TD: torch.Tensor | None
 
 
@@ -78,6 +79,8 @@ class TwinOptions:
     """What the logits are divided by in the routers' own losses."""
     learns_sharpness: bool = False
     """Whether the sharpness of the gates is trained, where some loss reaches it."""
+    labels_from: LabelSource = "student"
+    """Whose neurons, behind the student's down-projection, labels compare; the teacher's are at hand."""
     straight_through: bool = False
     """Whether the outputs of all experts inform the choice."""
     refresh_target: RefreshTarget | None = None
@@ -102,7 +105,7 @@ class TwinFFN(nn.Module):
         teacher: the frozen dense FFN.
     """
 
-    def __init__(self, student: FactoredFFN, teacher: nn.Module, options: TwinOptions) -> None:
+    def __init__(self, student: FactoredFFN, teacher: Teacher, options: TwinOptions) -> None:
         super().__init__()
         self.student, self.teacher, self.options = student, teacher, options
         router = student.router
@@ -132,8 +135,7 @@ class TwinFFN(nn.Module):
         return y.to(hidden_states.dtype)
 
     def _teach(self, x: torch.Tensor) -> torch.Tensor:
-        t = self._taught(x)
-        self.hint = self._hint(x, t, keeps_output=bool(self.options.weights.mse))
+        self.hint, t = self._taught(x, keeps_output=bool(self.options.weights.mse))
         return t
 
     def _study(self, x: torch.Tensor) -> torch.Tensor:
@@ -144,32 +146,36 @@ class TwinFFN(nn.Module):
     def _heal(self, x: torch.Tensor) -> torch.Tensor:
         x = x.detach()
         with torch.no_grad():
-            hint = self._hint(x, self._taught(x), keeps_output=True)
+            hint, _ = self._taught(x, keeps_output=True)
         y = self._output(x)
         self._leave_report(x, y, hint)
         return y.detach()
 
-    def _taught(self, x: torch.Tensor) -> torch.Tensor:
-        t: torch.Tensor = self.teacher(x).to(x.dtype)  # the teacher may be stored, and so compute, in half precision
-        return t
-
-    def _hint(self, x: torch.Tensor, t: torch.Tensor, *, keeps_output: bool) -> Hint:
-        x_TD, t_TD = x.flatten(0, -2), t.flatten(0, -2)
+    def _taught(self, x: torch.Tensor, *, keeps_output: bool) -> tuple[Hint, torch.Tensor]:
+        """What the teacher says of x, and its output. It may be stored, and so compute, in half precision."""
+        hidden = self.teacher.hidden(x)
+        t: torch.Tensor = self.teacher.output(hidden).to(x.dtype)
+        t_TD = t.flatten(0, -2)
         labels_TK = refresh_TN = None
         if self.routes and (self.options.wants_labels or self.moments is not None):
-            distances_TN = self._distances(x_TD, t_TD)
+            known = hidden.to(x.dtype) if self.options.labels_from == "teacher" else x
+            distances_TN = self._distances(known.flatten(0, -2), t_TD)
             labels_TK = nearest(distances_TN, self.student.top_k) if self.options.wants_labels else None
             if self.moments is not None and self.options.refresh_target == "benefits":
                 refresh_TN = -distances_TN * wide(t_TD).square().mean(1, keepdim=True).clamp_min(1e-30).rsqrt()
             elif self.moments is not None and labels_TK is not None:
                 refresh_TN = torch.zeros_like(distances_TN).scatter_(1, labels_TK, 1.0)
-        return Hint(labels_TK, refresh_TN, t_TD if keeps_output else None)
+            if refresh_TN is not None:
+                refresh_TN = refresh_TN - refresh_TN.mean(1, keepdim=True)
+        return Hint(labels_TK, refresh_TN, t_TD if keeps_output else None), t
 
-    def _distances(self, x_TD: torch.Tensor, t_TD: torch.Tensor) -> torch.Tensor:
+    def _distances(self, known: torch.Tensor, t_TD: torch.Tensor) -> torch.Tensor:
+        """Of every expert, [T, N], from the layer's input or from what the teacher's neurons made of it."""
         share = self.options.label_share
-        judge = _Judge(self.student, 1 / self.student.scale_a if share is None else share)
-        weights = {f"student.{name}": tensor for name, tensor in self._computed().items()}
-        distances_TN: torch.Tensor = functional_call(judge, weights, (x_TD, t_TD))
+        judge = _Judge(self.student, 1 / self.student.scale_a if share is None else share, self.options.labels_from)
+        names = {"down", "down_bias"} if self.options.labels_from == "teacher" else None
+        weights = {f"student.{name}": tensor for name, tensor in self._computed(names).items()}
+        distances_TN: torch.Tensor = functional_call(judge, weights, (known, t_TD))
         return distances_TN
 
     def _output(self, x: torch.Tensor) -> torch.Tensor:
@@ -190,11 +196,12 @@ class TwinFFN(nn.Module):
         weight_TN = s * self._logits(x_TD).softmax(-1)
         return as_if_all_ran(y.flatten(0, -2), weight_TN, hidden_TNH, down_DR).view_as(y)
 
-    def _computed(self) -> dict[str, torch.Tensor]:
-        """The student's parameters as they compute: in the compute dtype, but for the router, at its own scale."""
+    def _computed(self, names: Container[str] | None = None) -> dict[str, torch.Tensor]:
+        """The student's parameters, or those of `names`, as they compute: in the compute dtype, but for the router, at
+        its own scale."""
         dtype = self.options.compute_dtype
-        values = {name: p.to(dtype) for name, p in self.student.named_parameters() if name != "router"}
-        return values | {"router": self.stored_router()}
+        own = {name: p for name, p in self.student.named_parameters() if names is None or name in names}
+        return {name: self.stored_router() if name == "router" else p.to(dtype) for name, p in own.items()}
 
     def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         """V x over the temperature of the router's own losses, [T, N]."""
@@ -229,14 +236,15 @@ class TwinFFN(nn.Module):
 
 
 class _Judge(nn.Module):
-    """`distances_to_target` as a module, so that it can be called with other weights than the stored ones."""
+    """An expert's distance to its target as a module, so that it can be called with other weights than the stored."""
 
-    def __init__(self, student: FactoredFFN, share: float) -> None:
+    def __init__(self, student: FactoredFFN, share: float, source: LabelSource) -> None:
         super().__init__()
         self.student, self.share = student, share
+        self.judged = distances_of_hidden if source == "teacher" else distances_to_target
 
-    def forward(self, x_TD: torch.Tensor, t_TD: torch.Tensor) -> torch.Tensor:
-        return distances_to_target(self.student, x_TD, t_TD, self.share)
+    def forward(self, known: torch.Tensor, t_TD: torch.Tensor) -> torch.Tensor:
+        return self.judged(self.student, known, t_TD, self.share)
 
 
 def twins(model: PreTrainedModel) -> list[TwinFFN]:

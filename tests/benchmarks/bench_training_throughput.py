@@ -40,20 +40,21 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of one step")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="decoder layers; the demo model has 30")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     return parser.parse_args(words)
 
 
-def demo_shapes() -> dict[str, Any]:
+def demo_shapes(layers: int) -> dict[str, Any]:
     """The demo model's configuration, less deep."""
     return {
         "model_type": "llama",
         "vocab_size": 49_152,
         "hidden_size": 576,
         "intermediate_size": 1536,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
         "head_dim": 64,
@@ -63,10 +64,16 @@ def demo_shapes() -> dict[str, Any]:
 
 
 def make_distiller(
-    num_experts: int, top_k: int, shared: float, recipe: Recipe, dtype: torch.dtype, device: str
+    num_experts: int,
+    top_k: int,
+    shared: float,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: str,
+    layers: int = LAYERS,
 ) -> Distiller:
     """Random weights: the time of a step does not depend on them, but for how evenly a random router spreads."""
-    dense = dense_model(demo_shapes(), origin="benchmark")
+    dense = dense_model(demo_shapes(layers), origin="benchmark")
     shape = factor_shape(dense.intermediate_size, num_experts=num_experts, top_k=top_k, shared_fraction=shared)
     model = empty_factored_model(dense, FactoredSpec(shape, "softmax", "sum"))
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +87,13 @@ def make_distiller(
     model.requires_grad_(False)
     students = [block.mlp for block in model.model.layers]
     choose_trained(students, "all", recipe.weights)
-    options = TwinOptions(recipe.weights, None, dtype)
+    options = TwinOptions(
+        recipe.weights,
+        None,
+        dtype,
+        learns_sharpness=recipe.sharpness_lr > 0,
+        labels_from=recipe.labels_from,
+    )
     for block, student in zip(model.model.layers, students, strict=True):
         block.mlp = TwinFFN(student, teacher_ffn(student, own_tensors(student), "none", dtype), options)
     for name, parameter in model.named_parameters():
@@ -125,7 +138,7 @@ def contenders(arguments: argparse.Namespace) -> list[Contender]:
     }
     made = []
     for name, (experts, top_k, shared, recipe) in sizes.items():
-        distiller = make_distiller(experts, top_k, shared, recipe, dtype, arguments.device)
+        distiller = make_distiller(experts, top_k, shared, recipe, dtype, arguments.device, arguments.layers)
         made.append(Contender(name, distiller, make_optimizers(distiller, recipe)))
     return made
 
@@ -155,7 +168,7 @@ def median_ratio(dense: list[float], entrant: list[float]) -> float:
 
 
 def table_lines(entrants: list[Contender], arguments: argparse.Namespace) -> Iterator[str]:
-    yield f"{LAYERS} decoder layers of the demo model's shapes, one step of {arguments.tokens} tokens in "
+    yield f"{arguments.layers} decoder layers of the demo model's shapes, one step of {arguments.tokens} tokens in "
     yield f"{arguments.precision} on {arguments.device}, {arguments.rounds} rounds, interleaved, order reversed in "
     yield "every other round. Dense: all FFNs trained by distillation from a dense teacher's forward pass. Factored: "
     yield f"the `default` preset, PAR labels included. The bar is {BAR_RATIO}."

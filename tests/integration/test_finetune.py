@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,15 @@ def test_the_stored_router_chooses_and_weighs_as_the_trained_one(
 ) -> None:
     """Selection and sharpness are two while they are trained and one linear map in the result."""
     caught: list[dict[int, torch.Tensor]] = []
-    ids, genuine = some_ids(1, 16), pipeline.trained_tensors
+    batch, genuine = (some_ids(1, 16), torch.arange(16)[None]), pipeline.trained_tensors
 
     def spy(distiller: Distiller, **options: Any) -> dict[str, torch.Tensor]:
-        assert all(float(twin.sharpness) not in (0.25, 0.5, 1.0, 2.0) for twin in twins(distiller.model))
-        caught.append(gates(distiller.model, [twin.student for twin in twins(distiller.model)]))
+        assert all(math.log2(twin.sharpness.item()) % 1 for twin in twins(distiller.model)), "it has learned"
+        caught.append(gates(distiller.run_student, [twin.student for twin in twins(distiller.model)]))
         return genuine(distiller, **options)
 
     @torch.no_grad()
-    def gates(model: Any, layers: Iterable[FactoredFFN]) -> dict[int, torch.Tensor]:
+    def gates(run: Callable[..., Any], layers: Iterable[FactoredFFN]) -> dict[int, torch.Tensor]:
         """Each layer's gate weights, zero where an expert is not chosen, [T, N]."""
         found: dict[int, torch.Tensor] = {}
         hooks = [
@@ -119,7 +120,7 @@ def test_the_stored_router_chooses_and_weighs_as_the_trained_one(
             )
             for layer, ffn in enumerate(layers)
         ]
-        model.model(ids)
+        run(*batch)
         for hook in hooks:
             hook.remove()
         return found
@@ -127,7 +128,10 @@ def test_the_stored_router_chooses_and_weighs_as_the_trained_one(
     monkeypatch.setattr(pipeline, "trained_tensors", spy)
     tune(config(checkpoint, text, tmp_path / "tuned", sharpness_lr=0.05))
     loaded = factorctl.load(tmp_path / "tuned")
-    trained, stored = caught[0], gates(loaded, factored_ffns(loaded))
+    trained, stored = (
+        caught[0],
+        gates(lambda ids, positions: loaded(ids, position_ids=positions), factored_ffns(loaded)),
+    )
     assert trained.keys() == stored.keys() == {0, 1}
     for layer, gates_TN in stored.items():
         assert torch.equal(gates_TN > 0, trained[layer] > 0)

@@ -180,7 +180,7 @@ def test_a_shared_model_is_saved_and_resumed_bit_for_bit(
     """With all that touches a layer out of turn: the layer loss alone, layers computed twice, rounds, a second unit."""
     factorize_quietly(calibrated(dense_source("llama-tied"), tmp_path / "base", text_file, top_k=2))
     changes: dict[str, Any] = {"loss_weights": {"kd": 0.0, "mse": 1.0}, "gradient_checkpointing": True}
-    changes |= {"tokens": 512, "micro_batch": 1, "router_lr": 0.01}  # of a small, analytic router: a 40th of it
+    changes |= {"tokens": 512, "micro_batch": 1}
     config = replace(setting.config, checkpoint=tmp_path / "base", **changes)
     straight, broken, alone = (replace(config, out=tmp_path / name) for name in ("straight", "broken", "alone"))
     pipeline.finetune(alone, SilentProgress())

@@ -72,7 +72,6 @@ def train(planted: tuple[Path, Path], out: Path, tokens: int, par: float) -> Fin
         batch_tokens=256,
         heldout_tokens=512,
         loss_weights={"par": par, "balance": 0.0},
-        router_lr=5e-3,
         device="cpu",
         out=out,
     )

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from factorctl.config import FactorShape
 from factorctl.models import teacher_labels
 from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.models.paths import hidden_of_all
 from factorctl.training import losses
 from factorctl.training.head_losses import CHUNK_TOKENS, HeadTask, chunk_tokens, head_losses
 from factorctl.training.presets import LossWeights
@@ -179,3 +180,13 @@ def test_measuring_takes_the_teachers_own_loss() -> None:
     found = head_losses(task, draw(T, D), measuring=True)
     assert found.teacher_lm is not None
     assert float(found.teacher_lm) == pytest.approx(float(losses.lm_loss(teacher @ head.T, targets)))
+
+
+def test_labels_from_what_the_teachers_neurons_give_are_the_same_while_gate_and_up_are() -> None:
+    """With shared neurons and biases, in storage order, also where the down-projection has been refitted."""
+    ffn = make_ffn(5, 6, biases=True)
+    x, t = draw(9, D, seed=20), draw(9, D, seed=21)
+    hidden = torch.cat([ffn.shared_hidden(x), hidden_of_all(x, ffn.experts).flatten(1)], dim=1)
+    given = teacher_labels.distances_of_hidden(ffn, hidden, t, 0.7)
+    torch.testing.assert_close(given, teacher_labels.distances_to_target(ffn, x, t, 0.7))
+    assert torch.equal(teacher_labels.nearest(given, K), losses.par_labels(ffn, x, t, 0.7))

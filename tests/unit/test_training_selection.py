@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DenseSource
 from training_support import batch, distiller
 
 from factorctl.config import FactorShape, FinetuneConfig
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.ridge import RidgeMoments
+from factorctl.training.losses import par_loss
 from factorctl.training.muon import Muon, blocks_of, orthogonal
 from factorctl.training.optimizers import make_optimizers
 from factorctl.training.presets import LossWeights, recipe_of
-from factorctl.training.router_refresh import fitted, refresh_routers
+from factorctl.training.router_refresh import refresh_routers
 from factorctl.training.selection import MIN_SHARPNESS, keep_order, spread, to_unit_spread
 from factorctl.training.straight_through import as_if_all_ran
 from factorctl.training.twin_ffn import TwinFFN, twins
@@ -97,7 +99,7 @@ def test_a_sharpness_stays_above_0(checkpoint: Path) -> None:
     for twin in twins(model.model):
         twin.sharpness.data.fill_(-1.0)
     keep_order(twins(model.model))
-    assert [float(twin.sharpness) for twin in twins(model.model)] == [MIN_SHARPNESS] * 2
+    assert [twin.sharpness.item() for twin in twins(model.model)] == [MIN_SHARPNESS] * 2
 
 
 def test_a_choice_learns_from_all_experts_as_a_loop_says() -> None:
@@ -139,17 +141,36 @@ def test_straight_through_changes_no_output_and_moves_a_choice_that_even_gates_w
     assert float(strong.norm()) > 100 * float(weak.norm())
 
 
-def test_a_refresh_finds_what_a_linear_map_can_and_keeps_the_spread() -> None:
-    x_TD, truth_ND, start_ND = draw(500, 8).float(), draw(4, 8, seed=1).float(), draw(4, 8, seed=2).float()
-    moments = RidgeMoments(8, 4, torch.device("cpu"))
-    moments.add(x_TD, x_TD @ truth_ND.T)
-    found_ND = fitted(moments, start_ND)
-    assert torch.equal((x_TD @ found_ND.T).topk(2).indices, (x_TD @ truth_ND.T).topk(2).indices)
+@pytest.mark.parametrize("target", ["labels", "benefits"])
+def test_a_refresh_finds_what_a_linear_map_can_and_leaves_the_gates_as_unequal(checkpoint: Path, target: Any) -> None:
+    model = distiller(checkpoint, refresh_target=target)
+    twin = twins(model.model)[0]
+    x_TD, truth_ND = draw(500, 32).float(), draw(4, 32, seed=1).float()
+    wanted_TN = x_TD @ (truth_ND - truth_ND.mean(0)).T
 
-    def variance(router_ND: torch.Tensor) -> float:
-        return float((x_TD @ router_ND.T).var(dim=1, unbiased=False).sum())
+    def inequality() -> float:
+        return float((x_TD @ twin.stored_router().detach().T).var(dim=1, unbiased=False).sum())
 
-    assert variance(found_ND) == pytest.approx(variance(start_ND), rel=1e-4)
+    twin.moments.add(x_TD, wanted_TN)
+    before = inequality()
+    refresh_routers([twin])
+    found_TN = x_TD @ twin.student.router.detach().T
+    assert torch.equal(found_TN.topk(2).indices, wanted_TN.topk(2).indices)
+    assert inequality() == pytest.approx(before, rel=1e-4)
+    if target == "labels":
+        torch.testing.assert_close(found_TN, 2 * wanted_TN, atol=0.05, rtol=0.01)  # N/K times what was predicted
+
+
+def test_a_fit_to_labels_has_the_scale_of_least_cross_entropy() -> None:
+    """Labels that depend weakly on the input: no other scale of the fit, by a fifth or more, is better."""
+    x_TD, truth_ND = draw(20_000, 6), 0.1 * draw(4, 6, seed=1)
+    noise_TN = -torch.log(-torch.log(torch.rand(20_000, 4, generator=torch.Generator().manual_seed(2)).double()))
+    labels_TK = (x_TD @ truth_ND.T + noise_TN).topk(1).indices
+    moments = RidgeMoments(6, 4, torch.device("cpu"))
+    moments.add(x_TD.float(), (torch.zeros(20_000, 4).scatter_(1, labels_TK, 1.0) - 0.25))
+    logits_TN = x_TD.float() @ (4 * moments.solve(1e-3))
+    losses = {factor: float(par_loss(factor * logits_TN, labels_TK)) for factor in (0.5, 0.8, 1.0, 1.25, 2.0)}
+    assert min(losses, key=losses.__getitem__) == 1.0
 
 
 @pytest.mark.parametrize("target", ["labels", "benefits"])
@@ -249,3 +270,21 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     assert [p.dim() for group in rest.param_groups for p in group["params"]] == [2, 1], "biases"
     assert isinstance(routers, torch.optim.AdamW)
     assert routers.param_groups[0]["params"] == [ffn.router]
+
+
+def test_labels_from_the_teachers_neurons_are_the_students_own_at_first(
+    refitted: Path, dense_source: DenseSource
+) -> None:
+    """Also after a refit, which changes the down-projection alone; not once gate and up rows have moved."""
+
+    def par(source: Any, *, moved: bool) -> float:
+        model = distiller(refitted, source=dense_source(), labels_from=source)
+        for twin in twins(model.model):
+            if moved:
+                twin.student.gate_up.data.mul_(
+                    1 + 0.5 * torch.randn(4, 1, 1, generator=torch.Generator().manual_seed(0))
+                )
+        return float(model(*batch()).par.detach())
+
+    assert par("teacher", moved=False) == pytest.approx(par("student", moved=False), rel=1e-6)
+    assert par("teacher", moved=True) != pytest.approx(par("student", moved=True), rel=1e-4)
