@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -173,7 +174,7 @@ def key_values(pairs: list[str]) -> dict[str, str]:
 def _show_plan(plan: FactorizePlan, output: OutputFormat) -> None:
     from factorctl.cli.render import gigabytes, show_plan
 
-    shape = plan.spec.shape
+    shape, seconds = plan.spec.shape, plan.expected_seconds()
     facts: dict[str, object] = {
         "source": plan.source.id,
         "notation": shape.notation,
@@ -188,16 +189,25 @@ def _show_plan(plan: FactorizePlan, output: OutputFormat) -> None:
         "layers": plan.dense.num_layers,
         "disk_bytes": plan.disk_bytes,
         "memory_bytes": plan.memory_bytes,
-        "seconds": round(plan.expected_seconds(), 1),
+        "seconds": round(sum(seconds.values()), 1),
+        "seconds_by_part": {part: round(spent, 1) for part, spent in seconds.items()},
         "out": str(plan.out),
     }
     words = {
         **facts,
         "disk_bytes": gigabytes(plan.disk_bytes),
         "memory_bytes": gigabytes(plan.memory_bytes),
-        "seconds": f"about {facts['seconds']:.0f}",
+        "seconds": _in_parts(seconds),
     }
+    del words["seconds_by_part"]
     show_plan(facts, words, output=output)
+
+
+def _in_parts(seconds: Mapping[str, float]) -> str:
+    """The sum, and the parts that are more than a twentieth of it."""
+    total = sum(seconds.values())
+    large = sorted((part for part in seconds if seconds[part] > total / 20), key=lambda part: -seconds[part])
+    return f"about {total:.0f} ({', '.join(f'{part} {seconds[part]:.1f}' for part in large)})"
 
 
 def _show_result(result: FactorizeResult, output: OutputFormat) -> None:

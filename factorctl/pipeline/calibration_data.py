@@ -31,7 +31,7 @@ def calibration_blocks(
         UsageError: no tokenizer, one of another model, or no text.
     """
     tokenizer = load_tokenizer(source.path, hint=ADD_TOKENIZER, rows=int(dense.config.vocab_size))
-    block_length = min(BLOCK_LENGTH, int(getattr(dense.config, "max_position_embeddings", BLOCK_LENGTH)))
+    block_length = calibration_block_length(dense)
     sampler = ModelSampler(
         load_model=lambda: load_dense(source.path),
         model_hash=hash_value(description["files"]),
@@ -59,3 +59,8 @@ def calibration_blocks(
             "its tokenizer files belong to another model: put the right ones there",
         )
     return blocks
+
+
+def calibration_block_length(dense: DenseModel) -> int:
+    """Tokens of a block, and of a document of `self`."""
+    return min(BLOCK_LENGTH, int(getattr(dense.config, "max_position_embeddings", BLOCK_LENGTH)))

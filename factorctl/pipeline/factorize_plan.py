@@ -15,6 +15,7 @@ from factorctl.checkpoint.reader import CheckpointReader, TensorEntry
 from factorctl.checkpoint.sources import Source
 from factorctl.config import DTypeName, FactorizeConfig
 from factorctl.contracts import SAMPLE_TOKENS, PartitionStrategy, Stat, check_option_names, chooses_shared
+from factorctl.data.sampling import ModelSampler
 from factorctl.data.spec import parse_data_spec
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
@@ -23,10 +24,11 @@ from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel, read_dense_model
 from factorctl.models.loading import stored_tensors
 from factorctl.models.strategies import StrategyProvenance, get_strategy
+from factorctl.pipeline.calibration_data import calibration_block_length
 from factorctl.pipeline.dense_source import find_source
 from factorctl.pipeline.devices import storage_dtype, torch_device
 from factorctl.pipeline.source_tokenizer import SourceTokenizer, source_tokenizer
-from factorctl.pipeline.time_estimate import factorize_seconds
+from factorctl.pipeline.time_estimate import DenseSize, Sampling, factorize_seconds, measured_rates
 from factorctl.pipeline.workspace import output_path
 from factorctl.progress import Progress
 
@@ -49,19 +51,25 @@ class FactorizePlan:
     disk_bytes: int
     memory_bytes: int
 
-    def expected_seconds(self) -> float:
-        """About how long the run will take; measures this machine for half a second."""
-        reader = CheckpointReader(self.source.path)
+    def expected_seconds(self) -> dict[str, float]:
+        """About how long each part of the run will take; measures this machine for half a second."""
+        entries = CheckpointReader(self.source.path).entries.values()
+        dense = DenseSize(
+            self.dense.hidden_size,
+            self.dense.num_layers,
+            vocabulary=int(self.dense.config.vocab_size),
+            parameters=sum(math.prod(entry.shape) for entry in entries),
+            source_bytes=sum(entry.nbytes for entry in entries),
+        )
+        sampling = Sampling(calibration_block_length(self.dense), ModelSampler.batch_size)
         return factorize_seconds(
             self.config,
             self.spec.shape,
-            hidden_size=self.dense.hidden_size,
-            num_layers=self.dense.num_layers,
-            parameters=sum(math.prod(entry.shape) for entry in reader.entries.values()),
-            source_bytes=sum(entry.nbytes for entry in reader.entries.values()),
+            dense,
+            sampling if parse_data_spec(self.config.calibration, option="--calibration").uses_self else None,
+            measured_rates(torch_device(self.config.device), sampling, dense.vocabulary),
             calibrates=self.calibrates,
             compressed=self.compressed,
-            device=torch_device(self.config.device),
         )
 
 

@@ -92,6 +92,9 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     longer = cli("factorize", source, "--calibration-tokens", "10M", "--dry-run", "--format", "json").json
     assert 0 <= plan["seconds"] < 600
     assert plan["seconds"] < longer["seconds"]
+    assert plan["seconds_by_part"].keys() == {
+        "reading and writing", "sampling text", "running the model", "fitting", "partitioning"
+    }  # fmt: skip
     assert list(tmp_path.iterdir()) == []
     assert directory_bytes(source) == before
     text = cli("factorize", source, *PLAIN, "--dry-run").stdout
