@@ -84,8 +84,8 @@ def read_special_tokens(
     control = frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
     ids = _named(directory, tokenizer, config, vocab_size)
     first, last = _added_around(tokenizer)
-    ends = [last, ids.get("eos"), *_further_ends(directory, config, control), end_of_turn(tokenizer, added)]
-    ends = list(dict.fromkeys(token for token in ends if token is not None and 0 <= token < vocab_size))
+    stops = [last, ids.get("eos"), *_further_ends(directory, config, control), end_of_turn(tokenizer, added)]
+    ends = list(dict.fromkeys(token for token in stops if token is not None and 0 <= token < vocab_size))
     if not ends:
         raise UsageError(
             f"no file in {directory} names an end-of-text token, and llama.cpp then takes an ordinary token for it",

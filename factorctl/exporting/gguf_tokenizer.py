@@ -67,7 +67,7 @@ class GgufTokenizer:
 
     @cached_property
     def missing_bytes(self) -> frozenset[int]:
-        """Bytes that a byte-level vocabulary has no token for, which only a damaged or a very small one lacks."""
+        """Bytes that a byte-level vocabulary has no token for: mostly such as UTF-8 does not use."""
         if self.model != "gpt2":
             return frozenset()
         known = set(self.tokens)

@@ -35,6 +35,8 @@ class TokenQuestions:
     special: Mapping[str, int]
     """Special tokens that the model's own tokenizer finds in their text alone."""
     chats: tuple[str, ...]
+    skipped: int
+    """Texts that the vocabulary cannot spell, since it lacks a byte of theirs: what is left out of them may differ."""
 
     @property
     def fragments(self) -> list[str]:
@@ -46,20 +48,18 @@ def token_questions(tokenizer: GgufTokenizer) -> TokenQuestions:
     """The passages, every special token, and conversations as the chat template renders them."""
     own = tokenizer.original
     found = {text: index for text, index in tokenizer.special.added.items() if _ids(own, text) == [index]}
-    chats = [rendered(own, conversation) for conversation in CONVERSATIONS]
-
-    def is_spelled(text: str | None) -> bool:
-        return bool(text) and tokenizer.missing_bytes.isdisjoint(str(text).encode())
-
-    texts = tuple(filter(is_spelled, (*PASSAGES, *HARD_TEXT)))
-    return TokenQuestions(texts, found, tuple(text for text in chats if text is not None and is_spelled(text)))
+    chats = [text for conversation in CONVERSATIONS if (text := rendered(own, conversation))]
+    texts, missing = (*PASSAGES, *HARD_TEXT), tokenizer.missing_bytes
+    spelled = [tuple(text for text in asked if missing.isdisjoint(text.encode())) for asked in (texts, chats)]
+    return TokenQuestions(spelled[0], found, spelled[1], skipped=len(texts) - len(spelled[0]))
 
 
 def check_tokens(tokenizer: GgufTokenizer, questions: TokenQuestions, answer: LlamaAnswer) -> list[str]:
     """Compare llama.cpp's tokens with the model's own.
 
     Returns:
-        What differs in whole conversations beside their special tokens, as notes: white space behind a special token.
+        Notes: what differs in whole conversations beside their special tokens, which is white space behind one, and
+        what could not be compared.
 
     Raises:
         IntegrityError: a text, a special token or an end of text that is another one in llama.cpp.
@@ -76,8 +76,13 @@ def check_tokens(tokenizer: GgufTokenizer, questions: TokenQuestions, answer: Ll
                 "as the model's files say",
                 _HINT,
             )
-    chats = answer.fragments[len(questions.special) :]
-    return _compare_chats(own, questions, chats)
+    notes = _compare_chats(own, questions, answer.fragments[len(questions.special) :])
+    if questions.skipped:
+        notes.append(
+            f"{questions.skipped} of {questions.skipped + len(questions.texts)} texts are not tokenised in llama.cpp: "
+            "the vocabulary has no token for some of their bytes"
+        )
+    return notes
 
 
 def _compare_chats(own: Any, questions: TokenQuestions, chats: Sequence[Sequence[int]]) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+from gguf import GGMLQuantizationType
+
 from factorctl.checkpoint.builder import ArtefactBuilder
 from factorctl.checkpoint.publishing import writable
 from factorctl.errors import UsageError
@@ -14,7 +16,7 @@ from factorctl.exporting.forms import stored_dtype
 from factorctl.exporting.gguf_check import check_gguf
 from factorctl.exporting.gguf_file import GGUF_NAME, fallbacks, gguf_context, planned_bytes, write_gguf
 from factorctl.exporting.gguf_identity import Identity, identity_of
-from factorctl.exporting.gguf_tensors import PLAIN_QUANTS, GgufLayout
+from factorctl.exporting.gguf_tensors import PLAIN_QUANTS, GgufLayout, storage_type
 from factorctl.exporting.gguf_tokenizer import read_tokenizer
 from factorctl.exporting.gguf_tokens_check import check_tokens, token_questions
 from factorctl.exporting.jobs import ExportJob, Verified
@@ -140,11 +142,6 @@ class GgufWriter:
         if unnamed := self.tokenizer.special.unnamed_ends:
             names = ", ".join(self.tokenizer.tokens[token] for token in unnamed)
             notes.append(f"a GGUF file names three ends of text; beyond them {names} ends one where llama.cpp knows it")
-        if self.tokenizer.missing_bytes:
-            notes.append(
-                f"the vocabulary has no token for {len(self.tokenizer.missing_bytes)} of the 256 bytes: text with such "
-                "a byte is not compared, since what is left out of it may differ"
-            )
         if self.tokenizer.is_rebuilt:
             notes.append("the source has no tokenizer.model: its scores are derived from the merges of tokenizer.json")
         if not has_llama_cpp():
@@ -153,7 +150,9 @@ class GgufWriter:
 
     def _remarks_on_mixture(self, quantizer: str) -> list[str]:
         notes = [f"quantised by {quantizer}"]
-        matrices = [tensor.shape for tensor in planned_tensors(self.layout, self.job.reader) if len(tensor.shape) > 1]
+        planned = planned_tensors(self.layout, self.job.reader)
+        kinds = [(tensor.shape, storage_type(tensor.name, tensor.shape, self.quant)) for tensor in planned]
+        matrices = [shape for shape, kind in kinds if kind is not GGMLQuantizationType.F32]
         if wide := sum(not fits(shape, MIXED[self.quant]) for shape in matrices):
             notes.append(
                 f"{wide} of {len(matrices)} matrices have rows that are no multiple of 256, as K-quants need: they are "

@@ -72,8 +72,7 @@ def stop_texts(tokenizer: GgufTokenizer) -> list[str]:
     assert chat is not None
     ends = [tokenizer.tokens[token] for token in tokenizer.special.ends]
     begins = [_first_special(text, added) or _first_line(text) for text in (chat.user[0], (chat.system or ("",))[0])]
-    bos = tokenizer.tokens[tokenizer.special.ids["bos"]] if "bos" in tokenizer.special.ids else None
-    return [text for text in dict.fromkeys([*ends, *begins]) if text and text != bos and '"' not in text]
+    return [text for text in dict.fromkeys([*ends, *begins]) if text and '"' not in text]
 
 
 def _first_special(text: str, special: Iterable[str]) -> str | None:

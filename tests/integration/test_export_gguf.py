@@ -166,14 +166,13 @@ PLANTED = {
         r"llama.cpp reads the special token '<\|im_start\|>' as \[.*\] .*; the model's own tokenizer gives \[267\]",
     ),
     "an end of text that is none": (
-        lambda tokenizer: {
-            "special": dataclasses.replace(
-                tokenizer.special, ids={**tokenizer.special.ids, "eos": 40}, ends=(2, *tokenizer.special.ends[1:])
-            ),
-        },
-        r"llama.cpp goes on behind token 2 \('</s>'\), which ends a text",
+        lambda tokenizer: {"special": dataclasses.replace(tokenizer.special, ends=(*tokenizer.special.ends, 40))},
+        r"llama.cpp goes on behind token 40 \('.'\), which ends a text",
     ),
-    "another pre-tokenizer": (lambda tokenizer: {"pre": "smollm"}, r"llama.cpp tokenises .* from token \d+ on"),
+    "merges in another order": (
+        lambda tokenizer: {"merges": tokenizer.merges[::-1]},
+        r"llama.cpp tokenises .* from token \d+ on",
+    ),
     "an end of text added": (
         lambda tokenizer: {"special": dataclasses.replace(tokenizer.special, adds_eos=True)},
         r"llama.cpp tokenises .*",
