@@ -23,11 +23,6 @@ class RidgeMoments(nn.Module):
         self.gram_II.addmm_(x_TI.T, x_TI)
         self.cross_IO.addmm_(x_TI.T, y_TO)
 
-    def clear(self) -> None:
-        """Forget all batches."""
-        self.gram_II.zero_()
-        self.cross_IO.zero_()
-
     def solve(self, damping: float, around_IO: torch.Tensor | None = None) -> torch.Tensor:
         """W [I, O], pulled toward `around_IO` (zero if None)."""
         pull = damping * float(self.gram_II.diagonal().mean())

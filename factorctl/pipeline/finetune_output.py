@@ -77,7 +77,7 @@ def trained_tensors(distiller: Distiller, *, keeps: bool) -> dict[str, torch.Ten
             assert isinstance(twin, TwinFFN)
             value = whole(parameter.detach())
             if own == "router":
-                value = value * whole(twin.sharpness.detach())
+                value = value / whole(twin.reach.detach()) * whole(twin.sharpness.detach())
             if keeps:
                 tensors[f"{module.removeprefix('model.')}.{own}"] = value.cpu()
     return tensors

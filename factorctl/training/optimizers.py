@@ -79,10 +79,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     """One optimiser for the experts, or two with `muon`, and one for the routers, of those that are trained.
 
     Two, because 8-bit AdamW may not take the routers: they are small and decide much, so their state stays float32.
-
-    At unit scale `router_lr` is how far a step moves a logit, not a weight: Adam moves each of the D weights of a row
-    by about its rate, and inputs behind a norm have values around 1, so the weights' rate is a D-th of it. Routers have
-    no weight decay: it would pull their logits to a draw. `muon` takes matrices; AdamW takes the rest.
+    Routers have no weight decay: it would pull their logits to a draw. `muon` takes matrices; AdamW takes the rest.
 
     Raises:
         UsageError: 8-bit AdamW is not to be had here.
@@ -102,9 +99,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
         made.append(_optimizer(experts, recipe, recipe.lr, recipe.weight_decay, eight_bit=True))
     if routers:
         decay = recipe.weight_decay if recipe.optimizer == "adam" else 0.0  # the paper's Adam decays all
-        hidden_size = routers[0].shape[1]
-        rate = recipe.router_lr / hidden_size if recipe.selection == "unit" else recipe.router_lr
-        groups: list[dict[str, Any]] = [{"params": routers, "lr": rate}]
+        groups: list[dict[str, Any]] = [{"params": routers, "lr": recipe.router_lr}]
         if sharpnesses:
             groups.append({"params": sharpnesses, "lr": recipe.sharpness_lr, "weight_decay": 0.0})
         made.append(_optimizer(groups, recipe, recipe.router_lr, decay, eight_bit=False))

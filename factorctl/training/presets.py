@@ -40,7 +40,7 @@ class Recipe:
     optimizer: OptimizerName
     lr: float
     router_lr: float
-    """With `selection` `unit`, how far a step moves a logit; else, a weight."""
+    """With `selection` `unit` about how far a step moves a typical token's logit, else a weight."""
     betas: tuple[float, float]
     weight_decay: float
     warmup_fraction: float
@@ -93,13 +93,14 @@ PRESETS: Mapping[PresetName, Recipe] = {
         weights=LossWeights(lm=0.0, par=5.0, kd=1.0, mse=0.0, balance=0.5, z=0.0),
         optimizer="adamw",
         lr=2e-4,
-        router_lr=0.5,
+        router_lr=3.0,
         betas=(0.9, 0.95),
         weight_decay=0.01,
         warmup_fraction=0.05,
         final_lr_fraction=0.1,
         clip_norm=1.0,
         selection="unit",
+        router_temperature=4.0,
         sharpness_lr=1e-2,
         gate="softmax",
         label_share="scale",

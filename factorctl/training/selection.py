@@ -6,6 +6,9 @@ An analytic router's logits differ by a thousandth where near even gates serve b
 at log N and an optimiser's step is larger than what it steps from. So V is trained at a scale at which the logits of a
 typical token differ by 1, and the sharpness sigma, one number per layer, goes its own way. The stored router stays one
 linear map, and a positive sigma leaves the order alone.
+
+What an optimiser holds is V times a layer's reach, the summed size of an input's values: Adam moves every weight by
+about the learning rate, and so a logit by the rate, however wide the model and however small its normed inputs are.
 """
 
 from __future__ import annotations
@@ -33,16 +36,17 @@ def spread(logits_TN: torch.Tensor) -> torch.Tensor:
 def to_unit_spread(
     distiller: Distiller, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor, accelerator: Any
 ) -> None:
-    """Divide every router that is trained by its logits' spread on some text, and keep that as its sharpness.
+    """Divide every router that is trained by its logits' spread on some text, which becomes its sharpness; set reach.
 
-    Rounded to a power of two, so that the product is the stored router to the last bit. All processes must call this,
-    with the same text, so that their number decides nothing.
+    Both rounded to powers of two, so that the product is the stored router to the last bit. All processes must call
+    this, with the same text, so that their number decides nothing.
     """
     trained = [twin for twin in twins(distiller.model) if twin.routes and twin.student.router.requires_grad]
     found: dict[TwinFFN, torch.Tensor] = {}
 
     def look(twin: TwinFFN, inputs: tuple[torch.Tensor]) -> None:
-        found[twin] = spread(F.linear(inputs[0].flatten(0, -2).to(twin.student.router.dtype), twin.student.router))
+        x_TD = inputs[0].flatten(0, -2).to(twin.student.router.dtype)
+        found[twin] = torch.stack([spread(F.linear(x_TD, twin.student.router)), x_TD.abs().sum(1).median()])
 
     hooks = [twin.register_forward_pre_hook(look) for twin in trained]
     distiller.run_student(input_ids_BL, position_ids_BL)
@@ -50,11 +54,16 @@ def to_unit_spread(
         hook.remove()
     if not trained:
         return
-    spreads = accelerator.reduce(torch.stack([found[twin] for twin in trained]), reduction="mean").tolist()
-    for twin, size in zip(trained, spreads, strict=True):
-        sharpness = 2.0 ** round(math.log2(size)) if size > 0 else 1.0  # an empty router stays as it is
-        twin.student.router.div_(sharpness)
+    sizes = accelerator.reduce(torch.stack([found[twin] for twin in trained]), reduction="mean").tolist()
+    for twin, (sharpness, reach) in zip(trained, (map(_power_of_two, pair) for pair in sizes), strict=True):
+        twin.student.router.mul_(reach / sharpness)
         twin.sharpness.fill_(sharpness)
+        twin.reach.fill_(reach)
+
+
+def _power_of_two(size: float) -> float:
+    """The nearest one; 1 for a router or an input that is all zero."""
+    return 2.0 ** round(math.log2(size)) if size > 0 else 1.0
 
 
 @torch.no_grad()

@@ -171,9 +171,10 @@ def _optimizer_states(optimizers: Iterable[torch.optim.Optimizer]) -> dict[torch
 
 
 def _by_layer(model: nn.Module) -> dict[int, dict[str, torch.Tensor]]:
-    """What a run changes, by name, by decoder layer: trained parameters, a sharpness that is set once and kept, and
-    what layers have collected for the next refresh of their routers."""
-    found = {n: p for n, p in model.named_parameters() if p.requires_grad or n.endswith(".sharpness")}
+    """What a run changes, by name, by decoder layer: trained parameters, what was set once and kept of a layer's
+    selection, and what layers have collected for the next refresh of their routers."""
+    kept = (".sharpness", ".reach")
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad or name.endswith(kept)}
     collected = {name: buffer for name, buffer in model.named_buffers() if ".moments." in name}
     layers: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in {**found, **collected}.items():

@@ -12,8 +12,8 @@ train routers, not the layers below.
 A third role heals layer by layer: the model runs once, as the student, and each layer learns what its dense FFN gives
 on the very input that the layers below it left. No gradient leaves a layer, so neither attention nor head is asked.
 
-While it is trained the student's `router` holds the selection V, and the layer computes with `sharpness` V: see
-`selection`.
+While it is trained the student's `router` holds `reach` V with V the selection, and the layer computes with `sharpness`
+V: see `selection`.
 
 T tokens, D hidden_size, N num_experts, K top_k.
 """
@@ -113,6 +113,8 @@ class TwinFFN(nn.Module):
         one = torch.ones(1, dtype=router.dtype, device=router.device)
         self.sharpness = nn.Parameter(one, requires_grad=options.learns_sharpness and reached)
         """What the selection is multiplied by to give the router, [1]."""
+        self.reach = nn.Parameter(one.clone(), requires_grad=False)
+        """How far a logit moves when every weight of its row moves by 1, [1]; set once, by `to_unit_spread`."""
         collects = options.refresh_target is not None and self.routes and router.requires_grad
         self.moments = RidgeMoments(router.shape[1], router.shape[0], router.device) if collects else None
         self.hint: Hint | None = None
@@ -123,9 +125,13 @@ class TwinFFN(nn.Module):
         """Whether there is a choice between experts at all: 0 < K < N."""
         return 0 < self.student.top_k < self.student.shape.num_experts
 
+    def selection(self) -> torch.Tensor:
+        """V, [N, D]: experts are chosen by the largest V x."""
+        return self.student.router / self.reach
+
     def stored_router(self) -> torch.Tensor:
         """The router as a checkpoint has it, [N, D]."""
-        return self.student.router * self.sharpness
+        return self.selection() * self.sharpness
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         x = hidden_states.to(self.options.compute_dtype)
@@ -185,7 +191,7 @@ class TwinFFN(nn.Module):
         if not (through and self.routes):
             y: torch.Tensor = functional_call(self.student, values, (x,))
             return y
-        values["router"] = self.student.router.detach() * self.sharpness
+        values["router"] = self.selection().detach() * self.sharpness
         y = functional_call(self.student, values, (x,))
         x_TD, s = x.detach().flatten(0, -2), self.student.scale_a * self.student.top_k
         down_DR = values["down"].detach()[:, self.student.shape.shared_size :]
@@ -205,8 +211,8 @@ class TwinFFN(nn.Module):
 
     def _logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         """V x over the temperature of the router's own losses, [T, N]."""
-        router_ND = self.student.router
-        return F.linear(x_TD.to(router_ND.dtype), router_ND) / self.options.router_temperature
+        selection_ND = self.selection()
+        return F.linear(x_TD.to(selection_ND.dtype), selection_ND) / self.options.router_temperature
 
     def _leave_report(self, x: torch.Tensor, y: torch.Tensor, hint: Hint) -> None:
         x_TD = x.detach().flatten(0, -2)

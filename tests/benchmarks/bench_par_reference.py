@@ -31,7 +31,7 @@ from factorctl.training.distiller import Distiller
 from factorctl.training.losses import agreement, par_loss
 from factorctl.training.twin_ffn import TwinFFN, acting_as, labelling, twins
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+PENALTIES = (1e-2, 0.1, 1.0, 10.0)
 """Candidates for the pull of whitened weights to 0; an eighth of the training tokens chooses."""
 ITERATIONS = 100
 TEMPERATURES = [2.0**power for power in range(-12, 5)]

@@ -11,6 +11,7 @@ from conftest import DenseSource
 from training_support import batch, distiller
 
 from factorctl.config import FactorShape, FinetuneConfig
+from factorctl.models.building import decoder_layers
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.ridge import RidgeMoments
 from factorctl.training.losses import par_loss
@@ -45,7 +46,7 @@ def test_a_router_at_unit_scale_is_the_stored_one_to_the_last_bit(checkpoint: Pa
     inputs = [seen_by(model, twin) for twin in twins(model.model)]
     for twin, router, x_TD in zip(twins(model.model), stored, inputs, strict=True):
         assert torch.equal(twin.stored_router(), router)
-        assert 0.7 <= float(spread(x_TD @ twin.student.router.detach().T)) <= 1.42
+        assert 0.7 <= float(spread(x_TD @ twin.selection().detach().T)) <= 1.42
     assert float(model(*batch()).lm.detach()) == before
 
 
@@ -57,6 +58,22 @@ def seen_by(model: Any, twin: TwinFFN) -> torch.Tensor:
     model.run_student(*batch())
     hook.remove()
     return caught[0]
+
+
+@pytest.mark.parametrize("size", [0.01, 30.0])
+def test_a_step_moves_a_logit_by_the_routers_rate_however_large_the_inputs_are(checkpoint: Path, size: float) -> None:
+    model = distiller(checkpoint, LossWeights(par=1.0), train="router")
+    for block in decoder_layers(model.model):
+        block.post_attention_layernorm.weight.data.fill_(size)
+    to_unit_spread(model, *batch(), Alone())
+    (routers,) = make_optimizers(model, recipe_of(FinetuneConfig(tokens=1, router_lr=0.1)))
+    inputs = [seen_by(model, twin) for twin in twins(model.model)]
+    before = [x_TD @ twin.selection().detach().T for x_TD, twin in zip(inputs, twins(model.model), strict=True)]
+    model(*batch()).total.backward()
+    routers.step()
+    for x_TD, twin, logits_TN in zip(inputs, twins(model.model), before, strict=True):
+        moved = (x_TD @ twin.selection().detach().T - logits_TN).abs()
+        assert 0.01 < float(moved.median()) < float(moved.max()) < 0.3
 
 
 def test_the_losses_of_routers_do_not_depend_on_how_even_the_gates_are(checkpoint: Path) -> None:
@@ -143,7 +160,8 @@ def test_straight_through_changes_no_output_and_moves_a_choice_that_even_gates_w
 
 @pytest.mark.parametrize("target", ["labels", "benefits"])
 def test_a_refresh_finds_what_a_linear_map_can_and_leaves_the_gates_as_unequal(checkpoint: Path, target: Any) -> None:
-    model = distiller(checkpoint, refresh_target=target)
+    model = distiller(checkpoint, refresh_target=target, router_temperature=0.5)
+    to_unit_spread(model, *batch(), Alone())
     twin = twins(model.model)[0]
     x_TD, truth_ND = draw(500, 32).float(), draw(4, 32, seed=1).float()
     wanted_TN = x_TD @ (truth_ND - truth_ND.mean(0)).T
@@ -154,11 +172,11 @@ def test_a_refresh_finds_what_a_linear_map_can_and_leaves_the_gates_as_unequal(c
     twin.moments.add(x_TD, wanted_TN)
     before = inequality()
     refresh_routers([twin])
-    found_TN = x_TD @ twin.student.router.detach().T
+    found_TN = x_TD @ twin.selection().detach().T
     assert torch.equal(found_TN.topk(2).indices, wanted_TN.topk(2).indices)
     assert inequality() == pytest.approx(before, rel=1e-4)
     if target == "labels":
-        torch.testing.assert_close(found_TN, 2 * wanted_TN, atol=0.05, rtol=0.01)  # N/K times what was predicted
+        torch.testing.assert_close(found_TN, 0.5 * 2 * wanted_TN, atol=0.1, rtol=0.15)  # N/K times what was predicted
 
 
 def test_a_fit_to_labels_has_the_scale_of_least_cross_entropy() -> None:
@@ -186,7 +204,6 @@ def test_layers_collect_while_they_train_and_a_refresh_raises_agreement(refitted
         model(*batch(), measuring=True)
     assert torch.equal(layers[0].moments.gram_II, collected), "a measurement is not training"
     refresh_routers(layers)
-    assert float(layers[0].moments.gram_II.abs().sum()) == 0
     with torch.no_grad():
         assert float(model(*batch(), measuring=True).agreement) > before
 
