@@ -15,6 +15,7 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -81,6 +82,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
     site = site_of(arguments)
     intermediate_size = int(read_json_object(Path(site.model, "config.json"))["intermediate_size"])
     plan = read_plan(arguments.plan, routed=arguments.routed)
@@ -88,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = list(jobs_of(plan, site, intermediate_size, results.done(), arguments.keep))
     workers = min(arguments.workers or WORKERS[device_type(site.device)], max(1, len(jobs)))
     print(f"{len(plan)} cells, {len(jobs)} jobs to do, {workers} workers, model {site.model}", flush=True)
-    crew = Crew(site, jobs, results, workers, arguments.seconds)
+    left = None if arguments.seconds is None else max(1.0, arguments.seconds - (time.monotonic() - started))
+    crew = Crew(site, jobs, results, workers, left)
     failed = crew.work()
     print(f"{crew.finished} jobs done, {failed} failed, {len(jobs) - crew.finished - failed} not begun", flush=True)
     return 1 if failed else 0

@@ -143,8 +143,6 @@ class Site:
     curve_tokens: int = 32_768
     document_tokens: int = 1024
     block_length: int = 1024
-    trained_checkpoints: str = ""
-    """Names of cells whose checkpoints stay, separated by spaces; `all` keeps every one."""
 
     @property
     def home(self) -> Path:
@@ -175,7 +173,9 @@ def read_plan(file: Path, *, routed: str = "routed") -> list[Cell]:
 
 
 def canonical(cell: Cell) -> Cell:
-    """Splits with as many active neurons have one static control."""
+    """Without options that decide nothing; splits with as many active neurons have one static control."""
+    if not cell.tokens:
+        cell = replace(cell, finetune={}, curve=0)
     if cell.method != STATIC:
         return cell
     active = {name: split.shape(DEMO_NEURONS).active_neurons for name, split in SPLITS.items()}
