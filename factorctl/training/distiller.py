@@ -106,12 +106,6 @@ class Distiller(nn.Module):
             twin.report = None
         return reports
 
-    def run_student(self, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> None:
-        """Send a batch through for what hooks see on the way, in the role that the layers have now."""
-        self._forget()
-        with self._autocast(input_ids_BL.device):
-            self._hidden(input_ids_BL, position_ids_BL)
-
     def _hidden(self, input_ids_BL: torch.Tensor, position_ids_BL: torch.Tensor) -> torch.Tensor:
         """The last hidden state behind the final norm, [T, D]."""
         output = self.model.model(

@@ -45,11 +45,13 @@ def to_unit_spread(
     found: dict[TwinFFN, torch.Tensor] = {}
 
     def look(twin: TwinFFN, inputs: tuple[torch.Tensor]) -> None:
+        if twin.options.role != "student":
+            return
         x_TD = inputs[0].flatten(0, -2).to(twin.student.router.dtype)
         found[twin] = torch.stack([spread(F.linear(x_TD, twin.student.router)), x_TD.abs().sum(1).median()])
 
     hooks = [twin.register_forward_pre_hook(look) for twin in trained]
-    distiller.run_student(input_ids_BL, position_ids_BL)
+    distiller(input_ids_BL, position_ids_BL)  # as a whole: a shared model is put together from the outside in
     for hook in hooks:
         hook.remove()
     if not trained:

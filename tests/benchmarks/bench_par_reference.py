@@ -29,7 +29,7 @@ from factorctl.token_counts import parse_token_count
 from factorctl.training.batches import Batches
 from factorctl.training.distiller import Distiller
 from factorctl.training.losses import agreement, par_loss
-from factorctl.training.twin_ffn import TwinFFN, acting_as, labelling, twins
+from factorctl.training.twin_ffn import TwinFFN, twins
 
 PENALTIES = (1e-2, 0.1, 1.0, 10.0)
 """Candidates for the pull of whitened weights to 0; an eighth of the training tokens chooses."""
@@ -87,13 +87,11 @@ def collect(distiller: Distiller, batches: Iterator[tuple[torch.Tensor, torch.Te
 
     hooks = [twin.register_forward_pre_hook(look) for twin in layers]
     for ids_BL, positions_BL in batches:
-        with acting_as(distiller.options, "teacher"), labelling(distiller.options, True):
-            distiller.run_student(ids_BL, positions_BL)
+        distiller(ids_BL, positions_BL, measuring=True)
         for twin in layers:
             assert twin.hint is not None
             assert twin.hint.labels_TK is not None, "nothing is routed"
             labels[twin].append(twin.hint.labels_TK)
-        distiller.run_student(ids_BL, positions_BL)
     for hook in hooks:
         hook.remove()
     return [LayerExamples(torch.cat(seen[twin]), torch.cat(labels[twin])) for twin in layers]

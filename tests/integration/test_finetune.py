@@ -107,7 +107,7 @@ def test_the_stored_router_chooses_and_weighs_as_the_trained_one(
 
     def spy(distiller: Distiller, **options: Any) -> dict[str, torch.Tensor]:
         assert all(math.log2(twin.sharpness.item()) % 1 for twin in twins(distiller.model)), "it has learned"
-        caught.append(gates(distiller.run_student, [twin.student for twin in twins(distiller.model)]))
+        caught.append(gates(distiller, [twin.student for twin in twins(distiller.model)]))
         return genuine(distiller, **options)
 
     @torch.no_grad()

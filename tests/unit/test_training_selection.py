@@ -14,11 +14,11 @@ from factorctl.config import FactorShape, FinetuneConfig
 from factorctl.models.building import decoder_layers
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.ridge import RidgeMoments
-from factorctl.training.losses import par_loss
+from factorctl.training.losses import agreement, par_loss
 from factorctl.training.muon import Muon, blocks_of, orthogonal
 from factorctl.training.optimizers import make_optimizers
 from factorctl.training.presets import LossWeights, recipe_of
-from factorctl.training.router_refresh import refresh_routers
+from factorctl.training.router_refresh import DAMPING, refresh_routers
 from factorctl.training.selection import MIN_SHARPNESS, keep_order, spread, to_unit_spread
 from factorctl.training.straight_through import as_if_all_ran
 from factorctl.training.twin_ffn import TwinFFN, twins
@@ -55,9 +55,9 @@ def seen_by(model: Any, twin: TwinFFN) -> torch.Tensor:
     """The inputs of one layer in the student's pass."""
     caught: list[torch.Tensor] = []
     hook = twin.register_forward_pre_hook(lambda _, x: caught.append(x[0].flatten(0, -2)))
-    model.run_student(*batch())
+    model(*batch())
     hook.remove()
-    return caught[0]
+    return caught[-1]  # the teacher's pass comes first
 
 
 @pytest.mark.parametrize("size", [0.01, 30.0])
@@ -163,7 +163,7 @@ def test_a_refresh_finds_what_a_linear_map_can_and_leaves_the_gates_as_unequal(c
     model = distiller(checkpoint, refresh_target=target, router_temperature=0.5)
     to_unit_spread(model, *batch(), Alone())
     twin = twins(model.model)[0]
-    x_TD, truth_ND = draw(500, 32).float(), draw(4, 32, seed=1).float()
+    x_TD, truth_ND = draw(20_000, 32).float(), draw(4, 32, seed=1).float()
     wanted_TN = x_TD @ (truth_ND - truth_ND.mean(0)).T
 
     def inequality() -> float:
@@ -173,10 +173,11 @@ def test_a_refresh_finds_what_a_linear_map_can_and_leaves_the_gates_as_unequal(c
     before = inequality()
     refresh_routers([twin])
     found_TN = x_TD @ twin.selection().detach().T
-    assert torch.equal(found_TN.topk(2).indices, wanted_TN.topk(2).indices)
+    assert float(agreement(found_TN.topk(2).indices, wanted_TN.topk(2).indices)) > 0.99
     assert inequality() == pytest.approx(before, rel=1e-4)
     if target == "labels":
-        torch.testing.assert_close(found_TN, 0.5 * 2 * wanted_TN, atol=0.1, rtol=0.15)  # N/K times what was predicted
+        predicted_TN = wanted_TN / (1 + DAMPING)  # of inputs of unit covariance
+        torch.testing.assert_close(found_TN, 0.5 * 2 * predicted_TN, atol=0.3, rtol=0.02)  # temperature N/K times that
 
 
 def test_a_fit_to_labels_has_the_scale_of_least_cross_entropy() -> None:
