@@ -70,7 +70,7 @@ def factor_shape(intermediate_size: int, *, num_experts: int, top_k: int | None,
         if intermediate_size % num_experts:
             raise UsageError(
                 f"--experts {num_experts} does not divide intermediate_size {intermediate_size}",
-                f"try {_listing(nearest_divisors(intermediate_size, num_experts))}",
+                _other_splits(nearest_divisors(intermediate_size, num_experts)),
             )
     else:
         shared_size = nearest_shared_size(intermediate_size, num_experts, shared_fraction)
@@ -118,8 +118,10 @@ def nearest_shared_size(intermediate_size: int, num_experts: int, shared_fractio
     return min(sizes, key=lambda size: (abs(size - wanted), size))
 
 
-def _listing(values: list[int]) -> str:
-    return " or ".join(str(value) for value in values) if values else "another number of experts"
+def _other_splits(divisors: list[int]) -> str:
+    """Shared neurons take up what a number of experts leaves over."""
+    with_shared = "--shared-fraction 0.25, with which the number need not divide it"
+    return f"try {' or '.join(map(str, divisors))}, or {with_shared}" if divisors else f"add {with_shared}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -248,11 +248,12 @@ def _check_blocks(
         raise UsageError(f"the {purpose} text {names} is empty", "give files that hold text, or use `self`")
     if parts["train"]["blocks"] == 0 or (plan.heldout_tokens and parts["heldout"]["blocks"] == 0):
         beside = ", and a block of other documents to hold out" if plan.heldout_tokens else ""
+        shorter = ", choose a shorter --block-length" if purpose == "training" else ""
         documents = "1 document" if filling.seen_documents == 1 else f"{filling.seen_documents:,} documents"
         raise UsageError(
             f"the {purpose} text {names} gives {filling.available_tokens:,} tokens in {documents}; "
             f"it takes at least a block of {plan.block_length:,} tokens{beside}",
-            "give more text or more documents, choose shorter blocks, or use `self`",
+            f"give more text or more documents{shorter}, or use `self`",
         )
 
 

@@ -29,7 +29,7 @@ from factorctl.errors import FactorctlError, ResourceError, UsageError, first_ca
 
 SPLIT = "train"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_USE_LOCAL = "give local files with --data, or --data self (text that the model samples itself)"
+_USE_LOCAL = "give local files; factorize, finetune and profile take `self` as well (text that the model samples)"
 
 
 def pin_revisions(spec: DataSpec) -> DataSpec:

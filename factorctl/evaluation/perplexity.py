@@ -166,7 +166,10 @@ def score_text(
     ]
     wrong = next((score.id for score in scores if not math.isfinite(score.nats)), None)
     if wrong is not None:
-        raise FactorctlError(f"the loss on {wrong} is not finite", "try --dtype float32")
+        raise FactorctlError(
+            f"the loss on {wrong} is not finite",
+            "try --dtype float32; if it is that already, the model is damaged: `factorctl verify`, or fetch it again",
+        )
     return TextScore(scores)
 
 

@@ -27,7 +27,7 @@ from factorctl.models.strategies import StrategyProvenance, get_strategy
 from factorctl.pipeline.calibration_data import calibration_block_length
 from factorctl.pipeline.dense_source import find_source
 from factorctl.pipeline.devices import storage_dtype, torch_device
-from factorctl.pipeline.source_tokenizer import SourceTokenizer, source_tokenizer
+from factorctl.pipeline.source_tokenizer import WITHOUT_CALIBRATION, SourceTokenizer, source_tokenizer
 from factorctl.pipeline.time_estimate import DenseSize, Sampling, factorize_seconds, measured_rates
 from factorctl.pipeline.workspace import output_path
 from factorctl.progress import Progress
@@ -168,11 +168,13 @@ def peak_bytes(
 def require_resources(plan: FactorizePlan) -> None:
     """Refuse before the work starts what disk or memory cannot hold."""
     require_disk_space(plan.out.parent, plan.disk_bytes)
-    hint = (
-        "lower --calibration-tokens, or choose options that need no calibration "
-        "(--experts N --router random, no --refit, no --shared-fraction)"
-    )
-    require_memory(plan.memory_bytes, available_memory(), hint=hint)
+    uncalibrated = replace(plan, calibrates=False, config=replace(plan.config, refit=False))
+    available = available_memory()
+    if estimate_memory(uncalibrated, CheckpointReader(plan.source.path)) > available:
+        hint = "free some memory, or take a machine that has more: the largest layer alone does not fit"
+    else:
+        hint = f"lower --calibration-tokens, or {WITHOUT_CALIBRATION}"
+    require_memory(plan.memory_bytes, available, hint=hint)
 
 
 def refuse_other_copy_of_tied(dense: DenseModel, reader: CheckpointReader) -> None:

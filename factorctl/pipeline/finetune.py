@@ -167,7 +167,7 @@ def rehearse(config: FinetuneConfig, progress: Progress) -> Rehearsal:
     _say_beforehand(plan, progress)
     if plan.sharded:
         make_accelerator(plan)  # joins the processes
-    with memory_explained("in the rehearsal", plan.batch, plan.device, lambda: "no step was taken"):
+    with memory_explained("in the rehearsal", plan.batch, plan.device, lambda: "no step was taken", rehearsed=True):
         return _rehearsed(plan, progress)
 
 

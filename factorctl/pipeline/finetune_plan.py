@@ -144,10 +144,8 @@ def target_spec(base: FactoredSpec, config: FinetuneConfig, recipe: Recipe) -> F
 def _check_lengths(config: FinetuneConfig, checkpoint: NativeCheckpoint) -> None:
     context = getattr(checkpoint.dense.config, "max_position_embeddings", None)
     if config.block_length < 2 or (context is not None and config.block_length > context):
-        raise UsageError(
-            f"--block-length {config.block_length} does not fit a model with a context of {context}",
-            f"choose 2 to {context} tokens",
-        )
+        limit = "2 tokens or more" if context is None else f"2 to {context} tokens, the model's context"
+        raise UsageError(f"--block-length {config.block_length} is out of range", f"choose {limit}")
     if config.heldout_tokens < 1:
         raise UsageError("--heldout-tokens 0 leaves nothing to measure on", "a held-out split is always kept: try 16K")
     if config.save_every is not None and config.save_every < 1:

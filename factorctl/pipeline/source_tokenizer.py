@@ -12,7 +12,10 @@ from factorctl.pipeline.embedded_tokens import SUPERSEDED, saved_files, tokens_w
 from factorctl.pipeline.tokenizers import has_tokenizer, load_tokenizer
 from factorctl.progress import Progress
 
-ADD_TOKENIZER = "add the model's tokenizer files, or choose options that need no calibration (--router random)"
+WITHOUT_CALIBRATION = (
+    "choose options that need no calibration: --experts N --router random, without --refit and --shared-fraction"
+)
+ADD_TOKENIZER = f"add the model's tokenizer files, or {WITHOUT_CALIBRATION}"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def newest_checkpoint(workspace: Path, *, kind: str = "native") -> Path:
         return found[-1].parent
     raise UsageError(
         f"no checkpoint was named and {workspace} holds none",
-        "make one with `factorctl factorize demo --experts 4`, or name a checkpoint directory",
+        f"make one with `factorctl factorize demo --experts 4 --workspace {workspace}`, or name a checkpoint directory",
     )
 
 

@@ -55,7 +55,10 @@ def measure(model: nn.Module, batches: Batches, accelerator: Any, progress: Prog
     total = accelerator.reduce(sums, reduction="sum").tolist()
     means = dict(zip(names, (value / total[-1] for value in total), strict=True))
     if not math.isfinite(means["lm"]):
-        raise FactorctlError(f"{title.lower()}: the loss on the held-out text is not finite", "try --precision float32")
+        raise FactorctlError(
+            f"{title.lower()}: the loss on the held-out text is not finite",
+            "try --precision float32; if it is that already, ask `factorctl verify` whether the checkpoint is whole",
+        )
     counted = torch.tensor([_tokens(shares)], dtype=torch.float64, device=sums.device)
     tokens = float(accelerator.reduce(counted, reduction="sum"))
     shares_LN = [] if load is None else (accelerator.reduce(load, reduction="sum") / tokens).tolist()

@@ -267,7 +267,7 @@ BAD: dict[str, tuple[dict[str, Any], type[FactorctlError], str]] = {
     "too many experts": ({"top_k": 9}, UsageError, "--top-k 9 does not fit 4 experts"),
     "no active neuron": ({"top_k": 0}, UsageError, "--top-k 0 leaves no active neuron"),
     "no such data": ({"data": "nowhere.jsonl"}, UsageError, "--data 'nowhere.jsonl' was not found"),
-    "long blocks": ({"block_length": 4096, "batch_tokens": 4096}, UsageError, "--block-length 4096 does not fit"),
+    "long blocks": ({"block_length": 4096, "batch_tokens": 4096}, UsageError, "--block-length 4096 is out of range"),
     "no held-out text": ({"heldout_tokens": 0}, UsageError, "--heldout-tokens 0 leaves nothing to measure on"),
     "long warm-up": ({"router_warmup": 641}, UsageError, "--router-warmup 641 is not within the 640 tokens"),
     "quantised teacher": ({"teacher_quant": "8bit"}, ResourceError, "--teacher-quant 8bit needs a CUDA device"),
