@@ -67,7 +67,7 @@ MOMENTS = {
     "rename .out.partial/config.json": (3, 0),
     "rename out": (3, 0),
 }
-"""Write point -> (shards that are found finished, layers that are factored again). Shard 1, what is no layer, is written first."""
+"""Write point -> (shards that are found finished, layers that are factored again). Shard 1, no layer, comes first."""
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
