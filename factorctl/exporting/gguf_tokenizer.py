@@ -19,17 +19,13 @@ from gguf import GGUFWriter, TokenType
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from factorctl.checkpoint.gguf_vocabulary import LLAMA3_WORDS, QWEN2_WORDS
 from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.errors import FactorctlError, UsageError, in_one_line
 from factorctl.exporting.chat_format import ChatFormat, chat_format
 from factorctl.exporting.gguf_special import ELSEWHERE, SpecialTokens, read_special_tokens
 from factorctl.exporting.gguf_vocabulary import TokenTable, pieces_of_merges, pieces_of_model
 from factorctl.exporting.verification_text import PASSAGES
-
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_PUNCTUATION}"
-_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_PUNCTUATION}"
 
 
 def _step(kind: str, *details: object) -> str:
@@ -39,8 +35,8 @@ def _step(kind: str, *details: object) -> str:
 PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
     (_step("ByteLevel", "regex"),): "gpt-2",
     (_step("Digits", True), _step("ByteLevel", "regex")): "smollm",
-    (_step("Split", _LLAMA3), _step("ByteLevel"), "ignore_merges"): "llama-bpe",
-    ("NFC", _step("Split", _QWEN2), _step("ByteLevel")): "qwen2",
+    (_step("Split", LLAMA3_WORDS), _step("ByteLevel"), "ignore_merges"): "llama-bpe",
+    ("NFC", _step("Split", QWEN2_WORDS), _step("ByteLevel")): "qwen2",
 }
 """Normaliser and pre-tokenizer, step by step -> llama.cpp's name."""
 

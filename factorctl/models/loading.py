@@ -235,7 +235,8 @@ def _refuse_other_head(
         UsageError: a classifier, a reward model, or a base model saved without its head.
     """
     missing, surplus = expected.keys() - found.keys(), found.keys() - expected.keys()
-    named = ", ".join(model.config.architectures or [])
+    stated = model.config.architectures
+    named = ", ".join(map(str, stated)) if isinstance(stated, list) else ""
     of_layers = {name for name in missing | surplus if name.startswith("model.")}
     if of_layers or not missing <= {"lm_head.weight"}:
         return

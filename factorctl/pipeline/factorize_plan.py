@@ -101,7 +101,7 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
     config = _with_one_dtype(config, reader, progress)
     calibrates = compressed or bool(needs)
     if calibrates:
-        parse_data_spec(config.calibration, option="--calibration")
+        parse_data_spec(config.calibration, text_field=config.text_field, option="--calibration")
     tokenizer = source_tokenizer(source.path, dense, needed=calibrates, progress=progress)
     plan = FactorizePlan(
         config=config,

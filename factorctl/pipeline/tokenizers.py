@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -40,6 +41,25 @@ def load_tokenizer(
         tokenizer("a")  # some faults show only in use
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
         raise UsageError(
-            f"{directory} has no tokenizer that transformers can read: {in_one_line(error)}", hint
+            f"{directory} has no tokenizer that transformers can read: {in_one_line(error)}",
+            _missing_package(directory, str(error)) or hint,
         ) from error
     return tokenizer if rows is None else with_rows_alone(tokenizer, rows, directory)
+
+
+def _missing_package(directory: Path, reason: str) -> str | None:
+    """The package that a tokenizer.model without a tokenizer.json takes; transformers' own message may name another."""
+    if not (directory / "tokenizer.model").is_file() or (directory / "tokenizer.json").is_file():
+        return None
+    if not _is_installed("google.protobuf"):
+        return "tokenizer.model is read through protobuf: pip install protobuf"
+    if "tiktoken" in reason and not _is_installed("tiktoken"):
+        return "this tokenizer.model is tiktoken's: pip install tiktoken"
+    return None
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it lies in
+        return False

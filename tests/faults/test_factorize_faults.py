@@ -60,14 +60,14 @@ CONFIGS: dict[str, Callable[[Path, Path, Path], FactorizeConfig]] = {
 }
 SHARD = "rename .out.partial/model-0000{}-of-00003.safetensors"
 MOMENTS = {
-    SHARD.format(2): (0, 2),
+    SHARD.format(1): (0, 2),
     "rename .out.journal.json": (0, 2),
-    SHARD.format(3): (1, 1),
-    SHARD.format(1): (2, 0),
+    SHARD.format(2): (1, 2),
+    SHARD.format(3): (2, 1),
     "rename .out.partial/config.json": (3, 0),
     "rename out": (3, 0),
 }
-"""Write point -> (shards that are found finished, layers that are factored again). Shard 1 is written last."""
+"""Write point -> (shards that are found finished, layers that are factored again). Shard 1, no layer, comes first."""
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

@@ -360,7 +360,7 @@ def test_a_damaged_tokenizer(damaged: Callable[..., Path], text_file: Path, out:
 def test_a_tokenizer_of_another_model(tmp_path: Path, text_file: Path, out: Path) -> None:
     source = make_source(tmp_path / "source", vocab_size=20)
     outcome = calibrate(source, out, text_file)
-    assert_refused(outcome, ExitCode.USAGE, out, "the model knows 20 tokens", "belong to another model")
+    assert_refused(outcome, ExitCode.USAGE, out, "the model embeds 20 tokens", "belong to another model")
 
 
 def test_a_strategy_that_returns_no_partition(

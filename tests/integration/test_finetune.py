@@ -316,8 +316,12 @@ def test_an_existing_output_is_kept(checkpoint: Path, text: Path, tmp_path: Path
 
 
 def test_a_tokenizer_of_another_model(tmp_path: Path, text: Path) -> None:
-    source = make_source(tmp_path / "source", vocab_size=30)
+    source, other = make_source(tmp_path / "source", vocab_size=30), tmp_path / "other"
+    other.mkdir()
+    for path in source.glob("tokenizer*"):
+        path.rename(other / path.name)
     factorize_quietly(weights_only(source, tmp_path / "base", top_k=2))
+    shutil.copytree(other, tmp_path / "base", dirs_exist_ok=True)
     with pytest.raises(
         UsageError, match="does not match the model: it makes ids up to 31, the model has embeddings for 30"
     ):

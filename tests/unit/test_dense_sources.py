@@ -19,6 +19,7 @@ from factorctl.checkpoint.sources import resolve
 from factorctl.config import FactorizeConfig
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.models.loading import load_dense
+from factorctl.pipeline import tokenizers
 from factorctl.pipeline.devices import compute_dtype
 from factorctl.pipeline.factorize import factorize
 from factorctl.pipeline.factorize_plan import plan_factorize
@@ -190,3 +191,49 @@ def test_resolving_a_source_changes_nothing_in_it(changed: Changed, tmp_path: Pa
     resolve(str(source), revision=None, cache=tmp_path / "cache", progress=SilentProgress())
     CheckpointReader(source)
     assert directory_bytes(source) == before
+
+
+# a tokenizer.model alone
+
+
+@pytest.fixture
+def sentencepiece_alone(tmp_path: Path) -> Path:
+    """A source as older Llama checkpoints are: SentencePiece's file and a class, no tokenizer.json."""
+    import sentencepiece
+
+    directory, corpus = tmp_path / "source", tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(f"the river number {i} runs past the mill and the bridge" for i in range(200)))
+    make_model(vocab_size=320).save_pretrained(directory)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(directory / "tokenizer"), vocab_size=300, model_type="bpe", pad_id=-1,
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (directory / "tokenizer.vocab").unlink()
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_tokenizer_model_alone_is_enough(sentencepiece_alone: Path, tmp_path: Path) -> None:
+    pytest.importorskip("google.protobuf")
+    _, notes = planned(sentencepiece_alone, tmp_path / "out", router="analytic")
+    assert not any("tokenizer" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("installed", "hint"), [((), "pip install protobuf"), (("google.protobuf",), "pip install tiktoken")]
+)
+def test_the_package_that_a_tokenizer_model_takes_is_named(
+    installed: tuple[str, ...],
+    hint: str,
+    sentencepiece_alone: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreadable(*_: object, **__: object) -> None:
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file")
+
+    monkeypatch.setattr(tokenizers.AutoTokenizer, "from_pretrained", unreadable)
+    monkeypatch.setattr(tokenizers, "_is_installed", lambda module: module in installed)
+    with pytest.raises(UsageError, match="has no tokenizer that transformers can read") as caught:
+        tokenizers.load_tokenizer(sentencepiece_alone, hint="otherwise")
+    assert hint in str(caught.value.hint)
