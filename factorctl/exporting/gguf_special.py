@@ -107,7 +107,7 @@ def read_special_tokens(
 
 
 def _control(directory: Path, tokenizer: Any, added: Mapping[str, int]) -> frozenset[int]:
-    """Of the added tokens the special ones; those of special_tokens_map.json too, of which transformers reads a part."""
+    """Of the added tokens the special ones; those of special_tokens_map.json too, which transformers reads in part."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     for value in _json(directory / "special_tokens_map.json").values():
         for token in value if isinstance(value, list) else [value]:
