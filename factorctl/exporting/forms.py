@@ -13,6 +13,7 @@ from factorctl.config import ExportConfig
 from factorctl.exporting.architectures import (
     architecture_for,
     becomes_mixture,
+    blockers,
     gguf_architecture,
     needs_router_scaling,
 )
@@ -194,9 +195,8 @@ def remarks(checkpoint: NativeCheckpoint, config: ExportConfig) -> list[str]:
         notes.append("the weights were trained or refitted: this is no longer the source's dense model")
     is_mixture = becomes_mixture(config.target, spec)
     if is_mixture and config.target.startswith("bnb"):
-        notes.append(
-            "transformers alone cannot load quantised experts: load with factorctl.load; for engines, --to gguf"
-        )
+        engines = "" if blockers(dense, spec, "gguf") else "; for engines, --to gguf"
+        notes.append(f"transformers alone cannot load quantised experts: load with factorctl.load{engines}")
     if is_mixture and dense.family.model_type == "qwen3" and shape.shared_size:
         active = shape.top_k * (shape.shared_size + shape.expert_size) / shape.active_neurons
         notes.append(

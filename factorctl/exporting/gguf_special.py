@@ -81,7 +81,7 @@ def read_special_tokens(
             f"the chat template uses {used[0]!r}, but the model embeds only {vocab_size} tokens and has none for it",
             "the tokenizer files belong to another model",
         )
-    control = frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    control = _control(directory, tokenizer, added)
     ids = _named(directory, tokenizer, config, vocab_size)
     first, last = _added_around(tokenizer)
     stops = [last, ids.get("eos"), *_further_ends(directory, config, control), end_of_turn(tokenizer, added)]
@@ -104,6 +104,16 @@ def read_special_tokens(
         left_out=tuple(beyond),
         chat_template=template,
     )
+
+
+def _control(directory: Path, tokenizer: Any, added: Mapping[str, int]) -> frozenset[int]:
+    """Of the added tokens the special ones; those of special_tokens_map.json too, which transformers reads in part."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for value in _json(directory / "special_tokens_map.json").values():
+        for token in value if isinstance(value, list) else [value]:
+            text = token.get("content") if isinstance(token, dict) else token
+            special |= {added[text]} if isinstance(text, str) and text in added else set()
+    return frozenset(special)
 
 
 def _named(directory: Path, tokenizer: Any, config: PretrainedConfig | None, vocab_size: int) -> dict[str, int]:

@@ -145,7 +145,7 @@ def test_scores_come_back_from_the_merges(tmp_path: Path) -> None:
     exact = {piece.index: piece for piece in pieces_of_model(source / "tokenizer.model")}
     made = {"".join(pair) for pair in model["merges"]}
     rebuilt = pieces_of_merges(model)
-    assert len(made) > 100
+    assert len(made) > 50
     assert len(rebuilt) == len(exact)
     for piece in rebuilt:
         known = exact[piece.index]
