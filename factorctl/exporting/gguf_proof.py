@@ -27,6 +27,8 @@ from factorctl.progress import Progress
 
 SEQUENCES_RUN = 4
 """How many sequences llama.cpp is asked about: it gives one position per request."""
+SEQUENCES_WITH_EVERY_EXPERT = 2
+"""All tokens of these are judged."""
 ENGINE_LIMITS = {"f32": 1e-3, "f16": 2e-2, "bf16": 1e-1}
 """Largest rms error of a sequence's logits that llama.cpp's own rounding explains, by the type that is stored."""
 QUANTISED_LIMIT = 1e-1
@@ -72,9 +74,10 @@ def _proof(
     dense, spec, limit = job.checkpoint.dense, exported_spec(job), ENGINE_LIMITS.get(job.form.dtype, QUANTISED_LIMIT)
     all_experts_error = None
     if ours.routing:
-        smooth = native_run(dense, spec, values.read, question, every_expert=True, device=job.device)
+        asked = plain(question.sequences[:SEQUENCES_WITH_EVERY_EXPERT])
+        smooth = native_run(dense, spec, values.read, asked, every_expert=True, device=job.device)
         with every_expert_on(path, spec.shape.num_experts):
-            theirs = ask_llama_cpp(path, question.sequences, vocab_size=int(dense.config.vocab_size))
+            theirs = ask_llama_cpp(path, asked.sequences, vocab_size=int(dense.config.vocab_size))
         all_experts_error = largest_error(smooth.logits, theirs.successors)
         require_near(all_experts_error, limit, "with every expert on")
     lengths = [len(ids) for ids in question.sequences]
