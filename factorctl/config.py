@@ -323,7 +323,7 @@ class ExportConfig(CommonConfig):
     verify_gguf: bool = False
     """Demand that llama.cpp itself runs the file before it is published."""
     accept_difference: float | None = None
-    """KL in nats per token up to which rounding may move the model; None takes what is usual for the dtype."""
+    """KL in nats per token up to which rounding may move the model; None leaves near ties out of the judgement."""
     push: str | None = None
     """Hub repository that the finished export is uploaded to."""
     private: bool = False

@@ -67,8 +67,8 @@ def export(
             "--accept-difference",
             metavar="KL",
             min=0,
-            help="Publish although rounding moves the model by up to this many nats per token; the card says how far. "
-            "[default: 0.5, 1 in 4 and 5 bits]",
+            help="Publish where rounding moves the model by up to this many nats per token; the card says how far. "
+            "[default: any, if it is 0.1 with the same experts, 0.5 in 4 and 5 bits]",
         ),
     ] = None,
     push: Annotated[

@@ -372,8 +372,12 @@ def test_a_large_difference_is_refused_by_itself_and_a_noticeable_one_is_noted()
     assert "6.00% of the routing decisions, near ties, to other experts" in note
     assert "finetuning makes it less" in note
     assert not require_accepted(noted, None, Fidelity.EXACT, dtype="float32", accepted=None)
-    far = dataclasses.replace(noted, kl=0.79)
-    with pytest.raises(FactorctlError, match=r"KL 0\.79 nats per token .*, more than 0\.5"):
-        require_accepted(far, moved, Fidelity.INT8, dtype="q8_0", accepted=None)
-    with pytest.raises(FactorctlError, match=r"more than 0\.1"):
+    far, coarse = dataclasses.replace(noted, kl=0.79), dataclasses.replace(moved, kl_same_experts=0.7)
+    assert require_accepted(far, moved, Fidelity.INT8, dtype="q8_0", accepted=None)
+    with pytest.raises(
+        FactorctlError, match=r"KL 0\.79 nats per token .*; 0\.7 is more than 0\.5: rounding to q4_0 turns"
+    ):
+        require_accepted(far, coarse, Fidelity.INT4, dtype="q4_0", accepted=None)
+    assert require_accepted(far, coarse, Fidelity.INT4, dtype="q4_0", accepted=0.8)
+    with pytest.raises(FactorctlError, match=r"0\.2 is more than 0\.1"):
         require_accepted(noted, moved, Fidelity.INT8, dtype="q8_0", accepted=0.1)
