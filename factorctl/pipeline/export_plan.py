@@ -132,12 +132,8 @@ def _memory_to_prove(reader: CheckpointReader, config: ExportConfig) -> tuple[bo
     writing = 3 * config.max_shard_bytes if total > config.max_shard_bytes else 0
     by_layer = 2 * PROCESS_BYTES + logits + max(_FLOAT64 * (rest + layer), writing)
     whole = 2 * PROCESS_BYTES + logits + max(_FLOAT64 * total, writing)
-    if config.target in ("hf", "dense") and _fits(whole, available):
+    if config.target in ("hf", "dense") and whole <= available:
         return True, whole
     hint = "export on a machine with more memory: nothing is published that was not compared"
     require_memory(by_layer, available, hint=hint, purpose=" to compare the export with the native checkpoint")
     return False, by_layer
-
-
-def _fits(needed: int, available: int) -> bool:
-    return needed <= available

@@ -22,7 +22,7 @@ from factorctl.exporting.folding import Folding, StockFFN
 from factorctl.exporting.gguf_proof import every_expert_on
 from factorctl.exporting.rounding import Rounding, require_accepted
 from factorctl.exporting.stock_reload import StockAnswer, StockJob, _in_order, _request
-from factorctl.pipeline import layer_factoring
+from factorctl.pipeline import export_plan, layer_factoring
 from factorctl.pipeline.export import ExportResult, export
 from factorctl.progress import SilentProgress
 
@@ -325,12 +325,13 @@ def test_a_model_that_does_not_fit_is_proven_layer_by_layer(
     target: ExportTarget = "dense" if name == "dense" else "hf"
     checkpoint = native("Mixtral" if name == "dense" else name)
     whole = run(checkpoint, target, tmp_path / "whole")
-    monkeypatch.setattr("factorctl.pipeline.export_plan._fits", lambda *_: False)
+    planned = ExportConfig(checkpoint=checkpoint, target=target, out=tmp_path / "layered")
+    plan = export_plan.plan_export(planned, SilentProgress())
+    monkeypatch.setattr(export_plan, "available_memory", lambda: plan.memory_bytes - 1)
     layered = run(checkpoint, target, tmp_path / "layered")
     assert layered.engine.endswith("in float64, a layer at a time")
     assert layered.max_logit_error == pytest.approx(whole.max_logit_error, abs=1e-5)
     assert layered.all_experts_error == pytest.approx(whole.all_experts_error, abs=1e-6)
-    monkeypatch.undo()
 
 
 def test_layer_by_layer_a_tensor_too_many_or_too_few_is_named(native: Natives, tmp_path: Path) -> None:
@@ -374,9 +375,7 @@ def test_a_large_difference_is_refused_by_itself_and_a_noticeable_one_is_noted()
     assert not require_accepted(noted, None, Fidelity.EXACT, dtype="float32", accepted=None)
     far, coarse = dataclasses.replace(noted, kl=0.79), dataclasses.replace(moved, kl_same_experts=0.7)
     assert require_accepted(far, moved, Fidelity.INT8, dtype="q8_0", accepted=None)
-    with pytest.raises(
-        FactorctlError, match=r"KL 0\.79 nats per token .*; 0\.7 is more than 0\.5: rounding"
-    ):
+    with pytest.raises(FactorctlError, match=r"KL 0\.79 nats per token .*; 0\.7 is more than 0\.5: rounding"):
         require_accepted(far, coarse, Fidelity.INT4, dtype="q4_0", accepted=None)
     assert require_accepted(far, coarse, Fidelity.INT4, dtype="q4_0", accepted=0.8)
     with pytest.raises(FactorctlError, match=r"0\.2 is more than 0\.1"):

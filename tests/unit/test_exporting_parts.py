@@ -246,7 +246,7 @@ def test_storage_types_follow_the_shape() -> None:
 
 
 def test_the_card_repeats_the_command_without_defaults() -> None:
-    config = {"model": "demo", "num_experts": 8, "top_k": None, "refit": True, "strategy": "clustered", "seed": 0}
+    config = {"model": "demo", "num_experts": 8, "top_k": None, "refit": True, "strategy": None, "seed": 0}
     options = {**config, "strategy_options": {"by": "weights"}}
     assert command("factorize", options, positional="demo") == (
         "factorctl factorize demo --experts 8 --refit --option by=weights"
