@@ -32,8 +32,8 @@ SEQUENCES_WITH_EVERY_EXPERT = 2
 ENGINE_LIMITS = {"f32": 1e-3, "f16": 2e-2, "bf16": 1e-1}
 """Largest rms error of a sequence's logits that llama.cpp's own rounding explains, by the type that is stored."""
 QUANTISED_LIMIT = 0.3
-"""The same for quantised types, whose products are taken with 8-bit activations: 30 layers come to 0.06. Unrelated logits
-give 1.4; finer faults are found in the values."""
+"""The same for quantised types, whose products are taken with 8-bit activations: 30 layers come to 0.06.
+Unrelated logits give 1.4; finer faults are found in the values."""
 TIE_NOISE = 4
 """How many times its logits' error llama.cpp's router logits may be off, relative to `LayerRouting.unit_noise_T`."""
 NO_ENGINE = "factorctl, with the values read back (llama.cpp is not at hand)"
