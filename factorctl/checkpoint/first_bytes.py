@@ -28,6 +28,8 @@ def looks_like(path: Path) -> str | None:
     start = first_bytes(path)
     if not start:
         return "an empty file"
+    if _is_safetensors(start):  # before the others: a header of 128 bytes, or 384, begins like a pickle
+        return "a safetensors file"
     if start.startswith(GGUF_MAGIC):
         return "a GGUF file"
     if start.startswith(_LFS_POINTER):
@@ -38,8 +40,6 @@ def looks_like(path: Path) -> str | None:
         return "a Python pickle"
     if start.startswith(_MARKUP):
         return "a web page"
-    if _is_safetensors(start):
-        return "a safetensors file"
     return "a JSON file" if start.lstrip().startswith(b"{") else None
 
 
@@ -50,7 +50,7 @@ def next_step(path: Path) -> str:
         return f"fetch the file itself: git lfs pull --include {path.name}"
     if start.startswith(GGUF_MAGIC):
         return f"give that file itself as the model: {path}"
-    if start.startswith((_ZIP, _PICKLE)):
+    if start.startswith((_ZIP, _PICKLE)) and not _is_safetensors(start):
         return "pickled weights are not read; convert them with transformers' save_pretrained"
     if _is_safetensors(start):
         return f"give the directory that it lies in, with config.json and tokenizer files: {path.parent}"
