@@ -324,6 +324,8 @@ class ExportConfig(CommonConfig):
     """Also bounds memory: one shard is built at a time."""
     verify_gguf: bool = False
     """Demand that llama.cpp itself runs the file before it is published."""
+    accept_difference: float | None = None
+    """KL in nats per token up to which rounding may move the model; None leaves near ties out of the judgement."""
     push: str | None = None
     """Hub repository that the finished export is uploaded to."""
     private: bool = False

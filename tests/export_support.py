@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 from helpers import SPECIAL, calibrated, factorize_quietly, make_source, weights_only
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import ExportConfig
 from factorctl.exporting.jobs import Verified
-from factorctl.exporting.native_reference import native_reference
+from factorctl.exporting.native_reference import native_run, plain
 from factorctl.exporting.safetensors_writer import SafetensorsWriter
 from factorctl.exporting.stock_reload import StockAnswer, StockJob, ask_stock
 from factorctl.exporting.verification_text import PASSAGES
+from factorctl.models.loading import open_checkpoint
 from factorctl.pipeline import export as pipeline
 from factorctl.progress import SilentProgress
 
@@ -111,11 +112,15 @@ def export_unchecked(config: ExportConfig) -> pipeline.ExportResult:
 
 def ask_about(directories: Mapping[str, Path], **changes: Any) -> dict[str, StockAnswer]:
     """What stock transformers computes for each of them, in one process that cannot import factorctl."""
-    jobs = [dataclasses.replace(StockJob(path, "float32", SEQUENCES), **changes) for path in directories.values()]
+    jobs = [
+        dataclasses.replace(StockJob(path, "float32", plain(SEQUENCES)), **changes) for path in directories.values()
+    ]
     return dict(zip(directories, ask_stock(jobs), strict=True))
 
 
 def largest_difference(native: Path, answer: StockAnswer, *, top_k: int | None = None) -> float:
     """Between the native checkpoint's logits and the stock engine's."""
-    ours = native_reference(native, SEQUENCES, top_k=top_k, dtype=torch.float32).logits
+    checkpoint = open_checkpoint(native, verify=False)
+    spec = checkpoint.spec if top_k is None else checkpoint.spec.with_top_k(top_k)
+    ours = native_run(checkpoint.dense, spec, CheckpointReader(native).read, plain(SEQUENCES)).logits
     return max(float((a - b).abs().max()) for a, b in zip(ours, answer.logits, strict=True))

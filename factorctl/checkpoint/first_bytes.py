@@ -28,7 +28,7 @@ def looks_like(path: Path) -> str | None:
     start = first_bytes(path)
     if not start:
         return "an empty file"
-    if _is_safetensors(start):  # first: its length may begin with any byte
+    if _is_safetensors(start):  # before the others: a header of 128 bytes, or 384, begins like a pickle
         return "a safetensors file"
     if start.startswith(GGUF_MAGIC):
         return "a GGUF file"
@@ -52,7 +52,7 @@ def next_step(path: Path) -> str:
         return f"fetch the file itself: git lfs pull --include {path.name}"
     if start.startswith(GGUF_MAGIC):
         return f"give that file itself as the model: {path}"
-    if start.startswith((_ZIP, _PICKLE)):
+    if start.startswith((_ZIP, _PICKLE)) and not _is_safetensors(start):
         return "pickled weights are not read; convert them with transformers' save_pretrained"
     return "fetch the file again"
 

@@ -61,6 +61,16 @@ def export(
     verify_gguf: Annotated[
         bool, typer.Option("--verify-gguf", help="Demand a comparison in llama.cpp itself (pip install xllamacpp).")
     ] = False,
+    accept_difference: Annotated[
+        float | None,
+        typer.Option(
+            "--accept-difference",
+            metavar="KL",
+            min=0,
+            help="Publish where rounding moves the model by up to this many nats per token; the card says how far. "
+            "[default: any, if it is 0.1 with the same experts, 0.5 in 4 and 5 bits]",
+        ),
+    ] = None,
     push: Annotated[
         str | None, typer.Option("--push", metavar="REPO", help="Upload the finished export to this Hub repository.")
     ] = None,
@@ -98,6 +108,7 @@ def export(
         untie_lm_head=untie_lm_head,
         max_shard_bytes=parse_bytes(max_shard_size, "--max-shard-size"),
         verify_gguf=verify_gguf,
+        accept_difference=accept_difference,
         push=push,
         private=private,
         out=out,
@@ -155,6 +166,14 @@ def _show_result(result: ExportResult, output: OutputFormat) -> None:
         "top-1 agreement": None if result.top1_agreement is None else f"{result.top1_agreement:.2%}",
         "KL (nats per token)": result.kl,
     }
+    if result.all_experts_error is not None:
+        facts["every expert on"] = f"logits within {result.all_experts_error:.1g} of their spread"
+    if result.near_ties:
+        facts["near ties"] = f"{result.near_ties:.2%} of the decisions; {result.tokens_judged} tokens before the first"
+    if result.changed_choices:
+        facts["experts changed"] = (
+            f"{result.changed_choices:.2%} of the decisions; else KL {result.kl_same_experts:.2g}"
+        )
     if result.scale_rounding is not None:
         facts["scale folded in"] = "bit-exact" if result.scale_rounding == 0 else f"rounds {result.scale_rounding:.1e}"
     if result.selection_agreement is not None:

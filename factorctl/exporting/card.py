@@ -8,7 +8,8 @@ from typing import Any
 
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.config import ExportConfig, FactorizeConfig, FinetuneConfig
-from factorctl.exporting.comparison import Agreement
+from factorctl.exporting.comparison import Agreement, Proof
+from factorctl.exporting.rounding import Rounding
 
 _FLAGS = {
     "num_experts": "experts",
@@ -37,6 +38,8 @@ class CardFacts:
     """What the export was compared in."""
     agreement: Agreement | None
     notes: Sequence[str] = ()
+    proof: Proof | None = None
+    rounding: Rounding | None = None
     memory_bytes: int | None = None
     """Of the loaded weights, where the engine says it."""
     gguf_file: str | None = None
@@ -121,11 +124,35 @@ def _checked(facts: CardFacts) -> str:
     if facts.agreement is None:
         return "## Compared with the native checkpoint\n\nNot run: every tensor was read back and compared instead."
     agreement = facts.agreement
-    return (
-        f"## Compared with the native checkpoint\n\nOn {agreement.tokens} tokens, in {facts.engine}: largest logit "
-        f"difference {agreement.max_logit_error:.2g}, same most likely token {agreement.top1_agreement:.2%}, "
-        f"KL {agreement.kl:.2g} nats."
-    )
+    sentences = [
+        f"On {agreement.tokens} tokens, in {facts.engine}: largest logit difference {agreement.max_logit_error:.2g}, "
+        f"same most likely token {agreement.top1_agreement:.2%}, KL {agreement.kl:.2g} nats."
+    ]
+    if facts.proof is not None:
+        sentences += _proven(facts.proof)
+    if facts.rounding is not None and facts.rounding.changed_choices:
+        sentences.append(
+            f"Rounding to {facts.dtype} sends tokens to other experts in {facts.rounding.changed_choices:.2%} of the "
+            f"routing decisions; with the same experts it would leave KL {facts.rounding.kl_same_experts:.2g}."
+        )
+    return "## Compared with the native checkpoint\n\n" + " ".join(sentences)
+
+
+def _proven(proof: Proof) -> list[str]:
+    """What was judged, against a native model of the values in this directory."""
+    found = []
+    if proof.all_experts_error is not None:
+        found.append(
+            "With every expert on, where no routing decision can fall the other way, its logits are those of its "
+            f"values to {proof.all_experts_error:.1g} of their spread."
+        )
+    if proof.served_error is not None and proof.near_ties:
+        found.append(
+            f"As it is served they are to {proof.served_error:.1g} on the {proof.judged_tokens} tokens before the "
+            f"first decision of a sequence that is nearer to a tie than the engine's rounding; "
+            f"{proof.near_ties:.2%} of the decisions are."
+        )
+    return found
 
 
 def _usage(facts: CardFacts) -> str:

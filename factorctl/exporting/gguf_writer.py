@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 from gguf import GGMLQuantizationType
 
 from factorctl.checkpoint.builder import ArtefactBuilder
 from factorctl.checkpoint.publishing import writable
 from factorctl.errors import UsageError
-from factorctl.exporting.comparison import compare_candidates
-from factorctl.exporting.features import features_of
 from factorctl.exporting.forms import stored_dtype
 from factorctl.exporting.gguf_check import check_gguf
-from factorctl.exporting.gguf_file import GGUF_NAME, fallbacks, gguf_context, planned_bytes, write_gguf
+from factorctl.exporting.gguf_file import GGUF_NAME, fallbacks, planned_bytes, write_gguf
 from factorctl.exporting.gguf_identity import Identity, identity_of
+from factorctl.exporting.gguf_proof import prove_gguf
 from factorctl.exporting.gguf_tensors import PLAIN_QUANTS, GgufLayout, storage_type
 from factorctl.exporting.gguf_tokenizer import read_tokenizer
 from factorctl.exporting.gguf_tokens_check import check_tokens, token_questions
 from factorctl.exporting.jobs import ExportJob, Verified
-from factorctl.exporting.llama_cpp import ask_llama_cpp, has_llama_cpp, llama_cpp_name, require_llama_cpp
+from factorctl.exporting.llama_cpp import has_llama_cpp, require_llama_cpp
 from factorctl.exporting.llama_quantizer import MIXED, fits, require_quantizer
 from factorctl.exporting.modelfile import modelfile
-from factorctl.exporting.native_reference import NativeReference
 from factorctl.exporting.shards import planned_tensors
 from factorctl.progress import Progress
 
-SEQUENCES_RUN = 4
-"""How many sequences llama.cpp is asked about: it gives one position per request."""
 PLAIN_NAME = "plain.gguf"
 """What llama.cpp's quantiser is given; gone when it is done."""
 
@@ -93,37 +89,21 @@ class GgufWriter:
         for path in self.job.licences:
             builder.copy_file(path)
 
-    def verify(self, builder: ArtefactBuilder, reference: NativeReference, progress: Progress) -> Verified:
+    def verify(self, builder: ArtefactBuilder, progress: Progress) -> Verified:
         path = builder.partial / GGUF_NAME
         with progress.stage("Reading it back"):
             bits = check_gguf(path, self.layout, self.job.reader, self.quant)
-        if not has_llama_cpp():
-            engine = "no engine: every stored tensor was read back and compared"
-            return Verified(engine, None, bits_per_weight=bits)
-        return self._run(path, reference, progress, bits)
-
-    def _run(self, path: Path, reference: NativeReference, progress: Progress, bits: float) -> Verified:
-        """Ask llama.cpp for tokens and logits.
-
-        Raises:
-            FactorctlError: it does not load the file, or makes something else of it.
-        """
-        length = gguf_context(features_of(self.job.checkpoint.dense)) - 1  # one token is generated
-        sequences = [ids[:length] for ids in self.job.sequences[:SEQUENCES_RUN]]
         questions = token_questions(self.tokenizer)
-        with progress.stage("Running it in llama.cpp"):
-            answer = ask_llama_cpp(
-                path,
-                sequences,
-                vocab_size=self.vocab_size,
-                texts=questions.texts,
-                fragments=questions.fragments,
-                ends=self.tokenizer.special.ends,
-            )
-        notes = check_tokens(self.tokenizer, questions, answer)
-        logits = [logits_LV[:length] for logits_LV in reference.logits[:SEQUENCES_RUN]]
-        agreement = compare_candidates(logits, answer.successors, self.job.fidelity)
-        return Verified(llama_cpp_name(), agreement, notes=tuple(notes), bits_per_weight=bits)
+        verified, answer = prove_gguf(
+            self.job,
+            path,
+            progress,
+            texts=questions.texts,
+            fragments=questions.fragments,
+            ends=self.tokenizer.special.ends,
+        )
+        notes = () if answer is None else tuple(check_tokens(self.tokenizer, questions, answer))
+        return replace(verified, notes=notes, bits_per_weight=bits)
 
     def _remarks(self) -> list[str]:
         notes = []

@@ -12,9 +12,10 @@ import torch
 from factorctl.checkpoint.builder import ArtefactBuilder
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import ExportConfig
-from factorctl.exporting.comparison import Agreement, Fidelity
+from factorctl.exporting.comparison import Agreement, Proof
 from factorctl.exporting.forms import Form
-from factorctl.exporting.native_reference import NativeReference
+from factorctl.exporting.rounding import Rounding
+from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.loading import NativeCheckpoint
 from factorctl.progress import Progress
 
@@ -32,15 +33,21 @@ class ExportJob:
     sequences: list[list[int]]
     tokenise: Callable[[str], list[int]] | None
     """The model's own tokenizer, special tokens included; None where it has none."""
-    compute: torch.dtype
-    """What the native and the exported model are compared in."""
+    fits_in_memory: bool
+    """Whether the whole model does in float64: else stock transformers is asked layer by layer."""
+    device: torch.device
+    """Where the native model runs; engines run on the CPU."""
+    shifts: tuple[int, ...] = ()
+    """Per layer the power of two that its router is divided by, for gate `hard` at K > 1."""
 
     @property
-    def fidelity(self) -> Fidelity:
-        """How near the comparison has to come: 16-bit arithmetic itself rounds what is stored exactly."""
-        if self.form.fidelity is Fidelity.EXACT and self.compute.itemsize < 4:
-            return Fidelity.ROUNDED
-        return self.form.fidelity
+    def native_spec(self) -> FactoredSpec:
+        """What the checkpoint is, with the number of active experts that the form equals."""
+        return self.checkpoint.spec.with_top_k(self.form.top_k)
+
+    @property
+    def context(self) -> int:
+        return int(self.checkpoint.dense.config.max_position_embeddings)
 
     @property
     def licences(self) -> list[Path]:
@@ -53,9 +60,12 @@ class Verified:
 
     engine: str
     agreement: Agreement | None
-    """None where no engine was at hand: the file was read back and compared instead."""
+    """None where nothing was run."""
     memory_bytes: int | None = None
-    """What the engine held for the weights after loading."""
+    """What the engine held for the weights after loading, where it loaded them as users will."""
+    proof: Proof | None = None
+    rounding: Rounding | None = None
+    """None where no value was rounded."""
     notes: tuple[str, ...] = ()
     """What the comparison has to say beyond its figures."""
     bits_per_weight: float | None = None
@@ -72,7 +82,7 @@ class Writer(Protocol):
     def write(self, builder: ArtefactBuilder, progress: Progress) -> None:
         """Everything but card and manifest."""
 
-    def verify(self, builder: ArtefactBuilder, reference: NativeReference, progress: Progress) -> Verified:
+    def verify(self, builder: ArtefactBuilder, progress: Progress) -> Verified:
         """Load what was written in the stock engine and compare.
 
         Raises:

@@ -1,77 +1,177 @@
-"""What the native checkpoint computes: the logits that an export has to match, and its router logits."""
+"""What the native checkpoint computes, in float64 and with one layer's weights in memory: what an export has to match.
+
+Two ways to run it. As it is served, K experts work for a token. With *every expert on* a token's output is the
+softmax over all N logits times all experts, at the scale of K: a smooth function of every weight, in which no decision
+can fall the other way. It is what a stock engine computes of an export that is told to use N experts.
+
+B sequences padded to L tokens, T tokens of all sequences, N num_experts, K top_k, D hidden_size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
-from factorctl.models.building import factored_ffns
+from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
 from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.loading import load
+from factorctl.models.factored_spec import FactoredSpec
+from factorctl.models.families import DenseModel, ReadTensor, layer_prefix
+from factorctl.models.loading import expected_tensors
+
+DTYPE = torch.float64
 
 
 @dataclass(frozen=True)
-class NativeReference:
-    """Logits per sequence [tokens, vocabulary]; router logits per layer [tokens of all sequences, N]."""
+class LayerRouting:
+    """How one layer routes the tokens."""
+
+    logits_TN: torch.Tensor
+    ids_TK: torch.Tensor
+    """The experts that the router chooses, whichever ran."""
+    unit_noise_T: torch.Tensor
+    """Standard deviation of the logits' differences if the layer's input were off, in a random direction, by its own
+    size: ||x|| times the rms over the experts of ||w_e - mean w||, over sqrt(D)."""
+
+
+@dataclass(frozen=True)
+class NativeRun:
+    """Logits per sequence [tokens, vocabulary]; the routing of each layer that routes, tokens of all sequences."""
 
     logits: list[torch.Tensor]
-    router_logits: list[torch.Tensor]
-    continuations: list[list[int]]
+    routing: list[LayerRouting]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What native model and export are both asked."""
+
+    sequences: Sequence[Sequence[int]]
+    positions: Sequence[Sequence[int]]
+    """Where each token stands: a sequence may be spread over the context, so that RoPE is seen far out too."""
+
+
+def plain(sequences: Sequence[Sequence[int]]) -> Question:
+    """Sequences that begin at position 0 and have no gaps."""
+    return Question(sequences, [range(len(ids)) for ids in sequences])
 
 
 @torch.no_grad()
-def native_reference(
-    path: Path,
-    sequences: Sequence[Sequence[int]],
+def native_run(
+    dense: DenseModel,
+    spec: FactoredSpec,
+    read: ReadTensor,
+    question: Question,
     *,
-    top_k: int | None = None,
-    dtype: torch.dtype | None = None,
+    every_expert: bool = False,
+    choices: Sequence[LayerRouting] | None = None,
     device: torch.device | str = "cpu",
-    prompts: Sequence[Sequence[int]] = (),
-    new_tokens: int = 0,
-) -> NativeReference:
-    """Run the native checkpoint over `sequences`, and continue `prompts` greedily.
+) -> NativeRun:
+    """Run the native model over all sequences at once, each layer's weights read when it is their turn.
 
     Args:
-        top_k: another number of active experts; all of them for `--to dense`.
-        dtype: what to compute in; None keeps the storage dtype.
+        read: tensors by their native names; not necessarily the checkpoint's own values.
+        choices: of another run over the same question, whose experts are taken instead of the router's.
     """
-    model = load(path, top_k=top_k, dtype=dtype, device=device, verify=False)
-    ffns = list(factored_ffns(model))
-    with _router_logits(ffns) as seen:
-        logits = [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in sequences]
-        router_logits = [torch.cat(batches) for batches in seen if batches]
-    return NativeReference(logits, router_logits, [_greedy(model, prompt, new_tokens) for prompt in prompts])
+    model = _reading_layer_by_layer(dense, spec, read, device)
+    ids_BL, real_BL = _padded(question.sequences, device)
+    positions_BL, _ = _padded(question.positions, device)
+    ffns = [ffn for ffn in factored_ffns(model) if 0 < ffn.top_k < ffn.shape.num_experts]
+    for index, ffn in enumerate(ffns):
+        if every_expert:
+            _turn_on_every_expert(ffn)
+        elif choices is not None:
+            _follow(ffn, choices[index], real_BL)
+    with _routing_of(ffns, real_BL) as routing:
+        # A mask is given because transformers takes gaps between positions for boundaries of packed sequences else.
+        mask_BL = torch.ones_like(ids_BL)
+        logits_BLV = (
+            model(ids_BL, attention_mask=mask_BL, position_ids=positions_BL, use_cache=False).logits.float().cpu()
+        )
+    return NativeRun([row[: len(ids)] for row, ids in zip(logits_BLV, question.sequences, strict=True)], routing)
 
 
-def _greedy(model: Any, prompt: Sequence[int], new_tokens: int) -> list[int]:
-    """The likeliest continuation, without regard to end-of-text."""
-    ids = torch.tensor([list(prompt)], device=model.device)
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False
-    )
-    return [int(token) for token in output[0, len(prompt) :]]
+def _padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows [B, L], which entries are real). Behind its end a causal model's tokens change nothing before it."""
+    padded = pad_sequence([torch.tensor(list(row)) for row in rows], batch_first=True, padding_value=-1)
+    return padded.clamp_min(0).to(device), (padded >= 0).to(device)
+
+
+def _reading_layer_by_layer(
+    dense: DenseModel, spec: FactoredSpec, read: ReadTensor, device: torch.device | str
+) -> PreTrainedModel:
+    """The model with embeddings, norm and head in memory; a decoder layer's tensors are there while it runs."""
+    model = empty_factored_model(dense, spec)
+    names = expected_tensors(model)
+
+    def value(name: str) -> torch.Tensor:
+        tensor = read(name)
+        return tensor.to(device=device, dtype=DTYPE if tensor.is_floating_point() else None)
+
+    rest = {name: value(name) for name in names if not name.startswith("model.layers.")}
+    model.load_state_dict(rest, strict=False, assign=True)
+    model.tie_weights()
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    for index, layer in enumerate(decoder_layers(model)):
+        prefix = layer_prefix(index)
+        own = [name for name in names if name.startswith(prefix)]
+        layer.register_forward_pre_hook(_loader({name.removeprefix(prefix): name for name in own}, value))
+        layer.register_forward_hook(_unloader([name.removeprefix(prefix) for name in own]))
+    for ffn in factored_ffns(model):
+        ffn.path = "masked"
+    model.eval()
+    return model
+
+
+def _loader(own: dict[str, str], value: ReadTensor) -> Any:
+    def load(layer: nn.Module, _: Any) -> None:
+        layer.load_state_dict({short: value(name) for short, name in own.items()}, strict=False, assign=True)
+
+    return load
+
+
+def _unloader(own: Sequence[str]) -> Any:
+    def unload(layer: nn.Module, *_: Any) -> None:
+        state = layer.state_dict()
+        layer.load_state_dict({short: state[short].to("meta") for short in own}, strict=False, assign=True)
+
+    return unload
+
+
+def _turn_on_every_expert(ffn: FactoredFFN) -> None:
+    """All N in the softmax, and still s = a*K."""
+    n = ffn.shape.num_experts
+    ffn.scale_a *= ffn.top_k / n
+    ffn.chooser = lambda x_TD: torch.arange(n, device=x_TD.device).expand(len(x_TD), -1)
+
+
+def _follow(ffn: FactoredFFN, choice: LayerRouting, real_BL: torch.Tensor) -> None:
+    """Take the experts of another run; padding takes the first K."""
+    ids_PK = torch.arange(ffn.top_k, device=real_BL.device).repeat(real_BL.numel(), 1)
+    ids_PK[real_BL.flatten()] = choice.ids_TK.to(real_BL.device)
+    ffn.chooser = lambda _: ids_PK
 
 
 @contextmanager
-def _router_logits(ffns: Sequence[FactoredFFN]) -> Iterator[list[list[torch.Tensor]]]:
-    """Collect the router logits of layers that route, batch by batch."""
-    seen: list[list[torch.Tensor]] = [[] for _ in ffns]
-    with ExitStack() as hooks:
-        for ffn, batches in zip(ffns, seen, strict=True):
-            if 0 < ffn.top_k < ffn.shape.num_experts:
-                handle = ffn.register_forward_pre_hook(_recorder(batches))
-                hooks.callback(handle.remove)
-        yield seen
+def _routing_of(ffns: Sequence[FactoredFFN], real_BL: torch.Tensor) -> Iterator[list[LayerRouting]]:
+    """Collect how each layer routes the tokens that are no padding."""
+    seen: list[LayerRouting] = []
 
-
-def _recorder(batches: list[torch.Tensor]) -> Any:
     def record(ffn: FactoredFFN, inputs: tuple[torch.Tensor, ...]) -> None:
-        batches.append(ffn.router_logits(inputs[0].flatten(0, -2)).float().cpu())
+        x_TD, router_ND = inputs[0][real_BL], ffn.router
+        logits_TN = ffn.router_logits(x_TD)
+        ids_TK = logits_TN.topk(ffn.top_k, dim=-1).indices
+        spread = (router_ND - router_ND.mean(0)).square().sum(-1).mean().sqrt()
+        noise_T = x_TD.norm(dim=-1) * spread / router_ND.shape[1] ** 0.5
+        seen.append(LayerRouting(logits_TN.cpu(), ids_TK.cpu(), noise_T.cpu()))
 
-    return record
+    with ExitStack() as hooks:
+        for ffn in ffns:
+            hooks.callback(ffn.register_forward_pre_hook(record).remove)
+        yield seen

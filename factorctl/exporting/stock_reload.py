@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from factorctl.errors import FactorctlError
 from factorctl.exporting import stock_process
+from factorctl.exporting.native_reference import Question
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class StockJob:
     directory: Path
     dtype: str
     """What to compute in: stored weights are cast to it."""
-    sequences: Sequence[Sequence[int]]
+    question: Question
+    active_experts: int | None = None
+    """Another number than config.json says."""
+    by_layer: bool = False
+    """Whether one decoder layer is in memory at a time, instead of the whole model."""
     prompts: Sequence[Sequence[int]] = ()
     """Token ids that are continued greedily."""
     new_tokens: int = 0
-    experts: str | None = None
-    """transformers' `experts_implementation`; None takes its default."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,10 @@ class StockAnswer:
 
     class_name: str
     logits: list[torch.Tensor]
-    """Per sequence [tokens, vocabulary], float32."""
+    """Per sequence [tokens, vocabulary]."""
     memory_bytes: int
+    router_logits: list[torch.Tensor] = field(default_factory=list)
+    """Of each layer with a router, [tokens of all sequences, experts]."""
     continuations: list[list[int]] = field(default_factory=list)
 
 
@@ -77,18 +82,20 @@ def _ask(jobs: Sequence[StockJob], program: Sequence[str], loader: str) -> list[
         request = Path(scratch) / "request.json"
         request.write_text(json.dumps({"jobs": requests}))
         replies = _run([*program, str(request)], loader)
-        return [_answer(job, reply, made["logits"]) for job, reply, made in zip(jobs, replies, requests, strict=True)]
+        return [_answer(job, reply, made["answers"]) for job, reply, made in zip(jobs, replies, requests, strict=True)]
 
 
-def _request(job: StockJob, logits: Path) -> dict[str, Any]:
+def _request(job: StockJob, answers: Path) -> dict[str, Any]:
     return {
         "directory": str(job.directory.resolve()),
         "dtype": job.dtype,
-        "sequences": [list(ids) for ids in job.sequences],
+        "sequences": [list(ids) for ids in job.question.sequences],
+        "positions": [list(places) for places in job.question.positions],
+        "num_experts_per_tok": job.active_experts,
+        "by_layer": job.by_layer,
         "prompts": [list(ids) for ids in job.prompts],
         "new_tokens": job.new_tokens,
-        "experts": job.experts,
-        "logits": str(logits),
+        "answers": str(answers),
     }
 
 
@@ -107,20 +114,26 @@ def _run(program: Sequence[str], loader: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
 
 
-def _answer(job: StockJob, reply: dict[str, Any], logits: str) -> StockAnswer:
+def _answer(job: StockJob, reply: dict[str, Any], answers: str) -> StockAnswer:
     for kind, names in reply["loading"].items():
         raise StockReloadError(
             f"stock transformers ({reply['class']}) reports {kind} for {job.directory.name}: {names[0]} "
             f"({len(names)} in all)",
             _REPORT,
         )
-    tensors = load_file(logits)
+    tensors = load_file(answers)
     return StockAnswer(
         reply["class"],
-        [tensors[str(index)] for index in range(len(tensors))],
+        _in_order(tensors, "logits."),
         reply["memory_bytes"],
+        _in_order(tensors, "router."),
         reply["continuations"],
     )
+
+
+def _in_order(tensors: Mapping[str, torch.Tensor], prefix: str) -> list[torch.Tensor]:
+    names = [name for name in tensors if name.startswith(prefix)]
+    return [tensors[name] for name in sorted(names, key=lambda name: int(name.removeprefix(prefix)))]
 
 
 _REPORT = "nothing was published; this is a fault of factorctl: please report it with the output of `factorctl inspect`"

@@ -5,7 +5,7 @@ Prose, verse, dialogue, another language, numbers and code, so that many tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -61,3 +61,9 @@ def random_sequences(*, vocab_size: int, context: int, seed: int) -> list[list[i
     length = min(SEQUENCE_TOKENS, context)
     ids = torch.randint(vocab_size, (RANDOM_SEQUENCES, length), generator=generator)
     return [[int(token) for token in row] for row in ids]
+
+
+def spread_positions(sequences: Sequence[Sequence[int]], context: int) -> list[range]:
+    """Every second sequence from the beginning to the end of the context; the others without gaps."""
+    steps = [max(1, (context - 1) // max(1, len(ids) - 1)) if index % 2 else 1 for index, ids in enumerate(sequences)]
+    return [range(0, step * len(ids), step) for ids, step in zip(sequences, steps, strict=True)]

@@ -20,11 +20,11 @@ from factorctl.exporting.forms import cast_to, form_for, is_untouched, stored_dt
 from factorctl.exporting.gguf_file import GGUF_NAME
 from factorctl.exporting.hard_gate import FP16_MAX_SHIFT, MAX_SHIFT, RouterScaling, choose_shifts
 from factorctl.exporting.jobs import ExportJob, Verified
-from factorctl.exporting.native_reference import NativeReference, native_reference
+from factorctl.exporting.native_reference import native_run, plain
 from factorctl.exporting.push import prepare_push, push
 from factorctl.exporting.reports import report_tables
+from factorctl.exporting.rounding import require_accepted
 from factorctl.models.families import ffn_prefix
-from factorctl.pipeline.devices import torch_device
 from factorctl.pipeline.export_plan import ExportPlan, plan_export, writer_for
 from factorctl.pipeline.next_steps import next_steps
 from factorctl.pipeline.provenance import library_versions, peak_rss_bytes
@@ -47,6 +47,17 @@ class ExportResult:
     max_logit_error: float | None
     top1_agreement: float | None
     kl: float | None
+    all_experts_error: float | None
+    """Largest rms error of a sequence's logits relative to their spread, with every expert on in engine and native
+    model of the stored values; None where nothing is routed or no engine was at hand."""
+    tokens_judged: int | None
+    """As it is served: tokens before the first routing decision of their sequence nearer to a tie than rounding."""
+    near_ties: float | None
+    """Share of routing decisions that are."""
+    changed_choices: float | None
+    """Share of routing decisions that choose other experts because values were rounded; None where none was."""
+    kl_same_experts: float | None
+    """KL that rounding would leave if every token kept its experts."""
     scale_rounding: float | None
     """Largest relative rms error of a folded down-projection; 0 where no bit was lost."""
     selection_agreement: float | None
@@ -73,9 +84,9 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
     """Write a native checkpoint in the form of a stock engine, and prove that it computes the same.
 
     1. Check that the target can hold the model.
-    2. Run the native checkpoint over a little text.
+    2. For a hard gate, look how far its routers can be scaled down on a little text.
     3. Write layer by layer, the scale folded into the down-projections.
-    4. Load the result in the stock engine, compare the logits; only then publish it.
+    4. Load the result in the stock engine and hold it against the native model; only then publish it.
     5. Upload it, if that was asked for.
 
     Raises:
@@ -84,9 +95,7 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
     started = time.monotonic()
     plan = plan_export(config, progress)
     repo = None if config.push is None else prepare_push(config.push, private=config.private)
-    with progress.stage("Running the native checkpoint"):
-        reference = _reference(plan.job)
-    scaling = _router_scaling(plan.job, reference)
+    scaling = _router_scaling(plan.job, progress)
     if scaling is not None:
         plan = _with_shifts(plan, scaling)
     with building(
@@ -97,15 +106,16 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         progress=progress,
     ) as builder:
         plan.writer.write(builder, progress)
-        verified = plan.writer.verify(builder, reference, progress)
-        for note in verified.notes:
+        verified = plan.writer.verify(builder, progress)
+        found = (*verified.notes, *_accepted(plan.job, verified))
+        for note in found:
             progress.note(note)
-        plan = replace(plan, notes=(*plan.notes, *verified.notes))
+        plan = replace(plan, notes=(*plan.notes, *found))
         rounding = _scale_rounding(plan.job)
         builder.write_file("README.md", export_card(plan.job.checkpoint.manifest, _card_facts(plan, verified)).encode())
         manifest = builder.publish(_manifest(plan, verified, scaling, rounding))
     commit = None if repo is None else _push(plan, repo, progress)
-    agreement = verified.agreement
+    agreement, proof, moved = verified.agreement, verified.proof, verified.rounding
     return ExportResult(
         path=str(plan.out),
         checkpoint=str(plan.job.checkpoint.path),
@@ -118,6 +128,11 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         max_logit_error=None if agreement is None else agreement.max_logit_error,
         top1_agreement=None if agreement is None else agreement.top1_agreement,
         kl=None if agreement is None else agreement.kl,
+        all_experts_error=None if proof is None else proof.all_experts_error,
+        tokens_judged=None if proof is None else proof.judged_tokens,
+        near_ties=None if proof is None else proof.near_ties,
+        changed_choices=None if moved is None else moved.changed_choices,
+        kl_same_experts=None if moved is None else moved.kl_same_experts,
         scale_rounding=rounding,
         selection_agreement=None if scaling is None else scaling.selection_agreement,
         gate_error=None if scaling is None else scaling.gate_error,
@@ -134,30 +149,32 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
     )
 
 
-def _reference(job: ExportJob) -> NativeReference:
-    return native_reference(
-        job.checkpoint.path,
-        job.sequences,
-        top_k=job.form.top_k,
-        dtype=job.compute,
-        device=torch_device(job.config.device),
-    )
-
-
-def _router_scaling(job: ExportJob, reference: NativeReference) -> RouterScaling | None:
-    """Shifts for gate `hard` at K > 1, chosen on the router logits of the reference run."""
+def _router_scaling(job: ExportJob, progress: Progress) -> RouterScaling | None:
+    """Shifts for gate `hard` at K > 1, chosen on the router logits of the native checkpoint."""
     spec = job.checkpoint.spec
     if not (becomes_mixture(job.config.target, spec) and needs_router_scaling(spec)):
         return None
     is_narrow = stored_dtype(job.config, job.reader) is torch.float16
     max_shift = FP16_MAX_SHIFT if is_narrow else MAX_SHIFT
-    return choose_shifts(reference.router_logits, spec.shape.top_k, max_shift=max_shift)
+    with progress.stage("Running the native checkpoint"):
+        run = native_run(job.checkpoint.dense, spec, job.reader.read, plain(job.sequences), device=job.device)
+    logits = [layer.logits_TN.float() for layer in run.routing]
+    return choose_shifts(logits, spec.shape.top_k, max_shift=max_shift)
+
+
+def _accepted(job: ExportJob, verified: Verified) -> list[str]:
+    """Notes on what rounding did, unless it moved the model further than is usual or than was accepted."""
+    if verified.agreement is None:
+        return []
+    accepted, fidelity, dtype = job.config.accept_difference, job.form.fidelity, job.form.dtype
+    return require_accepted(verified.agreement, verified.rounding, fidelity, dtype=dtype, accepted=accepted)
 
 
 def _with_shifts(plan: ExportPlan, scaling: RouterScaling) -> ExportPlan:
     """The plan with the router of every layer divided by its power of two."""
     job = plan.job
-    job = replace(job, form=form_for(job.checkpoint, job.config, job.reader, scaling.shifts))
+    form = form_for(job.checkpoint, job.config, job.reader, scaling.shifts)
+    job = replace(job, form=form, shifts=scaling.shifts)
     return replace(plan, job=job, writer=writer_for(job))
 
 
@@ -190,6 +207,8 @@ def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
         dtype=job.form.dtype,
         engine=verified.engine,
         agreement=verified.agreement,
+        proof=verified.proof,
+        rounding=verified.rounding,
         notes=plan.notes,
         memory_bytes=verified.memory_bytes if job.form.quantised_experts else None,
         gguf_file=GGUF_NAME if job.form.container == "gguf" else None,
@@ -241,6 +260,8 @@ def _manifest(plan: ExportPlan, verified: Verified, scaling: RouterScaling | Non
             "bits_per_weight": verified.bits_per_weight,
             "engine": verified.engine,
             "agreement": None if verified.agreement is None else asdict(verified.agreement),
+            "proof": None if verified.proof is None else asdict(verified.proof),
+            "rounding": None if verified.rounding is None else asdict(verified.rounding),
             "router_scaling": None if scaling is None else asdict(scaling),
             "scale_rounding": rounding,
             "notes": list(plan.notes),

@@ -6,24 +6,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from factorctl.checkpoint.publishing import refuse_existing, require_disk_space
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import copied_files
 from factorctl.config import ExportConfig
 from factorctl.errors import UsageError
 from factorctl.exporting.architectures import refuse_blocked
-from factorctl.exporting.forms import form_for, remarks
+from factorctl.exporting.forms import EMBEDDING, form_for, remarks
 from factorctl.exporting.gguf_writer import GgufWriter
 from factorctl.exporting.jobs import ExportJob, Writer
 from factorctl.exporting.safetensors_writer import SafetensorsWriter
-from factorctl.exporting.verification_text import random_sequences, text_sequences
+from factorctl.exporting.verification_text import (
+    RANDOM_SEQUENCES,
+    SEQUENCE_TOKENS,
+    random_sequences,
+    text_sequences,
+)
 from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
+from factorctl.models.families import layer_prefix
 from factorctl.models.loading import open_checkpoint
+from factorctl.pipeline.devices import torch_device
 from factorctl.pipeline.tokenizers import has_tokenizer, load_tokenizer
 from factorctl.pipeline.workspace import newest_checkpoint, output_path
 from factorctl.progress import Progress
+
+_FLOAT64 = 8
+_LOGITS = 28
+"""Bytes per logit: one run in float64, five kept in float32."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def plan_export(config: ExportConfig, progress: Progress) -> ExportPlan:
         checkpoint = open_checkpoint(path)
     refuse_blocked(checkpoint.dense, checkpoint.spec, config.target, exact=config.exact)
     reader = CheckpointReader(path)
-    compute, memory = _compute_dtype(reader, config.max_shard_bytes)
+    fits, memory = _memory_to_prove(reader, config)
     tokenise = _tokeniser(path)
     sizes = {
         "vocab_size": int(checkpoint.dense.config.vocab_size),
@@ -73,7 +82,8 @@ def plan_export(config: ExportConfig, progress: Progress) -> ExportPlan:
         copied=tuple(copied_files(path)),
         sequences=texts or random_sequences(**sizes, seed=config.seed),
         tokenise=tokenise,
-        compute=compute,
+        fits_in_memory=fits,
+        device=torch_device(config.device),
     )
     writer = writer_for(job)
     require_disk_space(out.parent, writer.weight_bytes)
@@ -105,20 +115,25 @@ def _tokeniser(directory: Path) -> Callable[[str], list[int]] | None:
     return lambda text: [int(token) for token in tokenizer(text)["input_ids"]]
 
 
-def _compute_dtype(reader: CheckpointReader, max_shard_bytes: int) -> tuple[torch.dtype, int]:
-    """(float32 where the model fits into memory in it, else the storage dtype; peak bytes).
+def _memory_to_prove(reader: CheckpointReader, config: ExportConfig) -> tuple[bool, int]:
+    """(whether the whole model fits into memory in float64, peak bytes of the way that is taken).
+
+    The native model always runs with one layer in memory, so the engine decides. llama.cpp and bitsandbytes hold the
+    file as it is.
 
     Raises:
-        ResourceError: the model fits in neither: an export that was not compared is not published.
+        ResourceError: not even one layer and the vocabulary fit: an export that was not compared is not published.
     """
-    count = sum(entry.nbytes // entry.dtype.itemsize for entry in reader.entries.values())
-    stored, available = reader.entry("model.embed_tokens.weight").dtype, available_memory()
-
-    def needed(dtype: torch.dtype) -> int:
-        return PROCESS_BYTES + max(count * dtype.itemsize, 3 * max_shard_bytes if count > max_shard_bytes else 0)
-
-    if needed(torch.float32) <= available:
-        return torch.float32, needed(torch.float32)
+    sizes = {name: entry.nbytes // entry.dtype.itemsize for name, entry in reader.entries.items()}
+    total, available = sum(sizes.values()), available_memory()
+    rest = sum(size for name, size in sizes.items() if not name.startswith("model.layers."))
+    layer = sum(size for name, size in sizes.items() if name.startswith(layer_prefix(0)))
+    logits = SEQUENCE_TOKENS * RANDOM_SEQUENCES * reader.entry(EMBEDDING).shape[0] * _LOGITS
+    writing = 3 * config.max_shard_bytes if total > config.max_shard_bytes else 0
+    by_layer = 2 * PROCESS_BYTES + logits + max(_FLOAT64 * (rest + layer), writing)
+    whole = 2 * PROCESS_BYTES + logits + max(_FLOAT64 * total, writing)
+    if config.target in ("hf", "dense") and whole <= available:
+        return True, whole
     hint = "export on a machine with more memory: nothing is published that was not compared"
-    require_memory(needed(stored), available, hint=hint, purpose=" to compare the export with the native checkpoint")
-    return stored, needed(stored)
+    require_memory(by_layer, available, hint=hint, purpose=" to compare the export with the native checkpoint")
+    return False, by_layer

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -26,7 +27,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import factorctl
 from factorctl.config import ExportConfig, ExportTarget
 from factorctl.exporting.llama_cpp import ask_llama_cpp
-from factorctl.exporting.native_reference import native_reference
+from factorctl.exporting.native_reference import plain
+from factorctl.exporting.stock_process import greedy
 from factorctl.exporting.stock_reload import StockJob, ask_stock
 from factorctl.pipeline.export import ExportResult, export
 from factorctl.progress import SilentProgress
@@ -105,12 +107,13 @@ def report(checkpoint: Path, scratch: Path) -> str:
     ]
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
     prompts = [[int(token) for token in tokenizer(prompt)["input_ids"]] for prompt in PROMPTS]
-    native = native_reference(checkpoint, [], prompts=prompts, new_tokens=NEW_TOKENS).continuations
-    (stock,) = ask_stock([StockJob(scratch / "hf", "float32", [prompts[0]], prompts, NEW_TOKENS)])
+    model: Any = factorctl.load(checkpoint, verify=False)
+    native = [greedy(model, prompt, NEW_TOKENS) for prompt in prompts]
+    stock_job = StockJob(scratch / "hf", "float32", plain(prompts[:1]), prompts=prompts, new_tokens=NEW_TOKENS)
+    (stock,) = ask_stock([stock_job])
     llama = ask_llama_cpp(
         scratch / "gguf" / "model.gguf", [], vocab_size=64, prompts=prompts, new_tokens=NEW_TOKENS
     ).continuations
-    model = factorctl.load(checkpoint, verify=False)
     text = [
         f"# Exports of {results[0].notation}, {datetime.date.today()}",
         "",

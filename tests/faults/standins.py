@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 from factorctl.checkpoint.publishing import write_file
-from factorctl.exporting import gguf_writer
+from factorctl.exporting import gguf_proof, gguf_writer
 from factorctl.exporting.jobs import Verified
 from factorctl.exporting.safetensors_writer import SafetensorsWriter
 from factorctl.pipeline import demo as demo_pipeline
@@ -39,6 +39,7 @@ def without_engines() -> Iterator[None]:
         for patch in (
             mock.patch.object(SafetensorsWriter, "verify", return_value=Verified("nothing", None)),
             mock.patch.object(gguf_writer, "has_llama_cpp", return_value=False),
+            mock.patch.object(gguf_proof, "has_llama_cpp", return_value=False),
             mock.patch.object(finetune_pipeline, "draw_training", _draw_training),
             mock.patch.object(evaluate_pipeline, "draw_fidelity", return_value=PICTURE),
             mock.patch.multiple(profile_pipeline, **PROFILE),

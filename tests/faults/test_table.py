@@ -32,7 +32,7 @@ from factorctl.checkpoint.manifest import MANIFEST_NAME
 from factorctl.checkpoint.reader import INDEX_NAME, CheckpointReader
 from factorctl.contracts import PARTITION_ENTRY_POINTS
 from factorctl.errors import ExitCode
-from factorctl.exporting import safetensors_writer
+from factorctl.exporting import stock_proof
 from factorctl.exporting.stock_reload import StockAnswer
 from factorctl.training import load_watch
 
@@ -283,9 +283,9 @@ def test_an_export_that_computes_something_else_is_not_published(
     target: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
 ) -> None:
     def another_model(jobs: Any) -> list[StockAnswer]:
-        return [StockAnswer("", [torch.randn(len(ids), 300) for ids in jobs[0].sequences], 1000)]
+        return [StockAnswer("", [torch.randn(len(ids), 300) for ids in job.question.sequences], 1000) for job in jobs]
 
-    monkeypatch.setattr(safetensors_writer, "ask_stock", another_model)
+    monkeypatch.setattr(stock_proof, "ask_stock", another_model)
     with tally.case("export is not what it should be", f"export {target}"):
         outcome = cli("export", bench.base, "--to", target, "--out", tmp_path / "out")
         assert outcome.code == ExitCode.FAILED, outcome

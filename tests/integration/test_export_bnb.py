@@ -22,7 +22,7 @@ from factorctl.checkpoint.manifest import read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import ExportConfig
 from factorctl.errors import IntegrityError, UsageError
-from factorctl.exporting import bnb_layout, safetensors_writer
+from factorctl.exporting import bnb_layout, bnb_proof
 from factorctl.exporting.stock_reload import StockAnswer
 from factorctl.models.bnb_storage import is_quantised
 from factorctl.models.quantised_loading import load_quantised, weight_bytes
@@ -237,10 +237,10 @@ def test_answers_that_part_are_published_with_a_note_and_infinite_ones_are_not(
     native, factor = exported(CASES[0], "hf").native, 5.0
 
     def far(jobs: Any) -> list[StockAnswer]:
-        rows = [torch.arange(40.0).expand(len(ids), 40) * factor for ids in jobs[0].sequences]
+        rows = [torch.arange(40.0).expand(len(ids), 40) * factor for ids in jobs[0].question.sequences]
         return [StockAnswer("MixtralForCausalLM", rows, 1000)]
 
-    monkeypatch.setattr(safetensors_writer, "ask_quantised", far)
+    monkeypatch.setattr(bnb_proof, "ask_quantised", far)
     outcome = cli("export", native, "--to", "bnb-4bit", "--out", tmp_path / "out", "--format", "json")
     assert outcome.code == 0, outcome.stderr
     assert any("its routing is unstable" in note for note in outcome.json["notes"])

@@ -61,7 +61,7 @@ def test_the_command_reports_and_publishes_what_it_compared(native: Path, tmp_pa
 
 
 def test_text_output_names_the_figures(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    agreement = Agreement(512, 1.5e-5, 1e-6, 0.9875, 2e-9, 1.0)
+    agreement = Agreement(512, 1.5e-5, 1e-6, 0.9875, 2e-9)
     monkeypatch.setattr(SafetensorsWriter, "verify", lambda *_: Verified("transformers", agreement, 10**9))
     outcome = cli("export", native, "--to", "dense", "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.stderr
