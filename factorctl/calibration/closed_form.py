@@ -165,23 +165,34 @@ class RefitResult:
     kept: bool
 
 
-def refit_down(ffn: FactoredFFN, tokens: Tokens, heldout: Tokens, *, dtype: torch.dtype = torch.float32) -> RefitResult:
+def refit_down(
+    ffn: FactoredFFN,
+    tokens: Tokens,
+    heldout: Tokens,
+    *,
+    dtype: torch.dtype = torch.float32,
+    around_DF: torch.Tensor | None = None,
+) -> RefitResult:
     """Refit W_down to the target, given the routing:  min ||Z W^T - t||^2 + damping * ||W - W0||^2.
 
     Z [T, F] holds the shared neurons' activations and the routed ones times their gate weight, zero where an expert
-    was not chosen. The damping with the least error on held-out tokens wins; if none lowers it, W0 stays. Candidates
-    are rounded to `dtype`, in which the result will be stored, before they are judged.
+    was not chosen. The damping with the least error on held-out tokens wins; if none lowers it, the layer keeps its
+    values. Candidates are rounded to `dtype`, in which the result will be stored, before they are judged.
+
+    Args:
+        around_DF: W0; None takes the layer's present values.
     """
     moments = RidgeMoments(ffn.shape.intermediate_size, ffn.hidden_size, tokens.x_TD.device)
     for chunk in tokens.chunks():
         target_TD = chunk.t_TD if ffn.down_bias is None else chunk.t_TD - ffn.down_bias
         root_T1 = chunk.weight_T1.sqrt()
         moments.add(weighted_hidden(ffn, chunk) * root_T1, target_TD * root_T1)
-    original_DF = ffn.down.detach().clone()
+    present_DF = ffn.down.detach().clone()
+    pulled_to_FD = (present_DF if around_DF is None else around_DF).T
     before = relative_error(ffn, heldout)
-    best_error, best_damping, best_DF = before, 0.0, original_DF
+    best_error, best_damping, best_DF = before, 0.0, present_DF
     for damping in REFIT_DAMPINGS:
-        ffn.down.copy_(moments.solve(damping, around_IO=original_DF.T).T.to(dtype))
+        ffn.down.copy_(moments.solve(damping, around_IO=pulled_to_FD).T.to(dtype))
         error = relative_error(ffn, heldout)
         if error < best_error:
             best_error, best_damping, best_DF = error, damping, ffn.down.detach().clone()

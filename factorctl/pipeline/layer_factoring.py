@@ -6,13 +6,14 @@ T tokens, D hidden_size, F intermediate_size, N num_experts, S shared_size.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from factorctl.calibration.closed_form import expert_load, fit_router, fit_scale, near_ties, refit_down, relative_error
+from factorctl.calibration.closed_form import expert_load, near_ties, relative_error
 from factorctl.calibration.compressed_stream import CalibrationStream
+from factorctl.calibration.layer_fit import LayerFit
 from factorctl.checkpoint.reader import CheckpointReader, all_finite
 from factorctl.config import FactorizeConfig
 from factorctl.contracts import (
@@ -108,19 +109,20 @@ class LayerFactory:
         assert self.stream is not None
         ffn, tokens = self._module(layer, tensors), self.stream.tokens
         fitting, heldout = tokens.split(round(len(tokens) * (1 - HELDOUT_SHARE)))
-        if self.config.router == "analytic":
-            fit_router(ffn, fitting, self.config.load_limit if ffn.routes else None)
+        steps = LayerFit(
+            router=self.config.router == "analytic",
+            scale=self.spec.scale == "fitted",
+            refit=self.config.refit,
+            dtype=tensors["down"].dtype,
+            load_limit=self.config.load_limit,
+        )
+        refit = steps.apply(ffn, fitting, heldout)
+        if steps.router:
             self._write_back(tensors, "router", ffn)
-        if self.spec.scale == "fitted":
-            record["fitted_a"] = fit_scale(ffn, fitting)
-        if self.config.refit:
-            result = refit_down(ffn, fitting, heldout, dtype=tensors["down"].dtype)
-            record["refit"] = {
-                "error_before": result.error_before,
-                "error_after": result.error_after,
-                "damping": result.damping,
-                "kept": result.kept,
-            }
+        if steps.scale:
+            record["fitted_a"] = ffn.scale_a
+        if refit is not None:
+            record["refit"] = asdict(refit)
             self._write_back(tensors, "down", ffn)
         record["output_error"] = relative_error(ffn, heldout)
         if ffn.routes:

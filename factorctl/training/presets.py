@@ -92,7 +92,7 @@ PRESETS: Mapping[PresetName, Recipe] = {
     "default": Recipe(
         weights=LossWeights(lm=0.0, par=5.0, kd=1.0, mse=0.0, balance=0.5, z=0.0),
         optimizer="adamw",
-        lr=2e-4,
+        lr=5e-4,
         router_lr=3.0,
         betas=(0.9, 0.95),
         weight_decay=0.01,

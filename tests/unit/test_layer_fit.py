@@ -1,0 +1,86 @@
+"""Router, scale and refit in order, twice where the refit moved what experts are good for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_calibration_closed_form import make_ffn, make_tokens
+
+from factorctl.calibration import layer_fit
+from factorctl.calibration.closed_form import RefitResult, fit_router, refit_down, relative_error
+from factorctl.calibration.layer_fit import LayerFit
+
+ALL = LayerFit(router=True, scale=True, refit=True, dtype=torch.float32)
+
+
+def test_two_turns_are_at_least_as_good_as_one() -> None:
+    ffn, once = make_ffn(shared=5), make_ffn(shared=5)
+    fitting, heldout = make_tokens(ffn, 1200).split(1000)
+    fit_router(once, fitting)
+    one = refit_down(once, fitting, heldout)
+    result = replace(ALL, scale=False).apply(ffn, fitting, heldout)
+    assert result is not None
+    assert result.error_before == pytest.approx(one.error_before)
+    assert result.error_after <= one.error_after
+    assert relative_error(ffn, heldout) == pytest.approx(result.error_after, rel=1e-4)
+
+
+def test_a_second_turn_that_does_not_help_leaves_the_first_one_s_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn = make_ffn(shared=5)
+    fitting, heldout = make_tokens(ffn, 1200).split(1000)
+    genuine, seen = refit_down, []
+
+    def worse_each_time(*args: object, **options: object) -> RefitResult:
+        result = genuine(*args, **options)  # type: ignore[arg-type]
+        seen.append((ffn.router.clone(), ffn.down.clone(), ffn.scale_a))
+        return replace(result, error_after=float(len(seen)))
+
+    monkeypatch.setattr(layer_fit, "refit_down", worse_each_time)
+    result = ALL.apply(ffn, fitting, heldout)
+    assert len(seen) == 2
+    assert result is not None
+    assert result.error_after == 1.0
+    assert torch.equal(ffn.router, seen[0][0])
+    assert torch.equal(ffn.down, seen[0][1])
+    assert ffn.scale_a == seen[0][2]
+
+
+def test_both_refits_are_pulled_toward_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn = make_ffn(shared=5)
+    source_DF = ffn.down.clone()
+    fitting, heldout = make_tokens(ffn, 1200).split(1000)
+    genuine, around = refit_down, []
+    monkeypatch.setattr(
+        layer_fit,
+        "refit_down",
+        lambda *args, **options: around.append(options["around_DF"]) or genuine(*args, **options),
+    )
+    ALL.apply(ffn, fitting, heldout)
+    assert [bool(torch.equal(toward_DF, source_DF)) for toward_DF in around] == [True, True]
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_where_nothing_is_routed_one_turn_is_enough(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn = make_ffn(shared=5, top_k=top_k)
+    fitting, heldout = make_tokens(ffn, 600).split(500)
+    calls, genuine = [], refit_down
+    monkeypatch.setattr(layer_fit, "refit_down", lambda *a, **o: calls.append(1) or genuine(*a, **o))
+    ALL.apply(ffn, fitting, heldout)
+    assert len(calls) == 1
+
+
+def test_what_is_fitted_is_rounded_to_what_will_be_stored() -> None:
+    ffn = make_ffn(shared=5)
+    fitting, heldout = make_tokens(ffn, 1200).split(1000)
+    replace(ALL, dtype=torch.bfloat16).apply(ffn, fitting, heldout)
+    assert torch.equal(ffn.router, ffn.router.bfloat16().float())
+
+
+def test_without_steps_the_layer_stays_as_it_is() -> None:
+    ffn = make_ffn(shared=5)
+    before = {name: value.clone() for name, value in ffn.named_parameters()}
+    fitting, heldout = make_tokens(ffn, 600).split(500)
+    assert LayerFit(router=False, scale=False, refit=False, dtype=torch.float32).apply(ffn, fitting, heldout) is None
+    assert all(torch.equal(value, before[name]) for name, value in ffn.named_parameters())
