@@ -66,7 +66,7 @@ class Recipe:
     """`student` computes every expert anew for PAR's labels; `teacher` takes what the dense FFN's neurons give, which
     is at hand: the same until gate and up rows have moved."""
     batch_tokens: int | None = None
-    """None: a 256th of all tokens, between 2048 and 32,768."""
+    """None: a 64th of all tokens, between 2048 and 32,768."""
 
 
 PRESETS: Mapping[PresetName, Recipe] = {
@@ -87,8 +87,8 @@ PRESETS: Mapping[PresetName, Recipe] = {
         scale="paper",
         batch_tokens=1024,
     ),
-    # Chosen by trials on the demo model (docs/benchmarks, training-demo). PAR is a mean over layers: at a weight of 0.1
-    # what distillation tells the gates drowns it, and routers drift from the teacher's choice, experts falling idle.
+    # Chosen by trials on the demo model (docs/benchmarks, routing-demo). PAR is a mean over layers: without it, what
+    # distillation tells the gates leads the routers away from the teacher's choice, and perplexity ends far higher.
     "default": Recipe(
         weights=LossWeights(lm=0.0, par=5.0, kd=1.0, mse=0.0, balance=0.5, z=0.0),
         optimizer="adamw",
@@ -140,7 +140,7 @@ def recipe_of(config: FinetuneConfig) -> Recipe:
 
 def batch_tokens_of(recipe: Recipe, tokens: int) -> int:
     """Tokens of one optimiser step: as given, or in proportion to the budget."""
-    return recipe.batch_tokens or min(32_768, max(2048, tokens // 256))
+    return recipe.batch_tokens or min(32_768, max(2048, tokens // 64))
 
 
 def _weights(preset: LossWeights, given: Mapping[str, float]) -> LossWeights:

@@ -379,7 +379,7 @@ def test_what_routers_and_matrices_have_collected_comes_back(
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"lr": 1e-3}, "lr: was 0.0002, now 0.001"),
+        ({"lr": 1e-3}, "lr: was 0.0005, now 0.001"),
         ({"seed": 1}, "seed: was 0, now 1"),
         ({"tokens": 640}, "tokens: was 384, now 640"),
         ({"loss_weights": {"z": 0.1}}, "loss_weights: was {"),

@@ -43,7 +43,7 @@ def test_options_override_a_preset_one_by_one() -> None:
 
 
 def test_the_default_batch_grows_with_the_budget() -> None:
-    assert [batch_tokens_of(recipe(), tokens) for tokens in (60_000, 2_560_000, 40_000_000)] == [2048, 10_000, 32_768]
+    assert [batch_tokens_of(recipe(), tokens) for tokens in (60_000, 640_000, 40_000_000)] == [2048, 10_000, 32_768]
     assert batch_tokens_of(recipe(batch_tokens=512), 40_000_000) == 512
 
 
