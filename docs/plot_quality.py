@@ -1,93 +1,120 @@
-"""Draw docs/quality.png: quality kept against FFN compute, ours and the controls, from evaluation reports.
+"""Draw docs/quality.png: what is lost against FFN compute, routed and static, from a report of bench_routing.py.
 
-    python docs/plot_quality.py runs/a-eval/results.json runs/b-eval/results.json --note "AMD EPYC, 2026-11-22"
+    python docs/plot_quality.py REPORT.md --source docs/benchmarks/REPORT.md --hardware "NVIDIA H100"
 
-Each report of `factorctl eval --controls` gives a point per method. What is drawn is kept in quality.json beside the
-picture; without reports the picture is drawn from there again.
+What is drawn is kept in quality.json beside the picture; without a report the picture is drawn from there again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 DATA, PICTURE = HERE / "quality.json", HERE / "quality.png"
-COLOURS = {
-    "dense": "#222222",
-    "ours": "#c0392b",
-    "static pruning": "#1f77b4",
-    "static pruning + refit": "#5fa2d4",
-    "random routing": "#999999",
-    "oracle routing": "#e59866",
-    "MoEfication, untrained": "#8e6bbf",
-}
-MARKERS = {"dense": "*", "ours": "o"}
+TABLE = "## Excess at equal active neurons"
+COLUMNS = ("split", "active", "tokens trained", "method", "options", "excess", "perplexity", "ahead of static")
+COLOURS = {"routed": "#c0392b", "clustered": "#e59866", "static": "#1f77b4"}
+LEAST_OF_A_LINE = 3
+"""Fewer points are not joined: two say nothing of what lies between them."""
 
 
-def points_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One point per method: its share of active FFN neurons and its perplexity over the dense model's."""
-    (text,) = report["perplexity"]
-    dense = report["dense"]["perplexity"][text]
-    rows = [("dense", report["dense"]), ("ours", report["model"])]
-    rows += [(row["title"], row) for row in report["controls"].values()]
-    return [
+def rows_of(report: str) -> Iterator[dict[str, str]]:
+    """The rows of the report's first table.
+
+    Raises:
+        ValueError: the report has no such table, or its columns are others.
+    """
+    _, found, rest = report.partition(TABLE)
+    lines = [line for line in rest.split("\n## ")[0].splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    if not found or not cells or tuple(cells[0]) != COLUMNS:
+        raise ValueError(f"no table {TABLE!r} with the columns {', '.join(COLUMNS)}")
+    yield from (dict(zip(COLUMNS, row, strict=True)) for row in cells[2:])
+
+
+def content_of(report: str, *, source: str, hardware: str) -> dict[str, Any]:
+    """All that the picture shows: a point for every row that was not trained, or trained longest."""
+    rows = list(rows_of(report))
+    tokens = [int(row["tokens trained"].replace(",", "")) for row in rows]
+    points = [
         {
-            "method": method,
-            "label": report["notation"] if method == "ours" else method,
-            "active_ffn_fraction": row["active_ffn_fraction"],
-            "perplexity_ratio": row["perplexity"][text] / dense,
+            "method": row["method"],
+            "split": row["split"],
+            "tokens": trained,
+            "active_percent": int(row["active"].rstrip("%")),
+            "excess": float(row["excess"]),
         }
-        for method, row in rows
-        if method in COLOURS
+        for row, trained in zip(rows, tokens, strict=True)
+        if trained in (0, max(tokens))
     ]
+    measured = re.search(r"`\w+`: ([\d,]+) tokens of (\d+) documents", report)
+    date = re.search(r"^\d{4}-\d\d-\d\d", report, re.MULTILINE)
+    if measured is None or date is None:
+        raise ValueError("the report does not say when and on which text it measured")
+    note = f"{measured[1]} tokens of held-out text, {hardware}, {date[0]}; {source}"
+    return {"title": "SmolLM2-135M-Instruct: what is lost, by share of the FFN", "note": note, "points": points}
 
 
 def draw(content: dict[str, Any]) -> None:
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for method, colour in COLOURS.items():
-        found = sorted(
-            (point["active_ffn_fraction"], 1 / point["perplexity_ratio"], point["label"])
-            for point in content["points"]
-            if point["method"] == method
-        )
-        if not found:
-            continue
-        shares, kept = [100 * share for share, _, _ in found], [100 * value for _, value, _ in found]
-        on_top = 3 if method == "ours" else 2
-        axes.plot(shares, kept, MARKERS.get(method, "s"), color=colour, label=method, ms=8, zorder=on_top)
-        for share, value, label in found if method == "ours" else ():
-            axes.annotate(label, (100 * share, 100 * value), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    for tokens in sorted({point["tokens"] for point in content["points"]}):
+        for method, colour in COLOURS.items():
+            points = [point for point in content["points"] if (point["method"], point["tokens"]) == (method, tokens)]
+            draw_method(axes, points, colour, f"{method}, {f'{tokens:,} tokens' if tokens else 'before training'}")
     axes.set(
         xlabel="FFN neurons that work for a token, %",
-        ylabel="quality kept: dense perplexity / perplexity, %",
+        ylabel="ln(perplexity / dense perplexity)",
         title=content["title"],
-        ylim=(0, 105),
-        xlim=(40, 105),
+        xlim=(20, 80),
+        ylim=(0, None),
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center right")
-    axes.text(0.99, 0.02, content["note"], ha="right", fontsize=7, color="#555555", transform=axes.transAxes)
-    figure.savefig(PICTURE, dpi=110)
+    axes.legend(fontsize="small", title="all with --refit", title_fontsize="small")
+    figure.text(0.5, -0.02, content["note"], ha="center", va="top", fontsize=7, color="#555555")
+    figure.savefig(PICTURE, dpi=110, bbox_inches="tight")
+
+
+def draw_method(axes: Axes, points: list[dict[str, Any]], colour: str, label: str) -> None:
+    """Filled and joined once trained, hollow before; splits without shared neurons stand apart, by name."""
+    if not points:
+        return
+    bare = [point for point in points if "+S" not in point["split"]]
+    kept = sorted((point["active_percent"], point["excess"]) for point in points if point not in bare)
+    trained = points[0]["tokens"] > 0
+    face = colour if trained else "white"
+    line = ("-" if trained else "--") if len(kept) >= LEAST_OF_A_LINE else ""
+    marker = "s" if points[0]["method"] == "static" else "o"
+    if kept:
+        shares, losses = zip(*kept, strict=True)
+        axes.plot(shares, losses, linestyle=line, marker=marker, color=colour, mfc=face, ms=7, label=label)
+    for point in bare:
+        place = (point["active_percent"], point["excess"])
+        axes.plot(*place, marker="D", color=colour, mfc=face, ms=7)
+        axes.annotate(
+            f"{point['split']}: nothing shared", place, (-8, -3), textcoords="offset points", fontsize=8, ha="right"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reports", nargs="*", type=Path)
-    parser.add_argument("--title", default="SmolLM2-135M-Instruct, before any training")
-    parser.add_argument("--note", default="")
+    parser.add_argument("report", nargs="?", type=Path)
+    parser.add_argument("--source", help="where the report lies in the repository [default: REPORT]")
+    parser.add_argument("--hardware", default="NVIDIA H100")
     args = parser.parse_args()
-    if args.reports:
-        points = [point for path in args.reports for point in points_of(json.loads(path.read_text()))]
-        unique = list({json.dumps(point, sort_keys=True): point for point in points}.values())
-        content = {"title": args.title, "note": args.note, "points": unique}
+    if args.report:
+        source = args.source or str(args.report)
+        content = content_of(args.report.read_text(encoding="utf-8"), source=source, hardware=args.hardware)
         DATA.write_text(json.dumps(content, indent=1) + "\n")
     draw(json.loads(DATA.read_text()))
 
