@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import patch_environment
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, patch_environment
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -220,6 +221,7 @@ def make_accelerator(plan: FinetunePlan) -> Accelerator:
         if importlib.util.find_spec(tracker) is None:
             raise UsageError(f"--track {tracker}: {tracker} is not installed", f"pip install {tracker}")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    _let_go_of_another_device(plan.device)
     with patch_environment(**NEUTRAL):
         return Accelerator(
             cpu=plan.device.type == "cpu",
@@ -228,6 +230,15 @@ def make_accelerator(plan: FinetunePlan) -> Accelerator:
             project_dir=str(plan.run),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
+
+
+def _let_go_of_another_device(device: torch.device) -> None:
+    """accelerate keeps one device per Python process: forget that of an earlier run, unless processes were joined on it."""
+    if not PartialState._shared_state:
+        return
+    earlier = PartialState()
+    if earlier.distributed_type == DistributedType.NO and earlier.device.type != device.type:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def start_trackers(plan: FinetunePlan, accelerator: Accelerator) -> None:

@@ -6,14 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import patch_environment
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, patch_environment
 from helpers import directory_bytes
 
 from factorctl.config import FinetuneConfig
 from factorctl.errors import UsageError
 from factorctl.pipeline.finetune import finetune, rehearse
+from factorctl.pipeline.finetune_model import make_accelerator
+from factorctl.pipeline.finetune_plan import plan_finetune
 from factorctl.progress import SilentProgress
 from factorctl.training.accelerate_settings import NEUTRAL, refuse_other_trainers, unused_settings
 
@@ -88,10 +91,7 @@ def test_what_a_launcher_always_sets_is_no_remark(monkeypatch: pytest.MonkeyPatc
 def test_settings_are_said_not_to_be_used_and_change_nothing(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
-    config = FinetuneConfig(
-        checkpoint=checkpoint, data=str(text), block_length=32, batch_tokens=64, tokens=128, heldout_tokens=64,
-        device="cpu", out=tmp_path / "plain",
-    )  # fmt: skip
+    config = small(checkpoint, text, tmp_path / "plain")
     monkeypatch.setattr("factorctl.pipeline.finetune.draw_training", lambda run, *_: (run / "training.png").touch())
     finetune(config, SilentProgress())
     for name, value in SETTINGS.items():
@@ -114,3 +114,38 @@ def test_neutral_values_keep_accelerate_from_acting(monkeypatch: pytest.MonkeyPa
     assert accelerator.gradient_accumulation_steps == 1
     assert accelerator.state.dynamo_plugin.backend == "NO"
     assert os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "4"
+
+
+def small(checkpoint: Path, text: Path, out: Path) -> FinetuneConfig:
+    return FinetuneConfig(
+        checkpoint=checkpoint, data=str(text), block_length=32, batch_tokens=64, tokens=128, heldout_tokens=64,
+        device="cpu", out=out,
+    )  # fmt: skip
+
+
+def an_earlier_run(**facts: object) -> None:
+    """What a run on another device leaves behind in this process."""
+    Accelerator(cpu=True)
+    for state in (PartialState, AcceleratorState):
+        state._shared_state.update(facts)
+
+
+def test_a_run_on_another_device_may_have_gone_before(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    plain = finetune(small(checkpoint, text, tmp_path / "first"), SilentProgress())
+    an_earlier_run(device=torch.device("cuda"))
+    after = finetune(small(checkpoint, text, tmp_path / "after"), SilentProgress())
+    assert PartialState().device.type == "cpu"
+    assert after.losses == plain.losses
+
+
+def test_the_state_of_another_run_on_the_same_device_is_kept(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    an_earlier_run(mark="kept")
+    make_accelerator(plan_finetune(small(checkpoint, text, tmp_path / "out"), SilentProgress()))
+    assert PartialState._shared_state["mark"] == "kept"
+
+
+def test_processes_that_were_joined_are_never_parted(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    plan = plan_finetune(small(checkpoint, text, tmp_path / "out"), SilentProgress())
+    an_earlier_run(device=torch.device("cuda"), distributed_type=DistributedType.MULTI_GPU)
+    with pytest.raises(ValueError, match="already been initialized"):
+        make_accelerator(plan)
