@@ -67,7 +67,7 @@ def download_snapshot(repo: str, *, revision: str | None, progress: Progress) ->
         if isinstance(error, OfflineModeIsEnabled) or (HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError)):
             raise ResourceError(
                 f"{repo} is not in the hub's local cache, and HF_HUB_OFFLINE forbids to ask for it",
-                "unset HF_HUB_OFFLINE, or give a local directory",
+                "unset HF_HUB_OFFLINE, give a local directory, or try the model `demo`, which comes with a package",
             ) from None
         raise ResourceError(
             f"the hub cannot be reached for {repo}: {in_one_line(first_cause(error))}",

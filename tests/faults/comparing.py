@@ -29,6 +29,8 @@ _QUOTE = '(?:"|&quot;)'
 _FIELD = re.compile(rf"({_QUOTE}(?:{'|'.join(CIRCUMSTANCES)}){_QUOTE}:) (?:{_QUOTE}.*?{_QUOTE}(?=[,\n}}])|[^,\n}}]+)")
 _COMMAND = re.compile(r"```sh\n.*?```", re.DOTALL)
 """The same in Markdown."""
+_QUOTED_PLACE = re.compile(r"'((?:OUT|WORKSPACE)[^']*)'")
+"""A place in a command to type next: quoted for the shell where its name needs it."""
 
 
 def comparable(files: Mapping[str, bytes], outs: Iterable[Path]) -> dict[str, bytes]:
@@ -49,6 +51,7 @@ def _comparable(name: str, content: bytes, files: Mapping[str, bytes], outs: Ite
         for path, stand_in in ((out, "OUT"), (out.parent, "WORKSPACE")):
             for spelt in _spellings(str(path)):
                 text = text.replace(spelt, stand_in)
+    text = _QUOTED_PLACE.sub(r"\1", text)
     return _COMMAND.sub("", _FIELD.sub(r"\1 _", text)).encode()
 
 
