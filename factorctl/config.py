@@ -306,6 +306,7 @@ class FinetuneConfig(CommonConfig):
 
 
 ExportTarget = Literal["hf", "gguf", "dense", "bnb-4bit", "bnb-8bit"]
+Arch = Literal["auto", "mixtral", "granite-moe-shared", "granite-moe-hybrid", "qwen2-moe", "qwen3-moe", "glm4-moe"]
 
 
 @dataclass(frozen=True)
@@ -315,6 +316,10 @@ class ExportConfig(CommonConfig):
     checkpoint: Path | None = None
     """A native checkpoint; None means the newest in the workspace."""
     target: ExportTarget = "hf"
+    arch: Arch = "auto"
+    """Stock transformers architecture; auto is the one that most engines run right."""
+    pad_experts: int | Literal["auto"] = "auto"
+    """Experts get neurons of zeros up to a multiple of this; auto: of 32 where an engine or a storage type asks it."""
     quant: str = "auto"
     """GGUF storage type; auto keeps the export's dtype (f32, f16 or bf16)."""
     exact: bool = False
@@ -330,6 +335,10 @@ class ExportConfig(CommonConfig):
     """Hub repository that the finished export is uploaded to."""
     private: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive("--pad-experts", None if self.pad_experts == "auto" else self.pad_experts, "1 adds none")
 
 
 @dataclass(frozen=True)

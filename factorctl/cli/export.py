@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,7 +20,7 @@ from factorctl.cli.options import (
     SeedOpt,
     WorkspaceOpt,
 )
-from factorctl.config import DEFAULT_WORKSPACE, ExportConfig, ExportTarget
+from factorctl.config import DEFAULT_WORKSPACE, Arch, ExportConfig, ExportTarget
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +41,19 @@ def export(
             "architecture; bnb-4bit, bnb-8bit: quantised by bitsandbytes, routed experts for factorctl.load.",
         ),
     ] = "hf",
+    arch: Annotated[
+        Arch,
+        typer.Option("--arch", help="Stock transformers architecture; auto takes the one that most engines run right."),
+    ] = "auto",
+    pad_experts: Annotated[
+        str,
+        typer.Option(
+            "--pad-experts",
+            metavar="N",
+            help="Fill experts up to a multiple of N neurons with zeros, which is exact; 1 adds none. auto: 32 where "
+            "transformers' grouped_mm or a block-wise GGUF type would refuse the size.",
+        ),
+    ] = "auto",
     quant: Annotated[
         str,
         typer.Option(
@@ -103,6 +116,8 @@ def export(
     config = ExportConfig(
         checkpoint=checkpoint,
         target=to,
+        arch=arch,
+        pad_experts=parse_multiple(pad_experts),
         quant=quant,
         exact=exact,
         untie_lm_head=untie_lm_head,
@@ -136,6 +151,19 @@ def parse_bytes(text: str, option: str) -> int:
     if size <= 0:
         raise UsageError(f"{option} {text!r} is no size", "for example 500MB or 2GB")
     return size
+
+
+def parse_multiple(text: str) -> int | Literal["auto"]:
+    """`--pad-experts` as a number or `auto`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal():
+        raise UsageError(f"--pad-experts {text!r} is no number of neurons", "for example 32; or auto")
+    return int(text)
 
 
 def _show_plan(plan: ExportPlan, output: OutputFormat) -> None:

@@ -1,8 +1,8 @@
 """Which stock architecture holds a factored checkpoint, and what each target cannot hold, by field and value.
 
-One row per architecture. All of them compute `softmax over the chosen K of a bias-free router`; they differ in what
-stands around it. Sources, read unless marked as run: transformers 5.23 `models/*/modeling_*.py` (run), vLLM
-`model_executor/models/*.py`, llama.cpp `src/models/*.cpp` (run through xllamacpp).
+One row per architecture. Their routers are free of biases and give the chosen K gates that sum to one; they differ in
+what stands around them. Sources, read unless marked as run: transformers 5.23 `models/*/modeling_*.py` (run), vLLM
+`model_executor/models/*.py`, mlx-lm 0.32 `models/*.py` (run), llama.cpp `src/models/*.cpp` (run through xllamacpp).
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from factorctl.config import ExportTarget
+from factorctl.config import Arch, ExportTarget
 from factorctl.errors import UsageError
-from factorctl.exporting.features import Features, features_of
+from factorctl.exporting.engines import Served, engines_that_run
+from factorctl.exporting.features import Biases, Features, features_of
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel
 
@@ -25,19 +26,49 @@ zero weights, its down-projection doubled); or copied into every expert, which i
 class Architecture:
     """One stock mixture-of-experts architecture."""
 
+    option: Arch
     model_type: str
     class_name: str
     shared: SharedPlace
-    reads_head_dim: bool
+    biases: Biases = "none"
+    """The most attention biases that it can hold; what a source lacks of them is zero."""
+    qk_norm: Literal["none", "optional", "always"] = "none"
+    reads_head_dim: bool = False
     """Whether vLLM takes head_dim from the config; else it computes hidden_size / num_attention_heads."""
-    has_window: bool
+    has_window: bool = False
     """Whether it can attend within one sliding window in all layers."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """What of the router's logits is normalised over the K chosen ones."""
+    counts_shared_experts: bool = False
+    """Whether the shared MLP has to be as large as a whole number of experts."""
+    ties_head: bool = True
+    """Whether vLLM takes the embeddings for the head; else the head is always stored."""
+
+    @property
+    def is_granite(self) -> bool:
+        return self.model_type.startswith("granite")
 
 
-MIXTRAL = Architecture("mixtral", "MixtralForCausalLM", "none", reads_head_dim=True, has_window=True)
-GRANITE = Architecture("granitemoeshared", "GraniteMoeSharedForCausalLM", "own", reads_head_dim=False, has_window=False)
-QWEN2 = Architecture("qwen2_moe", "Qwen2MoeForCausalLM", "gated", reads_head_dim=False, has_window=False)
-QWEN3 = Architecture("qwen3_moe", "Qwen3MoeForCausalLM", "copied", reads_head_dim=True, has_window=False)
+MIXTRAL = Architecture("mixtral", "mixtral", "MixtralForCausalLM", "none", reads_head_dim=True, has_window=True)
+GRANITE = Architecture("granite-moe-shared", "granitemoeshared", "GraniteMoeSharedForCausalLM", "own")
+HYBRID = Architecture(
+    "granite-moe-hybrid", "granitemoehybrid", "GraniteMoeHybridForCausalLM", "own", biases="query-key-value-output"
+)
+QWEN2 = Architecture("qwen2-moe", "qwen2_moe", "Qwen2MoeForCausalLM", "gated", biases="query-key-value")
+QWEN3 = Architecture("qwen3-moe", "qwen3_moe", "Qwen3MoeForCausalLM", "copied", qk_norm="always", reads_head_dim=True)
+GLM4 = Architecture(
+    "glm4-moe",
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    "own",
+    biases="query-key-value",
+    qk_norm="optional",
+    reads_head_dim=True,
+    scores="sigmoid",
+    counts_shared_experts=True,
+    ties_head=False,
+)
+ARCHITECTURES = (MIXTRAL, HYBRID, GRANITE, QWEN2, QWEN3, GLM4)
 
 HF_ROPE_TYPES = frozenset({"default", "linear", "dynamic", "yarn", "llama3"})
 GGUF_ROPE_TYPES = frozenset({"default", "linear", "llama3"})
@@ -56,13 +87,35 @@ class Blocker:
         return f"{self.field} = {self.value!r}: {self.reason}"
 
 
-def architecture_for(dense: DenseModel, spec: FactoredSpec) -> Architecture:
-    """The stock transformers architecture of a family that has one; `blockers` says whether it fits."""
-    if dense.family.model_type == "qwen2":
-        return QWEN2
-    if dense.family.model_type == "qwen3":
-        return QWEN3
-    return GRANITE if spec.shape.shared_size else MIXTRAL
+def architecture_for(dense: DenseModel, spec: FactoredSpec, arch: Arch = "auto") -> Architecture:
+    """The stock transformers architecture to write; `blockers` says whether it fits.
+
+    `auto` is the family's own, else of those for its split the one that most engines run right; where it does not fit,
+    any other that does.
+    """
+    if arch != "auto":
+        return next(row for row in ARCHITECTURES if row.option == arch)
+    own = {"qwen2": (QWEN2,), "qwen3": (QWEN3,)}.get(dense.family.model_type)
+    usual = own or ((HYBRID, GRANITE) if spec.shape.shared_size else (MIXTRAL,))
+    features = features_of(dense)
+    fitting = [row for row in usual if not _hf_blockers(row, spec, features)]
+    fitting = fitting or [row for row in ARCHITECTURES if not _hf_blockers(row, spec, features)]
+    if not fitting:
+        return usual[0]
+    return max(fitting, key=lambda row: len(engines_that_run(as_served(row, dense, spec))))
+
+
+def as_served(arch: Architecture, dense: DenseModel, spec: FactoredSpec, *, untied: bool = False) -> Served:
+    """What an engine makes its decisions on."""
+    features = features_of(dense)
+    return Served(
+        model_type=arch.model_type,
+        rope_type=features.rope_type,
+        window=features.window,
+        top_k=spec.shape.top_k,
+        num_experts=spec.shape.num_experts,
+        tied=bool(dense.config.tie_word_embeddings) and arch.ties_head and not untied,
+    )
 
 
 def gguf_architecture(dense: DenseModel, spec: FactoredSpec) -> str:
@@ -72,24 +125,36 @@ def gguf_architecture(dense: DenseModel, spec: FactoredSpec) -> str:
     return "granitemoe" if spec.shape.shared_size else "llama"
 
 
-def refuse_blocked(dense: DenseModel, spec: FactoredSpec, target: ExportTarget, *, exact: bool) -> None:
-    """Refuse a target that cannot hold the model, naming field, value and the targets that can.
+def refuse_blocked(
+    dense: DenseModel, spec: FactoredSpec, target: ExportTarget, *, exact: bool, arch: Arch = "auto"
+) -> None:
+    """Refuse a target that cannot hold the model, naming field, value and the forms that can.
 
     Raises:
         UsageError: with every blocking field.
     """
-    found = blockers(dense, spec, target, exact=exact)
+    found = blockers(dense, spec, target, exact=exact, arch=arch)
     if not found:
         return
+    named = f"--to {target}" if arch == "auto" else f"--arch {arch}"
     able = [name for name in get_args(ExportTarget) if not blockers(dense, spec, name, exact=exact)]
+    others = [
+        f"--arch {row.option}"
+        for row in ARCHITECTURES
+        if arch not in ("auto", row.option) and not blockers(dense, spec, target, exact=exact, arch=row.option)
+    ]
     few_bits = "; few bits for engines: --to gguf --quant q8_0" if target[:3] == "bnb" and "gguf" in able else ""
+    architectures = f"architectures that can: {', '.join(others)}; " if others else ""
+    targets = f"targets that can: {', '.join('--to ' + name for name in able)}; the native checkpoint can as well"
     raise UsageError(
-        f"--to {target} cannot hold this model: " + "; ".join(str(blocker) for blocker in found),
-        f"targets that can: {', '.join('--to ' + name for name in able)}; the native checkpoint can as well{few_bits}",
+        f"{named} cannot hold this model: " + "; ".join(str(blocker) for blocker in found),
+        f"{architectures}{targets}{few_bits}",
     )
 
 
-def blockers(dense: DenseModel, spec: FactoredSpec, target: ExportTarget, *, exact: bool = False) -> list[Blocker]:
+def blockers(
+    dense: DenseModel, spec: FactoredSpec, target: ExportTarget, *, exact: bool = False, arch: Arch = "auto"
+) -> list[Blocker]:
     """What stands in the way of `target`; empty means that it can be written."""
     if not becomes_mixture(target, spec):
         return _dense_4bit_blockers(dense, spec) if target == "bnb-4bit" else []
@@ -100,7 +165,9 @@ def blockers(dense: DenseModel, spec: FactoredSpec, target: ExportTarget, *, exa
         return [Blocker("model_type", dense.family.model_type, reason)]
     features = features_of(dense)
     found = _common_blockers(features, spec, exact=exact)
-    return found + (_gguf_blockers if target == "gguf" else _hf_blockers)(dense, spec, features)
+    if target == "gguf":
+        return found + _gguf_blockers(dense, spec, features)
+    return found + _hf_blockers(architecture_for(dense, spec, arch), spec, features)
 
 
 def _common_blockers(features: Features, spec: FactoredSpec, *, exact: bool) -> list[Blocker]:
@@ -120,23 +187,42 @@ def _common_blockers(features: Features, spec: FactoredSpec, *, exact: bool) -> 
     return found
 
 
-def _hf_blockers(dense: DenseModel, spec: FactoredSpec, features: Features) -> list[Blocker]:
-    arch, found = architecture_for(dense, spec), []
-    if features.attention_bias:
-        found.append(Blocker("attention_bias", True, f"vLLM's {arch.class_name} would drop biases silently"))
+def _hf_blockers(arch: Architecture, spec: FactoredSpec, features: Features) -> list[Blocker]:
+    return _attention_blockers(arch, features) + _routing_blockers(arch, spec)
+
+
+def _attention_blockers(arch: Architecture, features: Features) -> list[Blocker]:
+    found, name, most = [], arch.class_name, get_args(Biases)
+    if most.index(features.biases) > most.index(arch.biases):
+        field = "attention_bias" if features.biases == most[-1] else "q_proj.bias"
+        found.append(Blocker(field, True, f"engines would drop biases silently, which {name} has no place for"))
     if features.rope_type not in HF_ROPE_TYPES:
         found.append(Blocker("rope_type", features.rope_type, f"known here: {', '.join(sorted(HF_ROPE_TYPES))}"))
     if not arch.reads_head_dim and features.head_dim != features.usual_head_dim:
-        reason = f"vLLM's {arch.class_name} assumes hidden_size / num_attention_heads = {features.usual_head_dim}"
+        reason = f"vLLM's {name} assumes hidden_size / num_attention_heads = {features.usual_head_dim}"
         found.append(Blocker("head_dim", features.head_dim, reason))
     if features.window and not (arch.has_window and features.window_everywhere):
-        found.append(Blocker("sliding_window", features.window, f"{arch.class_name} attends to everything before"))
+        found.append(Blocker("sliding_window", features.window, f"{name} attends to everything before"))
+    if features.qk_norm and arch.qk_norm == "none":
+        found.append(Blocker("qk_norm", True, f"{name} does not normalise queries and keys, as this model does"))
+    if not features.qk_norm and arch.qk_norm == "always":
+        found.append(Blocker("qk_norm", False, f"{name} normalises queries and keys, which this model does not"))
+    return found
+
+
+def _routing_blockers(arch: Architecture, spec: FactoredSpec) -> list[Blocker]:
+    found, shape, name = [], spec.shape, arch.class_name
+    if arch.shared == "none" and shape.shared_size:
+        found.append(Blocker("shared_size", shape.shared_size, f"{name} has no neurons that are always on"))
+    if arch.scores == "sigmoid" and spec.gate == "softmax" and 1 < shape.top_k < shape.num_experts:
+        reason = f"{name} weighs {shape.top_k} of {shape.num_experts} experts by sigmoids, which no softmax equals"
+        found.append(Blocker("gate", spec.gate, reason))
     return found
 
 
 def _gguf_blockers(dense: DenseModel, spec: FactoredSpec, features: Features) -> list[Blocker]:
     arch, rope_type, found = gguf_architecture(dense, spec), features.rope_type, []
-    if features.attention_bias and arch == "qwen3moe":
+    if features.biases == "query-key-value-output" and arch == "qwen3moe":
         reason = "llama.cpp's qwen3moe has no bias on attention's output, and does not load a file with one"
         found.append(Blocker("attention_bias", True, reason))
     if rope_type not in GGUF_ROPE_TYPES:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from factorctl.models.families import DenseModel
+
+Biases = Literal["none", "query-key-value", "query-key-value-output"]
+"""Which attention projections have biases."""
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,10 @@ class Features:
 
     activation: str
     ffn_bias: bool
-    attention_bias: bool
-    """Biases on all four attention projections (`attention_bias`), not Qwen2's built-in ones on q, k and v."""
+    biases: Biases
+    """Qwen2 has them built in, on q, k and v; with `attention_bias` all four projections have them."""
+    qk_norm: bool
+    """Whether each head's queries and keys are normalised (Qwen3)."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -49,7 +54,8 @@ def features_of(dense: DenseModel) -> Features:
     return Features(
         activation="silu" if dense.activation == "swish" else dense.activation,
         ffn_bias=dense.has_ffn_bias,
-        attention_bias=bool(getattr(config, "attention_bias", False)),
+        biases=_biases(dense),
+        qk_norm=dense.family.model_type == "qwen3",
         num_heads=heads,
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or usual),
@@ -60,6 +66,12 @@ def features_of(dense: DenseModel) -> Features:
         window=window,
         window_everywhere=everywhere,
     )
+
+
+def _biases(dense: DenseModel) -> Biases:
+    if getattr(dense.config, "attention_bias", False):
+        return "query-key-value-output"
+    return "query-key-value" if dense.family.model_type == "qwen2" else "none"
 
 
 def _window(config: Any) -> tuple[int | None, bool]:

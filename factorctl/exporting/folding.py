@@ -7,6 +7,7 @@ The scale goes into the experts' down-projections, FFN'_e = s * FFN_e; a power o
 At K = N native gates are uniform, so the router becomes zero (softmax gives 1/N) and s = N.
 Gate `hard` at K = 1 is the softmax over one logit. At K > 1 the router is multiplied by 2^-m: the order of the logits
 stays, their softmax tends to 1/K.
+Neurons of zeros, which add nothing, fill experts up to sizes that engines like, and a shared MLP that must be there.
 
 T tokens, D hidden_size, N num_experts, H expert_size, S shared_size, K top_k.
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from factorctl.exporting.architectures import SharedPlace
+from factorctl.exporting.padding import StockSizes, padded, sizes_of
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.slicing import FactoredTensors, shared_ffn
 
@@ -45,7 +47,14 @@ class Folding:
     dtype: torch.dtype | None = None
     """None keeps each tensor's own."""
     router_shifts: tuple[int, ...] = ()
-    """Per layer the m of 2^-m, where gate `hard` needs it."""
+    """Per layer the m of 2^-m, where gate `hard` or a sigmoid needs it."""
+    padded_sizes: StockSizes | None = None
+    """None adds no neurons."""
+
+    @property
+    def sizes(self) -> StockSizes:
+        """Neurons of the export's experts and shared MLP."""
+        return self.padded_sizes or sizes_of(self.spec.shape, self.shared)
 
     def stock_ffn(self, layer: int, tensors: FactoredTensors) -> StockFFN:
         """The stock form of one layer; works on meta tensors as well, which is how sizes are planned."""
@@ -57,7 +66,7 @@ class Folding:
             scaled(routed_down(tensors, self.spec), folded_scale(self.spec, layer), self._dtype_of(tensors["down"])),
             self.router(layer, tensors["router"]),
         )
-        return self._with_shared(ffn, tensors) if shape.shared_size else ffn
+        return self._padded(self._with_shared(ffn, tensors) if shape.shared_size else ffn)
 
     def cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.dtype is None else tensor.to(self.dtype)
@@ -86,6 +95,24 @@ class Folding:
         if self.shared == "gated":
             down_DS = scaled(shared.down_DF, 2.0, self._dtype_of(shared.down_DF))
         return StockFFN(ffn.gate_NHD, ffn.up_NHD, ffn.down_NDH, ffn.router_ND, gate_SD, up_SD, down_DS)
+
+    def _padded(self, ffn: StockFFN) -> StockFFN:
+        """Experts and shared MLP with neurons of zeros up to `sizes`; a shared MLP of zeros where there was none."""
+        expert, shared = self.sizes.expert, self.sizes.shared
+        shared_gate, shared_up, shared_down = ffn.shared_gate_SD, ffn.shared_up_SD, ffn.shared_down_DS
+        if shared and shared_gate is None:
+            width = ffn.router_ND.shape[1]
+            shared_gate, shared_up = ffn.gate_NHD.new_zeros(0, width), ffn.up_NHD.new_zeros(0, width)
+            shared_down = ffn.down_NDH.new_zeros(width, 0)
+        return StockFFN(
+            padded(ffn.gate_NHD, expert, dim=1),
+            padded(ffn.up_NHD, expert, dim=1),
+            padded(ffn.down_NDH, expert, dim=2),
+            ffn.router_ND,
+            None if shared_gate is None else padded(shared_gate, shared, dim=0),
+            None if shared_up is None else padded(shared_up, shared, dim=0),
+            None if shared_down is None else padded(shared_down, shared, dim=1),
+        )
 
 
 def folded_scale(spec: FactoredSpec, layer: int) -> float:

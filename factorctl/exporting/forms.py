@@ -11,6 +11,8 @@ import torch
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import ExportConfig
 from factorctl.exporting.architectures import (
+    Architecture,
+    SharedPlace,
     architecture_for,
     becomes_mixture,
     blockers,
@@ -23,6 +25,7 @@ from factorctl.exporting.dense_layout import DenseLayout, dense_config
 from factorctl.exporting.features import features_of
 from factorctl.exporting.folding import Folding, folded_scale, is_power_of_two
 from factorctl.exporting.gguf_tensors import PLAIN_QUANTS, GgufLayout, chosen_quant
+from factorctl.exporting.padding import FRIENDLY, StockSizes, filled_up, sizes_in, sizes_of
 from factorctl.exporting.shards import Layout
 from factorctl.exporting.stock_config import stock_config
 from factorctl.exporting.stock_tensors import NativeUnits, StockLayout
@@ -47,6 +50,10 @@ class Form:
     top_k: int
     """Active experts of the native model that this form equals: all of them for `--to dense`."""
     fidelity: Fidelity
+    sizes: StockSizes | None = None
+    """Neurons of its experts and its shared MLP, padding included; None for a dense model."""
+    unpadded: StockSizes | None = None
+    """The same without neurons of zeros."""
     quantised_experts: str | None = None
     """How routed experts are stored where that takes `factorctl.load` to load them: `nf4` or `int8`."""
 
@@ -90,8 +97,9 @@ def _native_units(checkpoint: NativeCheckpoint, reader: CheckpointReader) -> Nat
     return NativeUnits(checkpoint.dense, tuple(reader.entries))
 
 
-def _is_tied(checkpoint: NativeCheckpoint, config: ExportConfig) -> bool:
-    return bool(checkpoint.dense.config.tie_word_embeddings) and not config.untie_lm_head
+def _has_own_head(arch: Architecture, config: ExportConfig) -> bool:
+    """Whether a tied head is stored beside the embeddings all the same."""
+    return config.untie_lm_head or not arch.ties_head
 
 
 def _stock_form(
@@ -103,17 +111,30 @@ def _stock_form(
     fused: bool = False,
 ) -> Form:
     dense, spec = checkpoint.dense, checkpoint.spec
-    arch, dtype = architecture_for(dense, spec), stored_dtype(config, reader)
-    folding = Folding(spec, arch.shared, cast_to(config), tuple(shifts))
+    arch, dtype = architecture_for(dense, spec, config.arch), stored_dtype(config, reader)
+    sizes = sizes_in(arch, spec.shape, _multiple(checkpoint, config, arch, dtype))
+    folding = Folding(spec, arch.shared, cast_to(config), tuple(shifts), sizes)
+    own_head = _has_own_head(arch, config)
+    tied = bool(dense.config.tie_word_embeddings) and not own_head
     return Form(
         container="safetensors",
         architecture=arch.class_name,
-        layout=StockLayout(_native_units(checkpoint, reader), arch, folding, config.untie_lm_head, fused),
-        config=stock_config(dense, spec, arch, dtype=dtype_name(dtype), tied=_is_tied(checkpoint, config)),
+        layout=StockLayout(_native_units(checkpoint, reader), arch, folding, own_head, fused),
+        config=stock_config(dense, spec, arch, sizes, dtype=dtype_name(dtype), tied=tied),
         dtype=dtype_name(dtype),
         top_k=spec.shape.top_k,
         fidelity=fidelity_of_experts(checkpoint, config, reader),
+        sizes=sizes,
+        unpadded=sizes_of(spec.shape, arch.shared),
     )
+
+
+def _multiple(checkpoint: NativeCheckpoint, config: ExportConfig, arch: Architecture, dtype: torch.dtype) -> int:
+    """What expert sizes are filled up to a multiple of: by default what `grouped_mm` cannot take as it is."""
+    if config.pad_experts != "auto":
+        return config.pad_experts
+    own = sizes_of(checkpoint.spec.shape, arch.shared)
+    return 1 if can_group(dtype, own.expert) else FRIENDLY
 
 
 def _gguf_form(
@@ -121,7 +142,11 @@ def _gguf_form(
 ) -> Form:
     dense, spec = checkpoint.dense, checkpoint.spec
     arch, quant = gguf_architecture(dense, spec), chosen_quant(config.quant, stored_dtype(config, reader))
-    folding = Folding(spec, "copied" if arch == "qwen3moe" else "own", cast_to(config), tuple(shifts))
+    place: SharedPlace = "copied" if arch == "qwen3moe" else "own"
+    in_blocks = quant not in PLAIN_QUANTS.values()
+    multiple = (FRIENDLY if in_blocks else 1) if config.pad_experts == "auto" else config.pad_experts
+    sizes = filled_up(sizes_of(spec.shape, place), multiple)
+    folding = Folding(spec, place, cast_to(config), tuple(shifts), sizes)
     return Form(
         container="gguf",
         architecture=arch,
@@ -130,6 +155,8 @@ def _gguf_form(
         dtype=quant,
         top_k=spec.shape.top_k,
         fidelity=_gguf_fidelity(quant, fidelity_of_experts(checkpoint, config, reader), reader),
+        sizes=sizes,
+        unpadded=sizes_of(spec.shape, place),
     )
 
 
@@ -197,7 +224,7 @@ def remarks(checkpoint: NativeCheckpoint, config: ExportConfig) -> list[str]:
     if is_mixture and config.target.startswith("bnb"):
         engines = "" if blockers(dense, spec, "gguf") else "; for engines, --to gguf"
         notes.append(f"transformers alone cannot load quantised experts: load with factorctl.load{engines}")
-    if is_mixture and dense.family.model_type == "qwen3" and shape.shared_size:
+    if is_mixture and shape.shared_size and _copies_shared(checkpoint, config):
         active = shape.top_k * (shape.shared_size + shape.expert_size) / shape.active_neurons
         notes.append(
             f"Qwen3-MoE has no shared expert: the {shape.shared_size} shared neurons are copied into each of the "
@@ -213,11 +240,15 @@ def remarks(checkpoint: NativeCheckpoint, config: ExportConfig) -> list[str]:
     return notes
 
 
-def groups_experts(checkpoint: NativeCheckpoint, dtype: torch.dtype) -> bool:
-    """Whether transformers' default for experts (`grouped_mm`) takes this split: rows of a multiple of 16 bytes."""
-    dense, shape = checkpoint.dense, checkpoint.spec.shape
-    copied = shape.shared_size if dense.family.model_type == "qwen3" else 0
-    return can_group(dtype, dense.hidden_size, shape.expert_size + copied)
+def _copies_shared(checkpoint: NativeCheckpoint, config: ExportConfig) -> bool:
+    if config.target == "gguf":
+        return gguf_architecture(checkpoint.dense, checkpoint.spec) == "qwen3moe"
+    return architecture_for(checkpoint.dense, checkpoint.spec, config.arch).shared == "copied"
+
+
+def groups_experts(checkpoint: NativeCheckpoint, form: Form, dtype: torch.dtype) -> bool:
+    """Whether transformers' default for experts (`grouped_mm`) takes this form: rows of a multiple of 16 bytes."""
+    return form.sizes is None or can_group(dtype, checkpoint.dense.hidden_size, form.sizes.expert)
 
 
 def is_untouched(checkpoint: NativeCheckpoint) -> bool:

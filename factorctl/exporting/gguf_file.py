@@ -83,7 +83,7 @@ def _write_unit(writer: GGUFWriter, layout: GgufLayout, unit: int, reader: Check
 
 def add_metadata(writer: GGUFWriter, dense: DenseModel, spec: FactoredSpec, layout: GgufLayout, *, quant: str) -> None:
     """Sizes, RoPE and experts under the keys that llama.cpp reads."""
-    features, shape = features_of(dense), spec.shape
+    features, shape, sizes = features_of(dense), spec.shape, layout.folding.sizes
     writer.add_file_type(file_type(quant))
     if quant not in PLAIN_QUANTS.values():
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -101,11 +101,11 @@ def add_metadata(writer: GGUFWriter, dense: DenseModel, spec: FactoredSpec, layo
     writer.add_expert_used_count(shape.top_k)
     if layout.arch == "qwen3moe":
         writer.add_feed_forward_length(dense.intermediate_size)
-        writer.add_expert_feed_forward_length(shape.shared_size + shape.expert_size)
+        writer.add_expert_feed_forward_length(sizes.expert)
     else:
-        writer.add_feed_forward_length(shape.expert_size)
+        writer.add_feed_forward_length(sizes.expert)
     if layout.arch == "granitemoe":
-        _add_granite(writer, features, shape.shared_size)
+        _add_granite(writer, features, sizes.shared)
 
 
 def gguf_context(features: Features) -> int:

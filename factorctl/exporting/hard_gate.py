@@ -1,14 +1,17 @@
-"""Gate `hard` at K > 1 on stock routers: how far the router can be scaled down before the selection suffers.
+"""Routers multiplied by 2^-m: for gate `hard` at K > 1 on stock routers, and so that no sigmoid saturates.
 
 Stock routers take the softmax over all N logits in float32, then the K largest. With logits times 2^-m the gates tend
 to 1/K, which is what the hard gate means; but beyond some m float32 no longer tells the probabilities apart, and
 another expert is chosen. m is picked per layer on calibration tokens: the largest that keeps every token's selection.
+
+Of K = 1 under sigmoids only the order matters, and float32 loses it where logits are large: sigmoids all become 1.
 
 T tokens, N num_experts, K top_k.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +42,17 @@ def choose_shifts(router_logits: Sequence[torch.Tensor], top_k: int, *, max_shif
     same = torch.cat([agreed_T for agreed_T, _ in measured]).float().mean()
     error = torch.cat([error_T for _, error_T in measured]).mean().sqrt()
     return RouterScaling(shifts, float(same), float(error))
+
+
+def choose_unsaturated_shifts(router_logits: Sequence[torch.Tensor], *, max_shift: int = MAX_SHIFT) -> RouterScaling:
+    """m per layer for K = 1: the least that brings every logit within 1, where sigmoids are nearly straight."""
+    largest = [float(logits_TN.abs().max()) for logits_TN in router_logits]
+    shifts = tuple(min(max_shift, max(0, math.ceil(math.log2(size)))) if size else 0 for size in largest)
+    same = [
+        (torch.sigmoid(logits_TN.float() * 2.0**-m).argmax(-1) == logits_TN.argmax(-1)).float().mean()
+        for logits_TN, m in zip(router_logits, shifts, strict=True)
+    ]
+    return RouterScaling(shifts, float(torch.stack(same).mean()), 0.0)
 
 
 def _largest_safe_shift(logits_TN: torch.Tensor, top_k: int, max_shift: int) -> int:

@@ -23,11 +23,11 @@ class SafetensorsWriter:
         self.plan = plan_shards(job.form.layout, job.reader, job.config.max_shard_bytes)
         self.num_shards, self.weight_bytes = len(self.plan.shards), self.plan.total_bytes
         self.notes: list[str] = []
-        if not self._groups_experts(stored_dtype(job.config, job.reader)):
-            size = job.checkpoint.spec.shape.expert_size
+        self.loads_eagerly = not self._groups_experts(stored_dtype(job.config, job.reader))
+        if self.loads_eagerly:
             self.notes.append(
-                f"transformers' default for experts (grouped_mm) refuses {size} neurons in {job.form.dtype}: load it "
-                'with experts_implementation="eager"; vLLM and llama.cpp have kernels of their own'
+                f"transformers' default for experts (grouped_mm) refuses rows of this size in {job.form.dtype}: load "
+                'it with experts_implementation="eager"; vLLM and llama.cpp have kernels of their own'
             )
 
     def write(self, builder: ArtefactBuilder, progress: Progress) -> None:
@@ -43,4 +43,4 @@ class SafetensorsWriter:
 
     def _groups_experts(self, dtype: torch.dtype) -> bool:
         """Whether transformers' default takes the experts in this dtype; dense forms have none."""
-        return self.job.config.target != "hf" or groups_experts(self.job.checkpoint, dtype)
+        return self.job.config.target != "hf" or groups_experts(self.job.checkpoint, self.job.form, dtype)

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from factorctl.exporting.architectures import GRANITE, MIXTRAL, QWEN2, Architecture
+from factorctl.exporting.architectures import GLM4, HYBRID, MIXTRAL, QWEN2, Architecture
 from factorctl.exporting.features import Features, features_of
 from factorctl.exporting.folding import Folding, StockFFN
-from factorctl.exporting.stock_config import PADDING_SHARED_SIZE
 from factorctl.models.families import DenseModel, ReadTensor, ffn_prefix, layer_prefix
 from factorctl.models.slicing import FactoredTensors
 
@@ -68,7 +67,9 @@ class StockLayout:
         if index == 0:
             return with_head({name: self.folding.cast(t) for name, t in self.native.rest(read).items()}, self.untie)
         layer = index - 1
-        around = split_qkv(self.native.around_ffn(layer, read), features_of(self.native.dense))
+        features = features_of(self.native.dense)
+        around = split_qkv(self.native.around_ffn(layer, read), features)
+        around |= absent_biases(around, self.arch, features, layer)
         tensors = {name: self.folding.cast(tensor) for name, tensor in around.items()}
         ffn = self.folding.stock_ffn(layer, self.native.ffn(layer, read))
         return tensors | (fused_ffn_tensors if self.fused else ffn_tensors)(ffn, self.arch, layer)
@@ -94,28 +95,52 @@ def split_qkv(tensors: Tensors, features: Features) -> Tensors:
     return result
 
 
+def absent_biases(around: Tensors, arch: Architecture, features: Features, layer: int) -> Tensors:
+    """Biases of zero for the attention projections that have them in `arch` and not in the source."""
+    if arch.biases == "none" or (features.biases == "none" and arch is not QWEN2):
+        return {}
+    letters = "qkvo" if arch is HYBRID else "qkv"
+    stems = [f"{layer_prefix(layer)}self_attn.{letter}_proj" for letter in letters]
+    return {
+        f"{stem}.bias": around[f"{stem}.weight"].new_zeros(around[f"{stem}.weight"].shape[0])
+        for stem in stems
+        if f"{stem}.bias" not in around
+    }
+
+
 def ffn_tensors(ffn: StockFFN, arch: Architecture, layer: int) -> Tensors:
     """The FFN of one layer under the names of `arch`."""
-    if arch is GRANITE:
+    if arch.is_granite:
         return _granite(ffn, layer_prefix(layer))
     if arch is MIXTRAL:
         return _per_expert(ffn, f"{layer_prefix(layer)}block_sparse_moe.", gate="w1", up="w3", down="w2")
-    tensors = _per_expert(ffn, f"{ffn_prefix(layer)}.", gate="gate_proj", up="up_proj", down="down_proj")
-    return tensors | _qwen2_shared(ffn, f"{ffn_prefix(layer)}.") if arch is QWEN2 else tensors
+    prefix = f"{ffn_prefix(layer)}."
+    tensors = _per_expert(ffn, prefix, gate="gate_proj", up="up_proj", down="down_proj")
+    return tensors | _beside_experts(ffn, arch, prefix)
 
 
 def fused_ffn_tensors(ffn: StockFFN, arch: Architecture, layer: int) -> Tensors:
     """The FFN of one layer under the names that transformers 5 gives its parameters in memory."""
-    is_granite = arch is GRANITE
-    block = f"{layer_prefix(layer)}block_sparse_moe." if is_granite else f"{ffn_prefix(layer)}."
+    block = f"{layer_prefix(layer)}block_sparse_moe." if arch.is_granite else f"{ffn_prefix(layer)}."
     tensors = {
-        f"{block}{'router' if is_granite else 'gate'}.weight": ffn.router_ND,
+        f"{block}{'router' if arch.is_granite else 'gate'}.weight": ffn.router_ND,
         f"{block}experts.gate_up_proj": torch.cat([ffn.gate_NHD, ffn.up_NHD], dim=1),
         f"{block}experts.down_proj": ffn.down_NDH,
     }
-    if is_granite:
-        return tensors | _granite_shared(ffn, layer_prefix(layer))
-    return tensors | _qwen2_shared(ffn, block) if arch is QWEN2 else tensors
+    return tensors | (
+        _granite_shared(ffn, layer_prefix(layer)) if arch.is_granite else _beside_experts(ffn, arch, block)
+    )
+
+
+def _beside_experts(ffn: StockFFN, arch: Architecture, prefix: str) -> Tensors:
+    """The shared expert and what belongs to the gates, in the architectures whose FFN is called `mlp`."""
+    if arch is QWEN2:  # a sigmoid gate of zero weights, which is 1/2; `folding` doubled the down-projection
+        gate = {f"{prefix}shared_expert_gate.weight": torch.zeros_like(ffn.router_ND[:1])}
+        return gate | _shared_expert(ffn, f"{prefix}shared_expert.")
+    if arch is GLM4:
+        bias = {f"{prefix}gate.e_score_correction_bias": torch.zeros_like(ffn.router_ND[:, 0], dtype=torch.float32)}
+        return bias | _shared_expert(ffn, f"{prefix}shared_experts.")
+    return {}
 
 
 def _per_expert(ffn: StockFFN, prefix: str, *, gate: str, up: str, down: str) -> Tensors:
@@ -135,24 +160,21 @@ def _granite(ffn: StockFFN, prefix: str) -> Tensors:
 
 
 def _granite_shared(ffn: StockFFN, prefix: str) -> Tensors:
+    gate_SD, up_SD, down_DS = _shared(ffn)
+    return {
+        f"{prefix}shared_mlp.input_linear.weight": torch.cat([gate_SD, up_SD]),
+        f"{prefix}shared_mlp.output_linear.weight": down_DS,
+    }
+
+
+def _shared_expert(ffn: StockFFN, prefix: str) -> Tensors:
+    names = [f"{prefix}{stem}.weight" for stem in ("gate_proj", "up_proj", "down_proj")]
+    return dict(zip(names, _shared(ffn), strict=True))
+
+
+def _shared(ffn: StockFFN) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gate, up and down of the shared MLP, which `folding` made where nothing was shared."""
     assert ffn.shared_gate_SD is not None
     assert ffn.shared_up_SD is not None
     assert ffn.shared_down_DS is not None
-    return {
-        f"{prefix}shared_mlp.input_linear.weight": torch.cat([ffn.shared_gate_SD, ffn.shared_up_SD]),
-        f"{prefix}shared_mlp.output_linear.weight": ffn.shared_down_DS,
-    }
-
-
-def _qwen2_shared(ffn: StockFFN, prefix: str) -> Tensors:
-    """The shared expert behind a sigmoid gate of zero weights, which is 1/2; `folding` doubled the down-projection."""
-    width = ffn.router_ND.shape[1]
-    zeros_SD = ffn.gate_NHD.new_zeros(PADDING_SHARED_SIZE, width)
-    return {
-        f"{prefix}shared_expert_gate.weight": ffn.gate_NHD.new_zeros(1, width),
-        f"{prefix}shared_expert.gate_proj.weight": zeros_SD if ffn.shared_gate_SD is None else ffn.shared_gate_SD,
-        f"{prefix}shared_expert.up_proj.weight": zeros_SD.clone() if ffn.shared_up_SD is None else ffn.shared_up_SD,
-        f"{prefix}shared_expert.down_proj.weight": zeros_SD.T.clone()
-        if ffn.shared_down_DS is None
-        else ffn.shared_down_DS,
-    }
+    return ffn.shared_gate_SD, ffn.shared_up_SD, ffn.shared_down_DS

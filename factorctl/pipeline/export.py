@@ -13,12 +13,18 @@ from factorctl.checkpoint.builder import building
 from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.config import ExportConfig
-from factorctl.exporting.architectures import becomes_mixture, needs_router_scaling
+from factorctl.exporting.architectures import architecture_for, becomes_mixture, needs_router_scaling
 from factorctl.exporting.card import CardFacts, export_card, licence_of
 from factorctl.exporting.folding import scale_rounding
 from factorctl.exporting.forms import cast_to, form_for, is_untouched, stored_dtype
 from factorctl.exporting.gguf_file import GGUF_NAME
-from factorctl.exporting.hard_gate import FP16_MAX_SHIFT, MAX_SHIFT, RouterScaling, choose_shifts
+from factorctl.exporting.hard_gate import (
+    FP16_MAX_SHIFT,
+    MAX_SHIFT,
+    RouterScaling,
+    choose_shifts,
+    choose_unsaturated_shifts,
+)
 from factorctl.exporting.jobs import ExportJob, Verified
 from factorctl.exporting.native_reference import native_run, plain
 from factorctl.exporting.push import prepare_push, push
@@ -150,16 +156,21 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
 
 
 def _router_scaling(job: ExportJob, progress: Progress) -> RouterScaling | None:
-    """Shifts for gate `hard` at K > 1, chosen on the router logits of the native checkpoint."""
-    spec = job.checkpoint.spec
-    if not (becomes_mixture(job.config.target, spec) and needs_router_scaling(spec)):
+    """Shifts for gate `hard` at K > 1 and for one expert of several under sigmoids, by the native router's logits."""
+    dense, spec, config = job.checkpoint.dense, job.checkpoint.spec, job.config
+    if not becomes_mixture(config.target, spec) or spec.shape.top_k == spec.shape.num_experts:
         return None
-    is_narrow = stored_dtype(job.config, job.reader) is torch.float16
+    by_sigmoid = config.target != "gguf" and architecture_for(dense, spec, config.arch).scores == "sigmoid"
+    if not (needs_router_scaling(spec) or by_sigmoid):
+        return None
+    is_narrow = stored_dtype(config, job.reader) is torch.float16
     max_shift = FP16_MAX_SHIFT if is_narrow else MAX_SHIFT
     with progress.stage("Running the native checkpoint"):
-        run = native_run(job.checkpoint.dense, spec, job.reader.read, plain(job.sequences), device=job.device)
+        run = native_run(dense, spec, job.reader.read, plain(job.sequences), device=job.device)
     logits = [layer.logits_TN.float() for layer in run.routing]
-    return choose_shifts(logits, spec.shape.top_k, max_shift=max_shift)
+    if needs_router_scaling(spec):
+        return choose_shifts(logits, spec.shape.top_k, max_shift=max_shift)
+    return choose_unsaturated_shifts(logits, max_shift=max_shift)
 
 
 def _accepted(job: ExportJob, verified: Verified) -> list[str]:

@@ -12,6 +12,7 @@ from factorctl.checkpoint.sources import copied_files
 from factorctl.config import ExportConfig
 from factorctl.errors import UsageError
 from factorctl.exporting.architectures import refuse_blocked
+from factorctl.exporting.engine_remarks import engine_remarks, padding_remarks
 from factorctl.exporting.forms import EMBEDDING, form_for, remarks
 from factorctl.exporting.gguf_writer import GgufWriter
 from factorctl.exporting.jobs import ExportJob, Writer
@@ -65,7 +66,7 @@ def plan_export(config: ExportConfig, progress: Progress) -> ExportPlan:
     refuse_existing(out, overwrite=config.overwrite)
     with progress.stage("Hashing the checkpoint"):
         checkpoint = open_checkpoint(path)
-    refuse_blocked(checkpoint.dense, checkpoint.spec, config.target, exact=config.exact)
+    refuse_blocked(checkpoint.dense, checkpoint.spec, config.target, exact=config.exact, arch=config.arch)
     reader = CheckpointReader(path)
     fits, memory = _memory_to_prove(reader, config)
     tokenise = _tokeniser(path)
@@ -87,7 +88,8 @@ def plan_export(config: ExportConfig, progress: Progress) -> ExportPlan:
     )
     writer = writer_for(job)
     require_disk_space(out.parent, writer.weight_bytes)
-    notes = [*remarks(checkpoint, config), *writer.notes]
+    notes = [*remarks(checkpoint, config), *padding_remarks(checkpoint, job.form), *writer.notes]
+    notes += engine_remarks(checkpoint, config)
     if not texts:
         notes.append("without a tokenizer, native and export are compared on random token ids")
     for note in notes:
@@ -100,6 +102,11 @@ def _refuse_idle_options(config: ExportConfig) -> None:
     if config.target != "gguf" and (config.quant != "auto" or config.verify_gguf):
         option = "--verify-gguf" if config.quant == "auto" else f"--quant {config.quant}"
         raise UsageError(f"{option} has no meaning with --to {config.target}", "it belongs to --to gguf")
+    if config.target in ("gguf", "dense") and config.arch != "auto":
+        reason = "llama.cpp's architectures are its own" if config.target == "gguf" else "that is the source's"
+        raise UsageError(f"--arch {config.arch} has no meaning with --to {config.target}: {reason}", "leave it out")
+    if config.target == "dense" and config.pad_experts != "auto":
+        raise UsageError(f"--pad-experts {config.pad_experts} has no meaning with --to dense", "it has no experts")
 
 
 def writer_for(job: ExportJob) -> Writer:

@@ -247,16 +247,3 @@ def test_an_export_is_not_exported_again(native: Path, tmp_path: Path) -> None:
     outcome = cli("export", tmp_path / "out", "--out", tmp_path / "again")
     assert outcome.code == 2
     assert "is an export, not a native checkpoint" in outcome.message
-
-
-def test_experts_that_transformers_default_refuses_are_compared_all_the_same(
-    dense_source: DenseSource, text_file: Path, tmp_path: Path
-) -> None:
-    """48 neurons make 8 experts of 6: rows of 24 bytes, where `grouped_mm` wants a multiple of 16."""
-    native = make_native(tmp_path, "llama", text_file, source=dense_source(), num_experts=8)
-    outcome = cli("export", native, "--out", tmp_path / "out", "--format", "json")
-    assert outcome.code == 0, outcome.stderr
-    assert outcome.json["max_logit_error"] < 1e-4
-    (note,) = (note for note in outcome.json["notes"] if "grouped_mm" in note)
-    assert 'refuses 6 neurons in float32: load it with experts_implementation="eager"' in note
-    assert note[1:] in (tmp_path / "out" / "README.md").read_text()  # the card begins it with a capital

@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
     @property
     def architecture(self) -> str:
-        return ARCHITECTURES.get(self.family, "GraniteMoeSharedForCausalLM" if self.shared else "MixtralForCausalLM")
+        return ARCHITECTURES.get(self.family, "GraniteMoeHybridForCausalLM" if self.shared else "MixtralForCausalLM")
 
 
 CASES = [Case(family, shared, k) for family in FAMILIES for shared in (False, True) for k in (1, 2, NUM_EXPERTS)]
@@ -52,7 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[
     for case in CASES:
         source = directory / case.family / str(case.shared) / "dense"
         if not source.exists():
-            # Where GraniteMoeShared takes over from Mixtral, there is no window to keep.
+            # Where GraniteMoeHybrid takes over from Mixtral, there is no window to keep.
             window = {"sliding_window": None} if case.family == "mistral" and case.shared else {}
             make_source(source, case.family, **window)
         options = {"top_k": case.top_k, "gate": case.gate}
