@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from factorctl.checkpoint.file_names import TEMPLATES, name_in_artefact
 from factorctl.checkpoint.hashing import FileRecord, hash_bytes, hash_file
 from factorctl.checkpoint.manifest import MANIFEST_NAME, Manifest, write_manifest
 from factorctl.checkpoint.publishing import (
+    make_directory,
     partial_path,
     publish_directory,
     refuse_existing,
@@ -68,12 +70,15 @@ class ArtefactBuilder:
         write_file(journal_path(self.final), dump_sealed({"fingerprint": self._fingerprint, "shards": self._journal}))
 
     def write_file(self, name: str, data: bytes) -> None:
-        write_file(self.partial / name, data)
+        path = self.partial / name
+        if path.parent != self.partial:
+            make_directory(path.parent)
+        write_file(path, data)
         self._files[name] = hash_bytes(data)
 
     def copy_file(self, path: Path) -> None:
-        """Copy byte for byte under the same name."""
-        self.write_file(path.name, path.read_bytes())
+        """Copy a tokenizer's or licence file byte for byte under the same name."""
+        self.write_file(name_in_artefact(path), path.read_bytes())
 
     def adopt_file(self, name: str) -> None:
         """Count a file that a library wrote straight into `partial` (a .gguf, say) among the artefact's."""
@@ -113,10 +118,11 @@ class ArtefactBuilder:
 
     def _remove_strangers(self) -> None:
         """Drop what a killed run left behind: only files of the manifest are published."""
-        known = self._files.keys() | {MANIFEST_NAME}
-        for path in self.partial.iterdir():
-            if path.name not in known:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        known = {name.partition("/")[0] for name in self._files} | {MANIFEST_NAME}
+        templates = [path for path in (self.partial / TEMPLATES).glob("*") if name_in_artefact(path) not in self._files]
+        for path in [*self.partial.iterdir(), *templates]:
+            if path in templates or path.name not in known:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
     def _resumed(self, progress: Progress) -> dict[str, Any] | None:
         """The journal's shards if they belong to this very work and are whole, else None."""

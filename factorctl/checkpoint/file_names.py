@@ -11,6 +11,9 @@ from factorctl.errors import IntegrityError
 MANIFEST_NAME = "factorctl.json"
 """Written last: its presence makes a directory a complete artefact."""
 
+TEMPLATES = "additional_chat_templates"
+"""The one directory inside an artefact: transformers keeps a tokenizer's further chat templates in it."""
+
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\- ]{0,199}")
 
 
@@ -27,14 +30,32 @@ def plain_name(name: object, *, origin: str) -> str:
     return name
 
 
+def name_in_artefact(path: Path) -> str:
+    """What a tokenizer's file is called in every artefact: its name, behind that of the templates' directory."""
+    return f"{TEMPLATES}/{path.name}" if path.parent.name == TEMPLATES else path.name
+
+
+def artefact_name(name: object, *, origin: str) -> str:
+    """`name` if it is a plain file name, or one in the directory of further chat templates.
+
+    Raises:
+        IntegrityError: as `plain_name`.
+    """
+    directory, slash, rest = name.partition("/") if isinstance(name, str) else ("", "", "")
+    if slash and directory == TEMPLATES:
+        return f"{TEMPLATES}/{plain_name(rest, origin=origin)}"
+    return plain_name(name, origin=origin)
+
+
 def regular_file(directory: Path, name: str, *, origin: str) -> Path:
     """The path of a regular file in `directory` that is no symbolic link out of it.
 
     Raises:
         IntegrityError: the file is missing, no regular file, or leads outside.
     """
-    path = directory / plain_name(name, origin=origin)
-    if path.is_symlink() and os.path.dirname(os.path.realpath(path)) != os.path.realpath(directory):
+    path = directory / artefact_name(name, origin=origin)
+    home = os.path.normpath(os.path.join(os.path.realpath(directory), os.path.dirname(name)))
+    if os.path.dirname(os.path.realpath(path)) != home:
         raise IntegrityError(f"{path} is a symbolic link that leads out of its directory")
     if not path.is_file():
         raise IntegrityError(f"{path}, named by {origin}, is missing")

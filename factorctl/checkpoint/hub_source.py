@@ -22,9 +22,10 @@ from factorctl.checkpoint.aliases import ALIASES
 from factorctl.errors import ResourceError, UsageError, did_you_mean, first_cause, in_one_line
 from factorctl.progress import Progress
 
-WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
-UNWANTED_FILES = ("*/*", "consolidated*.safetensors")
-"""Other formats of the same weights, which some repositories carry beside them."""
+WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md")
+UNWANTED_FILES = ("[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*.safetensors")
+"""Other formats of the same weights, which some repositories carry beside them: every directory but those that begin
+with `add`, as additional_chat_templates does."""
 
 
 def download_snapshot(repo: str, *, revision: str | None, progress: Progress) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from factorctl.checkpoint.file_names import MANIFEST_NAME as MANIFEST_NAME
-from factorctl.checkpoint.file_names import plain_name, regular_file
+from factorctl.checkpoint.file_names import artefact_name, regular_file
 from factorctl.checkpoint.hashing import FileRecord, hash_file
 from factorctl.checkpoint.manifest_fields import check_fields
 from factorctl.checkpoint.publishing import write_file
@@ -132,7 +132,7 @@ def _checked(raw: dict[str, Any], path: Path) -> Manifest:
         details=expect("details", dict),
         libraries=expect("libraries", dict),
         files={
-            plain_name(name, origin=str(path)): _record(name, value, path)
+            artefact_name(name, origin=str(path)): _record(name, value, path)
             for name, value in expect("files", dict).items()
         },
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from factorctl.checkpoint.file_names import TEMPLATES
 from factorctl.errors import IntegrityError
 
 _Types = tuple[type, ...]
@@ -24,7 +25,7 @@ REQUIRED: Mapping[str, Mapping[str, _Types]] = {
     },
 }
 OPTIONAL: Mapping[str, Mapping[str, _Types]] = {
-    "source": {"revision": _TEXT, "path": _TEXT, "model_type": _TEXT},
+    "source": {"revision": _TEXT, "path": _TEXT, "model_type": _TEXT, "card": (dict,)},
     "details": {"strategy": (dict,), "layers": (list,), "calibration": (dict,), "identity_error": _NUMBER},
 }
 """May be absent or null, depending on the verb and the source."""
@@ -49,7 +50,7 @@ def check_fields(raw: Mapping[str, Any], origin: str) -> None:
         if not isinstance(layer, dict) or not isinstance(layer.get("refit", {}), dict):
             raise IntegrityError(f"{origin}: field 'details.layers' has a damaged record {index}")
     for name in raw["source"]["files"]:
-        if not name or "/" in name or "\0" in name or name in (".", ".."):
+        if not name or "/" in name.removeprefix(f"{TEMPLATES}/") or "\0" in name or name in (".", ".."):
             raise IntegrityError(f"{origin}: field 'source.files' names {name[:120]!r}, which is no plain file name")
     for name, version in raw["libraries"].items():
         if not isinstance(version, str):

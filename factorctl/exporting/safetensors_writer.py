@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from factorctl.checkpoint.builder import ArtefactBuilder
+from factorctl.checkpoint.file_names import name_in_artefact
 from factorctl.checkpoint.strict_json import dump_json
 from factorctl.exporting.bnb_layout import BnbLayout
 from factorctl.exporting.bnb_proof import prove_quantised
@@ -12,6 +13,7 @@ from factorctl.exporting.forms import groups_experts, stored_dtype
 from factorctl.exporting.jobs import ExportJob, Verified
 from factorctl.exporting.shards import plan_shards, write_shards
 from factorctl.exporting.stock_proof import prove_in_transformers
+from factorctl.exporting.tokenizer_files import portable_bytes
 from factorctl.progress import Progress
 
 
@@ -34,7 +36,7 @@ class SafetensorsWriter:
         write_shards(self.job.form.layout, self.plan, self.job.reader, builder, progress)
         builder.write_file("config.json", dump_json(self.job.form.config))
         for path in self.job.copied:
-            builder.copy_file(path)
+            builder.write_file(name_in_artefact(path), portable_bytes(path))
         builder.write_index()
 
     def verify(self, builder: ArtefactBuilder, progress: Progress) -> Verified:

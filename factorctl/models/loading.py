@@ -78,6 +78,9 @@ def native_config(dense: DenseModel, spec: FactoredSpec) -> dict[str, object]:
         "architectures": ["FactoredForCausalLM"],
         "dense": dict(dense.raw),
         "factored": spec.to_json(),
+        # transformers reads this file for the tokenizer's sake too, and warns of a model type that it does not know
+        # unless a part of the file has the type that its base class has, which is none.
+        "tokenizer": {"model_type": ""},
     }
 
 

@@ -28,8 +28,9 @@ from factorctl.exporting.hard_gate import (
 from factorctl.exporting.jobs import ExportJob, Verified
 from factorctl.exporting.native_reference import native_run, plain
 from factorctl.exporting.push import prepare_push, push
-from factorctl.exporting.reports import report_tables
+from factorctl.exporting.reports import evaluation_results, report_tables
 from factorctl.exporting.rounding import require_accepted
+from factorctl.exporting.safetensors_writer import SafetensorsWriter
 from factorctl.models.families import ffn_prefix
 from factorctl.pipeline.export_plan import ExportPlan, plan_export, writer_for
 from factorctl.pipeline.next_steps import next_steps
@@ -212,6 +213,7 @@ def _identical_to_source(job: ExportJob) -> bool | None:
 
 def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
     job = plan.job
+    report_directories = [job.config.workspace, job.config.workspace / "reports", job.checkpoint.path.parent]
     return CardFacts(
         config=resolved_config(job.config),
         architecture=job.form.architecture,
@@ -225,11 +227,12 @@ def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
         gguf_file=GGUF_NAME if job.form.container == "gguf" else None,
         bits_per_weight=verified.bits_per_weight,
         needs_factorctl=job.form.quantised_experts is not None,
-        reports=report_tables(
-            [job.config.workspace, job.config.workspace / "reports", job.checkpoint.path.parent],
-            job.checkpoint.manifest.sha256,
+        reports=report_tables(report_directories, job.checkpoint.manifest.sha256),
+        loads_eagerly=isinstance(plan.writer, SafetensorsWriter) and plan.writer.loads_eagerly,
+        results=evaluation_results(report_directories, job.checkpoint.manifest.sha256),
+        licence=licence_of(
+            job.checkpoint.manifest.source, job.checkpoint.dense.raw, [path.name for path in job.licences]
         ),
-        licence=licence_of(job.checkpoint.dense.raw, [path.name for path in job.licences]),
     )
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from factorctl.checkpoint.manifest import Manifest
+from factorctl.exporting.card import card_data, model_name
 
 
 def native_card(manifest: Manifest) -> str:
     """A model card; the same manifest gives the same text."""
     factored, source = manifest.factored, manifest.source
-    hub_model = f"base_model: {source['id']}\n" if source["kind"] == "hub" else ""
+    title = f"{model_name(source)} as a mixture of experts, {factored['notation']}"
     return f"""---
-library_name: factorctl
-{hub_model}tags:
-- mixture-of-experts
-- factorctl
+{card_data(source, name=title, library="factorctl").to_yaml()}
 ---
 
-# {source["id"]} as {factored["notation"]}
+# {title}
 
 Every feed-forward network of [{source["id"]}] was split by factorctl {manifest.tool_version} into
 {factored["num_experts"]} experts of {factored["expert_size"]} neurons, {factored["top_k"]} of them active per token,

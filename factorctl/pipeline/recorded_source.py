@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from factorctl.cache import cache_directory
+from factorctl.checkpoint.file_names import name_in_artefact
 from factorctl.checkpoint.first_bytes import is_gguf
 from factorctl.checkpoint.gguf_source import cached_copy
 from factorctl.checkpoint.hashing import hash_file
 from factorctl.checkpoint.manifest import Manifest
+from factorctl.checkpoint.source_card import source_card
 from factorctl.checkpoint.sources import Source, copied_files
 from factorctl.errors import FactorctlError, UsageError
 from factorctl.pipeline.dense_source import find_source
@@ -29,7 +31,8 @@ def describe_source(source: Source) -> dict[str, Any]:
         "kind": source.kind,
         "revision": source.revision,
         "path": str((source.file or source.path).resolve()) if source.kind in ("local", "gguf") else None,
-        "files": {path.name: asdict(hash_file(path)) for path in dict.fromkeys(files)},
+        "card": source_card(source.path),
+        "files": {name_in_artefact(path): asdict(hash_file(path)) for path in dict.fromkeys(files)},
     }
 
 

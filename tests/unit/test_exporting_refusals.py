@@ -18,6 +18,7 @@ from factorctl.models.families import DenseModel, dense_model
 
 ROUTED = FactoredSpec(FactorShape(4, 2, 12, 0), "softmax", "sum")
 SHARED = FactoredSpec(FactorShape(4, 2, 8, 16), "softmax", "sum")
+WIDE = {"head_dim": 16, "sliding_window": None}
 BY_64 = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 LLAMA3 = {
@@ -43,7 +44,7 @@ REFUSED: list[tuple[str, DenseModel, FactoredSpec, ExportTarget, str, str]] = [
     ("activation", model("llama", hidden_act="gelu"), ROUTED, "hf", "hidden_act = 'gelu'", "--to dense"),
     ("activation", model("llama", hidden_act="relu"), ROUTED, "gguf", "hidden_act = 'relu'", "--to dense"),
     ("mlp_bias", model("llama", mlp_bias=True), ROUTED, "hf", "mlp_bias = True", "--to dense"),
-    ("attention_bias", model("qwen3", attention_bias=True), ROUTED, "hf", "attention_bias = True", "--to gguf"),
+    ("attention_bias", model("qwen3", attention_bias=True), ROUTED, "hf", "attention_bias = True", "--to dense"),
     ("head_dim", model("mistral", head_dim=16, sliding_window=None), SHARED, "hf", "head_dim = 16", "--to gguf"),
     ("window", model("mistral"), SHARED, "hf", "sliding_window = 8", "--to gguf"),
     ("longrope", model("phi3", rope_parameters=LONGROPE), ROUTED, "hf", "rope_type = 'longrope'", "--to dense"),
@@ -54,7 +55,7 @@ REFUSED: list[tuple[str, DenseModel, FactoredSpec, ExportTarget, str, str]] = [
     ("gemma3", model("gemma3_text"), ROUTED, "gguf", "model_type = 'gemma3_text'", "--to dense"),
     ("no expert", model("llama"), with_k(SHARED, 0), "hf", "top_k = 0", "--to dense"),
     ("bnb gemma", model("gemma"), ROUTED, "bnb-4bit", "model_type = 'gemma'", "--to dense"),
-    ("bnb", model("qwen3", attention_bias=True), ROUTED, "bnb-8bit", "attention_bias = True", "--to gguf --quant q8_0"),
+    ("bnb", model("mistral", **WIDE), SHARED, "bnb-8bit", "head_dim = 16", "--to gguf --quant q8_0"),
     ("bnb rows", model("llama", **BY_64), with_k(SHARED, 0), "bnb-4bit", "shared_size = 16", "--to bnb-8bit"),
     ("bnb hard", model("llama"), with_k(ROUTED, 2, "hard"), "bnb-4bit", "gate = 'hard'", "--to dense"),
     ("hard", model("llama"), with_k(ROUTED, 2, "hard"), "hf", "gate = 'hard'", "--to dense"),
@@ -100,7 +101,6 @@ def test_every_fault_is_named_at_once() -> None:
         refuse_blocked(biased, ROUTED, "hf", exact=False)
 
 
-WIDE = {"head_dim": 16, "sliding_window": None}
 NOT_IN: list[tuple[Arch, DenseModel, FactoredSpec, str, str | None]] = [
     ("mixtral", model("llama"), SHARED, "shared_size = 16: MixtralForCausalLM has no neurons", "granite-moe-hybrid"),
     ("mixtral", model("qwen2"), ROUTED, "q_proj.bias = True: engines would drop biases", "granite-moe-hybrid"),
@@ -187,7 +187,7 @@ def test_every_engine_is_in_the_table_of_the_docs() -> None:
 
 
 def test_few_bits_are_not_promised_where_gguf_is_refused_too() -> None:
-    wide = model("mistral", head_dim=16, sliding_window=None)
+    wide = model("mistral", **WIDE)
     for dense, promised in ((model("llama", mlp_bias=True), False), (model("qwen3", attention_bias=True), False), (wide, True)):
         with pytest.raises(UsageError) as refusal:
             refuse_blocked(dense, SHARED, "bnb-8bit", exact=False)
