@@ -83,14 +83,21 @@ def stock_continuations(export: Path, prompts: list[list[int]]) -> list[list[int
 def continuations(python: Path, program: str, export: Path, prompts: list[list[int]], scratch: Path) -> dict[str, Any]:
     """What the engine says: {"version", "class", "continuations"}."""
     request, reply = scratch / "request.json", scratch / "reply.json"
-    request.write_text(
-        json.dumps(
-            {"directory": str(export.resolve()), "prompts": prompts, "new_tokens": NEW_TOKENS, "reply": str(reply)}
-        )
-    )
+    asked = {"directory": str(export.resolve()), "prompts": prompts, "new_tokens": NEW_TOKENS, "ends": ends_of(export)}
+    request.write_text(json.dumps({**asked, "reply": str(reply)}))
     quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     subprocess.run([python, PROGRAMS / program, request], check=True, env={**os.environ, **quiet})
     return dict(json.loads(reply.read_text()))
+
+
+def ends_of(export: Path) -> list[int]:
+    """The tokens that end a text, which transformers leaves out until enough tokens are made."""
+    from transformers import GenerationConfig
+
+    from_config = json.loads((export / "config.json").read_text()).get("eos_token_id")
+    has_own = (export / "generation_config.json").is_file()
+    ends = (GenerationConfig.from_pretrained(export).eos_token_id if has_own else None) or from_config
+    return [ends] if isinstance(ends, int) else list(ends or [])
 
 
 def agreeing(expected: list[int], found: list[int]) -> int:
