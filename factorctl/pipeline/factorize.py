@@ -94,7 +94,7 @@ def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
                 builder.copy_file(path)
         for name, content in plan.tokenizer.files.items():
             builder.write_file(name, content)
-        builder.write_file("README.md", native_card(manifest).encode())
+        builder.write_file("README.md", native_card(manifest, plan.dense.raw).encode())
         builder.publish(manifest)
     shape = plan.spec.shape
     refits = [record["refit"]["kept"] for record in records if "refit" in record]

@@ -44,7 +44,7 @@ def publish_checkpoint(
         builder.write_file("config.json", dump_json(native_config(dense, plan.spec)))
         for path in copied_files(plan.checkpoint.path):
             builder.copy_file(path)
-        builder.write_file("README.md", native_card(manifest).encode())
+        builder.write_file("README.md", native_card(manifest, dense.raw).encode())
         return builder.publish(manifest)
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from factorctl.checkpoint.manifest import Manifest
-from factorctl.exporting.card import card_data, model_name
+from factorctl.exporting.card import card_data
+from factorctl.exporting.origin import base_name
 
 
-def native_card(manifest: Manifest) -> str:
-    """A model card; the same manifest gives the same text."""
+def native_card(manifest: Manifest, config: Mapping[str, Any]) -> str:
+    """A model card; the same manifest gives the same text.
+
+    Args:
+        config: the dense model's config.json.
+    """
     factored, source = manifest.factored, manifest.source
-    title = f"{model_name(source)} as a mixture of experts, {factored['notation']}"
+    title = f"{base_name(source, config)[0]} as a mixture of experts, {factored['notation']}"
     return f"""---
 {card_data(source, name=title, library="factorctl").to_yaml()}
 ---

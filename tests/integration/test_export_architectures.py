@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from export_support import ask_about, export_unchecked, largest_difference, make_native
+from export_support import ask_about, export_unchecked, largest_difference, make_gguf_source, make_native
 from helpers import make_source
 from helpers_cli import cli
 
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import Arch, ExportConfig
+from factorctl.exporting.gguf_tensors import storage_type
+from factorctl.exporting.shards import planned_tensors
 from factorctl.exporting.stock_reload import StockAnswer
+from factorctl.pipeline.export_plan import plan_export
+from factorctl.progress import SilentProgress
+
+SILENT = SilentProgress()
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -184,3 +190,22 @@ def test_what_an_engine_does_wrongly_is_said_in_summary_and_card(tmp_path: Path,
     assert mlx[1:] in card
     assert sglang in card
     assert mlx[:20] in outcome.stderr
+
+
+def test_block_wise_types_of_gguf_get_whole_blocks(tmp_path: Path, text_file: Path) -> None:
+    """8 experts of 6 neurons, a quarter of a block: unpadded, every `ffn_down` would stay f16."""
+    source = make_gguf_source(tmp_path / "dense", "llama")
+    native = make_native(tmp_path, "llama", text_file, source=source, num_experts=8)
+    outcome = cli("export", native, "--to", "gguf", "--quant", "q8_0", "--out", tmp_path / "out", "--dry-run")
+    assert outcome.code == 0, outcome.stderr
+    assert "fill up each expert's 6 to 32" in " ".join(outcome.stderr.split())
+    job = plan_export(ExportConfig(checkpoint=native, target="gguf", quant="q8_0", out=tmp_path / "out"), SILENT).job
+    kinds = {t.name: storage_type(t.name, t.shape, "q8_0").name for t in planned_tensors(job.form.layout, job.reader)}
+    assert kinds["blk.0.ffn_down_exps.weight"] == "Q8_0"
+
+
+def test_plain_types_of_gguf_are_left_as_they_are(tmp_path: Path, text_file: Path) -> None:
+    source = make_gguf_source(tmp_path / "dense", "llama")
+    native = make_native(tmp_path, "llama", text_file, source=source, num_experts=8)
+    job = plan_export(ExportConfig(checkpoint=native, target="gguf", quant="f16", out=tmp_path / "out"), SILENT).job
+    assert job.form.sizes == job.form.unpadded

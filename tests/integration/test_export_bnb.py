@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case("llama-tied", False, "MixtralForCausalLM"),
-    Case("llama", True, "GraniteMoeSharedForCausalLM"),
+    Case("llama", True, "GraniteMoeHybridForCausalLM"),
     Case("qwen2", False, "Qwen2MoeForCausalLM"),
     Case("qwen3", False, "Qwen3MoeForCausalLM"),
     Case("qwen3", True, "Qwen3MoeForCausalLM"),
@@ -192,7 +192,7 @@ def test_the_command_states_size_and_closeness_and_how_to_load_it(
     outcome = cli("export", native, "--to", "bnb-4bit", "--dtype", "bfloat16", "--out", out, "--format", "json")
     assert outcome.code == 0, outcome.stderr
     result = outcome.json
-    assert result["architecture"] == "GraniteMoeSharedForCausalLM"
+    assert result["architecture"] == "GraniteMoeHybridForCausalLM"
     assert result["dtype"] == "nf4 and bfloat16"
     assert result["engine"].endswith("through factorctl.load, in bfloat16")
     assert 0 < result["kl"] < 1

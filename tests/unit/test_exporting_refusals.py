@@ -188,7 +188,11 @@ def test_every_engine_is_in_the_table_of_the_docs() -> None:
 
 def test_few_bits_are_not_promised_where_gguf_is_refused_too() -> None:
     wide = model("mistral", **WIDE)
-    for dense, promised in ((model("llama", mlp_bias=True), False), (model("qwen3", attention_bias=True), False), (wide, True)):
+    for dense, promised in (
+        (model("llama", mlp_bias=True), False),
+        (model("qwen3", attention_bias=True), False),
+        (wide, True),
+    ):
         with pytest.raises(UsageError) as refusal:
             refuse_blocked(dense, SHARED, "bnb-8bit", exact=False)
         assert ("--to gguf --quant q8_0" in str(refusal.value.hint)) == promised

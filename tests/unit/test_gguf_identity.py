@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from factorctl.exporting.gguf_identity import base_name, identity_of
+from factorctl.exporting.gguf_identity import identity_of
+from factorctl.exporting.origin import base_name
 from factorctl.exporting.shards import PlannedTensor
 
 TENSORS = [
