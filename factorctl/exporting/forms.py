@@ -251,6 +251,12 @@ def groups_experts(checkpoint: NativeCheckpoint, form: Form, dtype: torch.dtype)
     return form.sizes is None or can_group(dtype, checkpoint.dense.hidden_size, form.sizes.expert)
 
 
+def gives_source_back(checkpoint: NativeCheckpoint, config: ExportConfig) -> bool:
+    """Whether this export is the dense source again, bit for bit."""
+    puts_together = config.target == "dense" and checkpoint.spec.shape.top_k > 0
+    return puts_together and is_untouched(checkpoint) and config.dtype == "auto"
+
+
 def is_untouched(checkpoint: NativeCheckpoint) -> bool:
     """Whether every FFN weight is the source's bit for bit: factorized, not cast, refitted or trained."""
     manifest = checkpoint.manifest

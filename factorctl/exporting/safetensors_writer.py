@@ -9,7 +9,7 @@ from factorctl.checkpoint.file_names import name_in_artefact
 from factorctl.checkpoint.strict_json import dump_json
 from factorctl.exporting.bnb_layout import BnbLayout
 from factorctl.exporting.bnb_proof import prove_quantised
-from factorctl.exporting.forms import groups_experts, stored_dtype
+from factorctl.exporting.forms import gives_source_back, groups_experts, stored_dtype
 from factorctl.exporting.jobs import ExportJob, Verified
 from factorctl.exporting.shards import plan_shards, write_shards
 from factorctl.exporting.stock_proof import prove_in_transformers
@@ -36,7 +36,8 @@ class SafetensorsWriter:
         write_shards(self.job.form.layout, self.plan, self.job.reader, builder, progress)
         builder.write_file("config.json", dump_json(self.job.form.config))
         for path in self.job.copied:
-            builder.write_file(name_in_artefact(path), portable_bytes(path))
+            as_it_is = gives_source_back(self.job.checkpoint, self.job.config)
+            builder.write_file(name_in_artefact(path), path.read_bytes() if as_it_is else portable_bytes(path))
         builder.write_index()
 
     def verify(self, builder: ArtefactBuilder, progress: Progress) -> Verified:

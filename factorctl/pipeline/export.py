@@ -16,7 +16,7 @@ from factorctl.config import ExportConfig
 from factorctl.exporting.architectures import architecture_for, becomes_mixture, needs_router_scaling
 from factorctl.exporting.card import CardFacts, export_card
 from factorctl.exporting.folding import scale_rounding
-from factorctl.exporting.forms import cast_to, form_for, is_untouched, stored_dtype
+from factorctl.exporting.forms import cast_to, form_for, gives_source_back, stored_dtype
 from factorctl.exporting.gguf_file import GGUF_NAME
 from factorctl.exporting.hard_gate import (
     FP16_MAX_SHIFT,
@@ -209,7 +209,7 @@ def _push(plan: ExportPlan, repo: str, progress: Progress) -> str:
 def _identical_to_source(job: ExportJob) -> bool | None:
     if job.config.target != "dense" or job.checkpoint.spec.shape.top_k == 0:
         return None
-    return is_untouched(job.checkpoint) and job.config.dtype == "auto"
+    return gives_source_back(job.checkpoint, job.config)
 
 
 def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
