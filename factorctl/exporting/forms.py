@@ -50,6 +50,8 @@ class Form:
     top_k: int
     """Active experts of the native model that this form equals: all of them for `--to dense`."""
     fidelity: Fidelity
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """What of the router's logits is normalised over the chosen experts."""
     sizes: StockSizes | None = None
     """Neurons of its experts and its shared MLP, padding included; None for a dense model."""
     unpadded: StockSizes | None = None
@@ -124,6 +126,7 @@ def _stock_form(
         dtype=dtype_name(dtype),
         top_k=spec.shape.top_k,
         fidelity=fidelity_of_experts(checkpoint, config, reader),
+        scores=arch.scores,
         sizes=sizes,
         unpadded=sizes_of(spec.shape, arch.shared),
     )

@@ -24,6 +24,7 @@ from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel, ReadTensor, layer_prefix
 from factorctl.models.loading import expected_tensors
+from factorctl.models.routing import Routing, gate_weights
 
 DTYPE = torch.float64
 
@@ -70,6 +71,7 @@ def native_run(
     question: Question,
     *,
     every_expert: bool = False,
+    by_sigmoids: bool = False,
     choices: Sequence[LayerRouting] | None = None,
     device: torch.device | str = "cpu",
 ) -> NativeRun:
@@ -77,6 +79,7 @@ def native_run(
 
     Args:
         read: tensors by their native names; not necessarily the checkpoint's own values.
+        by_sigmoids: gates are the sigmoids of the logits over their sum, as in GLM-4-MoE, instead of a softmax.
         choices: of another run over the same question, whose experts are taken instead of the router's.
     """
     model = _reading_layer_by_layer(dense, spec, read, device)
@@ -88,6 +91,8 @@ def native_run(
             _turn_on_every_expert(ffn)
         elif choices is not None:
             _follow(ffn, choices[index], real_BL)
+        if by_sigmoids:
+            _weigh_by_sigmoids(ffn)
     with _routing_of(ffns, real_BL) as routing:
         # A mask is given because transformers takes gaps between positions for boundaries of packed sequences else.
         mask_BL = torch.ones_like(ids_BL)
@@ -149,6 +154,18 @@ def _turn_on_every_expert(ffn: FactoredFFN) -> None:
     n = ffn.shape.num_experts
     ffn.scale_a *= ffn.top_k / n
     ffn.chooser = lambda x_TD: torch.arange(n, device=x_TD.device).expand(len(x_TD), -1)
+
+
+def _weigh_by_sigmoids(ffn: FactoredFFN) -> None:
+    """Sigmoids over their sum are the softmax of the sigmoids' logarithms."""
+
+    def route(x_TD: torch.Tensor) -> Routing:
+        logits_TN = ffn.router_logits(x_TD)
+        ids_TK = logits_TN.topk(ffn.top_k, dim=-1).indices if ffn.chooser is None else ffn.chooser(x_TD)
+        chosen_TK = nn.functional.logsigmoid(logits_TN).gather(1, ids_TK)
+        return Routing(ids_TK, gate_weights(chosen_TK, gate=ffn.gate, scale_a=ffn.scale_a))
+
+    vars(ffn)["route"] = route
 
 
 def _follow(ffn: FactoredFFN, choice: LayerRouting, real_BL: torch.Tensor) -> None:

@@ -39,6 +39,7 @@ def prove_in_transformers(job: ExportJob, directory: Path, progress: Progress) -
     question = Question(job.sequences, spread_positions(job.sequences, job.context))
     spec, read = exported_spec(job), stored_values(job)
     lengths = [len(ids) for ids in question.sequences]
+    by_sigmoids = job.form.scores == "sigmoid"
     routes = 0 < spec.shape.top_k < spec.shape.num_experts
     served = StockJob(directory, "float64", question, by_layer=not job.fits_in_memory)
     every_expert = StockJob(directory, "float64", question, spec.shape.num_experts, by_layer=not job.fits_in_memory)
@@ -46,9 +47,9 @@ def prove_in_transformers(job: ExportJob, directory: Path, progress: Progress) -
         answers = ask_stock([served, every_expert] if routes else [served])
     with progress.stage("Comparing"):
         dense, device = job.checkpoint.dense, job.device
-        ours = native_run(dense, spec, read, question, device=device)
+        ours = native_run(dense, spec, read, question, by_sigmoids=by_sigmoids, device=device)
         if routes:
-            smooth = native_run(dense, spec, read, question, every_expert=True, device=device)
+            smooth = native_run(dense, spec, read, question, every_expert=True, by_sigmoids=by_sigmoids, device=device)
             all_experts_error = _require_same(smooth, answers[1], "with every expert on")
         else:
             all_experts_error = None
