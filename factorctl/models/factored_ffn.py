@@ -195,18 +195,22 @@ class FactoredFFN(nn.Module):
         state = (
             gate_up.data_ptr(), down.data_ptr(), router.data_ptr(), 0 if shared is None else shared.data_ptr(),
             self.top_k, self.gate, self.scale_a, torch.get_num_threads(), tuned_paths.generation(),
-            unseen_calls_matter()
-            or (torch.is_grad_enabled() and any(weight.requires_grad for weight in own.values() if weight is not None)),
+            self._learns(), unseen_calls_matter(),
         )  # fmt: skip
         if state != self._known_plan[0]:
             weights = FFNWeights(gate_up, shared, down, router)
-            self._known_plan = state, self._make_plan(None if state[-1] else self._compile(weights))
+            self._known_plan = state, self._make_plan(None if any(state[-2:]) else self._compile(weights))
         return self._known_plan[1]
+
+    def _learns(self) -> bool:
+        """Whether a backward pass will ask for gradients of this layer."""
+        own = self._parameters.values()
+        return torch.is_grad_enabled() and any(weight.requires_grad for weight in own if weight is not None)
 
     def _make_plan(self, compiled: CompiledFFN | None) -> Plan:
         weight, kernel = self.gate_up, compiled is not None
         if self.routes:
-            steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, self.sizes, kernel)
+            steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, self.sizes, kernel, self._learns())
             return Plan(compiled, steps)
         first = ((kernel_tokens(weight.dtype), "kernel"),) if kernel else ()
         return Plan(compiled, (*first, (None, "dense" if self.top_k else "masked")))

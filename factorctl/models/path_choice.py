@@ -8,6 +8,7 @@ device, dtype and shape: `tuned_paths`.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,17 @@ from factorctl.models import tuned_paths
 from factorctl.models.paths import CALL_COST_BYTES, PathName, Steps, can_group
 from factorctl.processor import multiplies_tiles, processor_name
 
-GROUPED_FROM_TOKENS = 449
-"""On a GPU, where the arithmetic that `grouped` saves begins to outweigh its sort and gathers (an estimate: N = 4)."""
+SLOT_READS = 5.0
+"""What a chosen expert's weights cost in `slot`, which copies them, in readings by `masked`; eager, on an H100 in bf16.
+From TinyLlama's layer less its dense one, where the factor is 4.5 to 6. Compiled, which copies nothing, is untimed."""
+SLOT_SAVED_BYTES = 8e6
+"""What fewer launches save `slot` for one token with one expert, as bytes read in that time: 3.7 us on an H100."""
+GROUPED_COST_FLOPS = 250e9
+"""On a GPU, the arithmetic of a layer that `grouped` must save to pay for its sort, gathers and launches. A bound: it
+was never seen to pay. Up to 16 GFLOP `masked` was ahead (SmolLM2's layer, 4096 tokens). At 212 (TinyLlama's, 1R4E1K)
+`grouped` took 0.5 ms more than dense, over which `masked`, not timed there, should take less. Beyond is untimed."""
+LEARNING_GROUPED_FROM_TOKENS = 449
+"""The same under autograd, untimed: there `grouped` also keeps K/N of the activations, on which `finetune` counts."""
 SKIP_UP_TO_HIT = 0.9
 """Expected share of the experts that some token chose, up to which `skip` leaves enough unread."""
 RANGE_COST = {8: 1.75, 4: 1.75, 2: 3.8}
@@ -55,6 +65,8 @@ class Site:
     """Whether `grouped` runs at speed here: bf16, an SM80 GPU or later, aligned sizes."""
     kernel: bool = False
     """Whether the compiled CPU kernel serves here: without gradient, with an activation and a dtype that it knows."""
+    learns: bool = False
+    """Whether a backward pass will follow. Tuned ladders, timed without one, serve either way."""
 
     @property
     def key(self) -> str:
@@ -74,14 +86,20 @@ def device_name(device: torch.device, threads: int) -> str:
 
 
 def site_of(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, shape: FactorShape, *, kernel: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden_size: int,
+    shape: FactorShape,
+    *,
+    kernel: bool = False,
+    learns: bool = False,
 ) -> Site:
-    """Look up the machine's side of a choice; whether the kernel serves is the layer's."""
+    """Look up the machine's side of a choice; whether the kernel serves and gradients are asked for is the layer's."""
     cuda = device.type == "cuda"
     aligned = can_group(dtype, hidden_size, shape.expert_size, shape.shared_size)
     fast = cuda and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
     name = device_name(device, torch.get_num_threads())
-    return Site(name, dtype, hidden_size, shape, cuda, fast and aligned, kernel)
+    return Site(name, dtype, hidden_size, shape, cuda, fast and aligned, kernel, learns)
 
 
 def path_at(steps: Steps, tokens: int) -> PathName:
@@ -118,12 +136,32 @@ def kernel_tokens(dtype: torch.dtype, *, share: float | None = None) -> int:
 
 
 def _gpu_steps(site: Site) -> Steps:
-    """`slot` while it reads fewer experts than there are, then `masked`, which never costs much more than dense."""
-    few = (site.shape.num_experts - 1) // site.shape.top_k
-    steps: Steps = ((few, "slot"),) if few else ()
-    if site.can_group:
-        return (*steps, (GROUPED_FROM_TOKENS - 1, "masked"), (None, "grouped"))
-    return (*steps, (None, "masked"))
+    """`slot` while copying the chosen experts costs less than reading all, then `masked`, then `grouped` once it saves
+    arithmetic enough.
+    """
+    slotted = _slot_tokens(site)
+    before_grouped = _before_grouped(site) if site.can_group else None
+    steps: Steps = ((slotted, "slot"),) if slotted else ()
+    if before_grouped is None:
+        return (*steps, (None, "masked"))
+    if before_grouped > slotted:
+        steps = (*steps, (before_grouped, "masked"))
+    return (*steps, (None, "grouped"))
+
+
+def _slot_tokens(site: Site) -> int:
+    """Up to how many tokens `slot` pays; 0 where for none."""
+    num_experts, top_k = site.shape.num_experts, site.shape.top_k
+    tokens = math.ceil(num_experts / (SLOT_READS * top_k)) - 1
+    launches_pay = top_k == 1 and (SLOT_READS - num_experts) * _expert_bytes(site) < SLOT_SAVED_BYTES
+    return max(tokens, 1 if launches_pay else 0)
+
+
+def _before_grouped(site: Site) -> int:
+    """The last token count at which `grouped` saves less than it costs."""
+    if site.learns:
+        return LEARNING_GROUPED_FROM_TOKENS - 1
+    return int(GROUPED_COST_FLOPS / ((1 - site.shape.top_k / site.shape.num_experts) * _flops_per_token(site)))
 
 
 def _cpu_steps(site: Site) -> Steps:
@@ -209,16 +247,22 @@ def _steps(
     shape: FactorShape,
     threads: int,
     kernel: bool,
+    learns: bool,
     generation: int,
 ) -> Steps:
     """As `steps_for`; `threads` and `generation` are there to be looked up anew when they change."""
-    site = site_of(device, dtype, hidden_size, shape, kernel=kernel)
+    site = site_of(device, dtype, hidden_size, shape, kernel=kernel, learns=learns)
     return tuned_paths.ladders(tuned_paths.cache_file()).get(site.key) or shipped_steps(site)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def steps_for(
-    device: torch.device, dtype: torch.dtype, hidden_size: int, sizes: Sequence[int], kernel: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden_size: int,
+    sizes: Sequence[int],
+    kernel: bool = False,
+    learns: bool = False,
 ) -> Steps:
     """The tuned ladder of this site if there is one, else the shipped one. A constant to torch.compile.
 
@@ -226,4 +270,4 @@ def steps_for(
         sizes: the fields of a FactorShape, one by one: torch.compile in torch 2.11 takes no dataclass here.
     """
     shape, threads = FactorShape(*sizes), torch.get_num_threads()
-    return _steps(device, dtype, hidden_size, shape, threads, kernel, tuned_paths.generation())
+    return _steps(device, dtype, hidden_size, shape, threads, kernel, learns, tuned_paths.generation())

@@ -4,12 +4,12 @@
 |-----------|--------------------------------------------------|------------------------------------------|
 | `kernel`  | all in one compiled call, routing included       | CPU, without gradient: few to many tokens |
 | `dense`   | every expert with unit weight, two GEMMs         | K = N                                    |
-| `masked`  | the dense GEMMs, unchosen neurons set to zero    | middling batches; the oracle             |
+| `masked`  | the dense GEMMs, unchosen neurons set to zero    | middling batches; GPU; the oracle        |
 | `single`  | the chosen experts of one token after another    | CPU, one token                           |
 | `skip`    | `masked`, without the experts that no token chose | CPU, few tokens                         |
 | `loop`    | one small FFN per expert over its own tokens     | CPU, many tokens; training on a CPU      |
-| `grouped` | the same in two grouped GEMMs                    | GPU, many tokens; training on a GPU      |
-| `slot`    | the weights of each (token, expert) pair, gathered | GPU, a few tokens                      |
+| `grouped` | the same in two grouped GEMMs                    | GPU, large layers; training on a GPU     |
+| `slot`    | the weights of each (token, expert) pair, gathered | GPU, few of many experts               |
 
 `kernel` is `factorctl.kernels.cpu`; where no compiler made it, and under autograd, the others serve.
 `single`, `skip` and `loop` read the routing on the host and therefore stay on CPUs; the rest never synchronise and
@@ -277,7 +277,7 @@ def can_group(dtype: torch.dtype, *sizes: int) -> bool:
 def slot(
     x_TD: torch.Tensor, experts: ExpertWeights, routing: Routing, shared: SharedHidden | None = None
 ) -> torch.Tensor:
-    """A matrix-vector product per (token, expert) pair with gathered weights: for T*K < N on a GPU, compiled.
+    """A matrix-vector product per (token, expert) pair with gathered weights: for T*K far below N on a GPU.
 
     Eager, the gather copies the experts' weights. Inductor fuses it into the products only with
     `coordinate_descent_tuning`, which `max-autotune` sets and `reduce-overhead` does not.

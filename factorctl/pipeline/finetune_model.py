@@ -187,7 +187,7 @@ def _compile(plan: FinetunePlan, model: PreTrainedModel) -> None:
     tokens = plan.batch.micro_batch * plan.batch.block_length
     for student in factored_ffns(model):
         if 0 < student.top_k < student.shape.num_experts:
-            steps = steps_for(plan.device, plan.compute_dtype, student.hidden_size, student.sizes)
+            steps = steps_for(plan.device, plan.compute_dtype, student.hidden_size, student.sizes, False, True)
             student.path = path_at(steps, tokens)
     for block in decoder_layers(model):
         block.compile()
@@ -233,7 +233,7 @@ def make_accelerator(plan: FinetunePlan) -> Accelerator:
 
 
 def _let_go_of_another_device(device: torch.device) -> None:
-    """accelerate keeps one device per Python process: forget that of an earlier run, unless processes were joined on it."""
+    """Forget that of an earlier run, unless processes were joined on it: accelerate keeps one per Python process."""
     if not PartialState._shared_state:
         return
     earlier = PartialState()

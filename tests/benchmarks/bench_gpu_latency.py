@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_gpu_latency.py ffn --out ffn.md
     python tests/benchmarks/bench_gpu_latency.py model --out model.md
 
-`ffn` says from how many tokens on which path is fastest, which is what `GROUPED_FROM_TOKENS` and the reach of `slot`
+`ffn` says from how many tokens on which path is fastest, which is what the constants of `slot` and `grouped`
 in factorctl/models/path_choice.py stand for. One graph runs over more layers than the L2 cache holds. `compiled` rows
 are torch.compile's kernels in such a graph, the others eager ones. `model` is TinyLlama's shape with random weights:
 prefill as it runs, a decoding step as a graph over a static cache. On a CPU both only show that they run.
@@ -26,7 +26,6 @@ from transformers import PreTrainedModel, StaticCache
 
 from factorctl.config import FactorShape
 from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.path_choice import GROUPED_FROM_TOKENS
 from factorctl.profiling.variants import StockFFN, dense_as_wide_as, make_variants, with_all_experts
 
 SPLITS = ((4, 1), (4, 2), (8, 2), (64, 8))
@@ -89,7 +88,7 @@ def ffn_tables(arguments: argparse.Namespace, say: Sayer) -> int:
             for line in ffn_rows(SIZES[model], split, counts, arguments.device):
                 say(line)
         say("")
-    say(f"GROUPED_FROM_TOKENS is {GROUPED_FROM_TOKENS}.", "", "Compiled, microseconds per layer:", "",
+    say("Compiled, microseconds per layer:", "",
         "| model | split | tokens | slot | masked | dense |", "|---|---|---:|---:|---:|---:|")  # fmt: skip
     largest = arguments.models.split(",")[-1]
     for split in SPLITS[:2]:

@@ -82,7 +82,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        options = [f"{key}={_shown(value)}" for part in (self.factorize, self.finetune) for key, value in part.items()]
+        options = [f"{key}={shown(value)}" for part in (self.factorize, self.finetune) for key, value in part.items()]
         return "/".join([self.split, self.method, str(self.tokens), *options, f"seed={self.seed}", self.text])
 
     def shape(self, intermediate_size: int) -> FactorShape:
@@ -149,9 +149,9 @@ class Site:
         return Path(self.work)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "+".join(f"{key}:{_shown(inner)}" for key, inner in value.items())
+        return "+".join(f"{key}:{shown(inner)}" for key, inner in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reporting import header
-from routing_cells import SPLITS, STATIC
+from routing_cells import SPLITS, STATIC, shown
 
 from factorctl.evaluation.bootstrap import ratio_interval
 
@@ -44,7 +44,7 @@ def report_lines(records: Sequence[Record]) -> Iterator[str]:
     failed = [record for record in records if "error" in record]
     if failed:
         yield from ["", "## Failed", ""]
-        yield from (f"- {record['name']}: {record['error']}" for record in failed)
+        yield from (f"- {record['name']}: {record['error'].splitlines()[0][:120]}" for record in failed)
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ def tokens_of(record: Record) -> int:
 
 
 def options(cell: Mapping[str, Any]) -> str:
-    words = [f"{key}={value}" for part in ("factorize", "finetune") for key, value in cell[part].items()]
+    words = [f"{key}={shown(value)}" for part in ("factorize", "finetune") for key, value in cell[part].items()]
     return " ".join([*words, *([f"seed={cell['seed']}"] if cell["seed"] else [])])
 
 
 def options_table(cells: Sequence[Record], dense: Score) -> Iterator[str]:
-    yield "| split | tokens | method | options | excess | agreement | PAR, held out (chance) | tokens/s |"
-    yield "|---|---:|---|---|---:|---:|---:|---:|"
+    yield "| split | tokens | method | options | nats | excess | agreement | PAR, held out (chance) | tokens/s |"
+    yield "|---|---:|---|---|---:|---:|---:|---:|---:|"
     ranked = sorted(
         cells,
         key=lambda r: (*by_split(r), r["cell"]["method"], Score.of(r).mean_nats),
@@ -140,8 +140,8 @@ def options_table(cells: Sequence[Record], dense: Score) -> Iterator[str]:
             par += f" ({found['par_of_chance']:.2f})"
         speed = found.get("tokens_per_second")
         yield (
-            f"| {cell['split']} | {cell['tokens']:,} | {cell['method']} | {options(cell)} "
-            f"| {excess(Score.of(record), dense):.3f} | {agreement} | {par} "
+            f"| {cell['split']} | {tokens_of(record):,} | {cell['method']} | {options(cell)} "
+            f"| {Score.of(record).mean_nats:.3f} | {excess(Score.of(record), dense):.3f} | {agreement} | {par} "
             f"| {'' if speed is None else f'{speed:.0f}'} |"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from factorctl.config import FactorShape
-from factorctl.models import path_choice, tuned_paths
+from factorctl.models import factored_ffn, path_choice, tuned_paths
 from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.path_choice import Site, path_at, shipped_steps
+from factorctl.models.path_choice import GROUPED_COST_FLOPS, Site, path_at, shipped_steps
 from factorctl.models.tuned_paths import read_tuned, write_tuned
 
 CPU = Site("a cpu", torch.float32, 576, FactorShape(4, 1, 384, 0))
+REPORT = Path(__file__).parents[2] / "docs" / "benchmarks" / "2026-11-26-gpu-latency-h100.md"
 GPU = Site("a gpu", torch.bfloat16, 2048, FactorShape(4, 1, 1408, 0), cuda=True, can_group=True)
 
 
@@ -76,12 +78,77 @@ def test_large_experts_loop_while_some_go_unread_or_each_has_rows_enough() -> No
     assert [path_at(shipped_steps(most), tokens) for tokens in (8, 85, 86)] == ["masked", "masked", "loop"]
 
 
-@pytest.mark.parametrize(("n", "k", "slots"), [(4, 1, 3), (4, 2, 1), (64, 8, 7), (4, 3, 1)])
-def test_a_gpu_gathers_while_it_reads_fewer_experts_than_there_are(n: int, k: int, slots: int) -> None:
-    steps = shipped_steps(replace(GPU, shape=FactorShape(n, k, 88, 0)))
-    assert path_at(steps, slots) == "slot"
+def measured_on_a_gpu() -> list[tuple[Site, int, dict[str, float]]]:
+    """Every row of the FFN table: where it ran, its tokens, and microseconds of each path that was timed."""
+    report = REPORT.read_text(encoding="utf-8").partition("## FFN layer")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| 1R")]
+    found = []
+    for split, tokens, _, *cells in rows:
+        n, k = (int(number) for number in re.findall(r"R(\d+)E(\d+)K", split)[0])
+        times = {path: float(us) for path, us in zip(("slot", "masked", "grouped"), cells, strict=False) if us}
+        site = replace(GPU, hidden_size=576, shape=FactorShape(n, k, 1536 // n, 0))
+        found.append((site, int(tokens), times))
+    return found
+
+
+def test_a_gpu_takes_what_was_fastest_on_an_h100() -> None:
+    rows = measured_on_a_gpu()
+    assert len(rows) == 47
+    for site, tokens, times in rows:
+        chosen = path_at(shipped_steps(site), tokens)
+        assert times[chosen] <= 1.05 * min(times.values()), (site.key, tokens, chosen)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "n", "k", "h", "slots"),
+    [(576, 4, 1, 384, 1), (2048, 4, 1, 1408, 0), (2048, 4, 3, 1408, 0), (2048, 64, 8, 88, 1), (2048, 128, 1, 44, 25)],
+)
+def test_a_gpu_gathers_while_copying_costs_less_than_reading_all(
+    hidden_size: int, n: int, k: int, h: int, slots: int
+) -> None:
+    steps = shipped_steps(replace(GPU, hidden_size=hidden_size, shape=FactorShape(n, k, h, 0)))
+    assert max((tokens for tokens in range(1, 100) if path_at(steps, tokens) == "slot"), default=0) == slots
     assert path_at(steps, slots + 1) == "masked"
-    assert path_at(steps, 4096) == "grouped"
+
+
+@pytest.mark.parametrize(("hidden_size", "n", "k", "h"), [(2048, 4, 1, 1408), (2048, 4, 2, 1408), (4096, 8, 2, 1792)])
+def test_a_gpu_groups_once_that_saves_arithmetic_enough(hidden_size: int, n: int, k: int, h: int) -> None:
+    steps = shipped_steps(replace(GPU, hidden_size=hidden_size, shape=FactorShape(n, k, h, 0)))
+    (last, before), (_, then) = steps[-2:]
+    assert (before, then) == ("masked", "grouped")
+    assert last is not None
+    saved = 6 * hidden_size * (n - k) * h
+    assert last * saved <= GROUPED_COST_FLOPS < (last + 1) * saved
+
+
+def test_huge_layers_on_a_gpu_group_behind_slot_at_once() -> None:
+    huge = replace(GPU, hidden_size=8192, shape=FactorShape(2048, 1, 14, 0))
+    assert shipped_steps(replace(huge, can_group=True))[:2] == ((409, "slot"), (None, "grouped"))
+
+
+def test_training_on_a_gpu_groups_earlier() -> None:
+    """What `masked` would keep for the backward pass is not in the memory that `finetune` expects."""
+    learning = replace(GPU, hidden_size=576, shape=FactorShape(4, 2, 384, 0), learns=True)
+    assert [path_at(shipped_steps(learning), tokens) for tokens in (448, 449)] == ["masked", "grouped"]
+    assert path_at(shipped_steps(replace(learning, learns=False)), 16_384) == "masked"
+
+
+def test_a_layer_says_whether_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def steps_for(*arguments: object) -> object:
+        asked.append(arguments[-1])
+        return ((None, "masked"),)
+
+    monkeypatch.setattr(factored_ffn, "steps_for", steps_for)
+    ffn = FactoredFFN(FactorShape(4, 2, 8, 0), 16, "silu")
+    ffn.path_for(1)
+    with torch.no_grad():
+        ffn.path_for(1)
+    ffn.requires_grad_(False).path_for(1)
+    ffn.router.requires_grad_(True)
+    ffn.path_for(1)
+    assert asked == [True, False, True]
 
 
 def test_a_gpu_that_cannot_group_masks() -> None:
