@@ -65,7 +65,7 @@ def test_manifests(native: Sandbox, tally: Tally) -> None:
         for _ in check_files(native.inside, manifest, hashes=False):
             pass
         inspect_checkpoint(native.inside)
-        native_card(manifest)
+        native_card(manifest, {})
 
     try_cases(read, native.unsealed_manifest(), 3000, native, tally, MANIFEST_NAME)
 
