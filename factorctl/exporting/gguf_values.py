@@ -78,6 +78,8 @@ class GgufValues:
                     f"the file says {self.arch}.{key} = {found}; the model has {wanted_value}", "nothing was published"
                 )
         self._check_frequencies()
+        for layer in range(self.dense.num_layers):
+            self._check_padding(layer)
         for name in self.native.entries:
             wanted = self._shifted(name, self.native.read(name))
             off = (self._native(name, self._values).double() - wanted.double()).abs()
@@ -88,6 +90,8 @@ class GgufValues:
                     "more than a step of their type",
                     "nothing was published; this is a fault of factorctl: please report it",
                 )
+        for layer in range(self.dense.num_layers):
+            self._check_copies(layer)
 
     def _hyperparameters(self) -> dict[str, float]:
         """What a graph computes otherwise if it is told another number, from the dense config and the shape."""
@@ -119,6 +123,33 @@ class GgufValues:
         unscaled = theta ** -(torch.arange(0, size, 2).double() / size)
         if not torch.allclose(unscaled / self._values("rope_freqs.weight"), scaled.double(), rtol=1e-5):
             raise GgufValueError("the file's rope_freqs.weight are not the model's", "nothing was published")
+
+    def _check_padding(self, layer: int) -> None:
+        """Neurons behind an expert's own and behind the shared ones give zero, whatever their down-projection.
+
+        Zero there is not in every type's reach, where a block holds neurons of both kinds; a row of zeros always is.
+        """
+        shape, copied = self.spec.shape, self.arch == "qwen3moe"
+        own = {"exps": shape.expert_size + (shape.shared_size if copied else 0)}
+        if shape.shared_size and not copied:
+            own["shexp"] = shape.shared_size
+        for kind, size in own.items():
+            name = f"blk.{layer}.ffn_up_{kind}.weight"
+            if _shape(self._tensor(name))[-2] > size and bool(self._values(name)[..., size:, :].any()):
+                raise GgufValueError(f"the padding in tensor {name} is not zero", "nothing was published")
+
+    def _check_copies(self, layer: int) -> None:
+        """Shared neurons that are copied into every expert are the same in all of them."""
+        size = self.spec.shape.shared_size
+        if self.arch != "qwen3moe" or not size:
+            return
+        for kind, dim in (("gate", 1), ("up", 1), ("down", 2)):
+            name = f"blk.{layer}.ffn_{kind}_exps.weight"
+            values, steps = (leaf(name).narrow(dim, 0, size).double() for leaf in (self._values, self._steps))
+            if bool(((values - values[:1]).abs() > steps + steps[:1]).any()):
+                raise GgufValueError(
+                    f"tensor {name} holds other shared neurons in each expert", "nothing was published"
+                )
 
     def _shifted(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A router as a hard gate's stand-in has it: divided by its layer's power of two."""
@@ -160,13 +191,13 @@ class GgufValues:
             return torch.cat([leaf(f"{block}ffn_{kind}_exps.weight")[:, own] for kind in ("gate", "up")], dim=1)
         if part == "shared_gate_up":
             parts = [f"{block}ffn_{kind}_{'exps' if copied else 'shexp'}.weight" for kind in ("gate", "up")]
-            return torch.cat([leaf(part)[0, :s] if copied else leaf(part) for part in parts])
+            return torch.cat([leaf(part)[0, :s] if copied else leaf(part)[:s] for part in parts])
         if part == "down":
             down_NDH, scale = leaf(f"{block}ffn_down_exps.weight"), folded_scale(self.spec, layer)
             routed_DR = (down_NDH[:, :, own] / scale).transpose(0, 1).flatten(1)
             if not s:
                 return routed_DR
-            shared_DS = down_NDH[0, :, :s] if copied else leaf(f"{block}ffn_down_shexp.weight")
+            shared_DS = down_NDH[0, :, :s] if copied else leaf(f"{block}ffn_down_shexp.weight")[:, :s]
             return torch.cat([shared_DS, routed_DR], dim=1)
         # What no file holds: neuron ids, and the router of K = N, which native models do not ask.
         own_value = self.native.read(name)

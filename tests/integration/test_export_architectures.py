@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from export_support import ask_about, export_unchecked, largest_difference, make_gguf_source, make_native
 from helpers import make_source
 from helpers_cli import cli
 
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config import Arch, ExportConfig
+from factorctl.exporting import folding
 from factorctl.exporting.gguf_tensors import storage_type
 from factorctl.exporting.shards import planned_tensors
 from factorctl.exporting.stock_reload import StockAnswer
@@ -209,3 +211,26 @@ def test_plain_types_of_gguf_are_left_as_they_are(tmp_path: Path, text_file: Pat
     native = make_native(tmp_path, "llama", text_file, source=source, num_experts=8)
     job = plan_export(ExportConfig(checkpoint=native, target="gguf", quant="f16", out=tmp_path / "out"), SILENT).job
     assert job.form.sizes == job.form.unpadded
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "gguf", "--quant", "q8_0"], "the padding in tensor blk.0.ffn_up_exps.weight is not zero"),
+        (["--pad-experts", "16"], "does not compute what the native model computes"),
+    ],
+)
+def test_padding_that_is_not_zero_is_refused(
+    options: list[str], message: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_ones(tensor: torch.Tensor, size: int, *, dim: int) -> torch.Tensor:
+        missing = size - tensor.shape[dim]
+        return torch.cat([tensor, torch.ones_like(tensor.narrow(dim, 0, 1)).repeat_interleave(missing, dim)], dim)
+
+    monkeypatch.setattr(folding, "padded", with_ones)
+    source = make_gguf_source(tmp_path / "dense", "llama")
+    native = make_native(tmp_path, "llama", text_file, source=source)
+    outcome = cli("export", native, "--out", tmp_path / "out", *options)
+    assert outcome.code == 1
+    assert message in outcome.message
+    assert not (tmp_path / "out").exists()
