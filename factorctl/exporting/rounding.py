@@ -50,12 +50,17 @@ def rounding_of(
     native: NativeRun,
     rounded: NativeRun,
     device: torch.device,
+    by_sigmoids: bool = False,
 ) -> Rounding:
-    """Compare two runs over `question`, the second of the values that `read` gives."""
+    """Compare two runs over `question`, the second of the values that `read` gives.
+
+    Args:
+        by_sigmoids: how the second run's gates were made; see `native_run`.
+    """
     kl = compare(native.logits, rounded.logits).kl
     if not rounded.routing:
         return Rounding(kl, kl, 0.0)
-    held = native_run(dense, spec, read, question, choices=native.routing, device=device)
+    held = native_run(dense, spec, read, question, choices=native.routing, by_sigmoids=by_sigmoids, device=device)
     return Rounding(kl, compare(native.logits, held.logits).kl, changed_choices(native.routing, rounded.routing))
 
 

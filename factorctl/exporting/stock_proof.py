@@ -60,7 +60,9 @@ def prove_in_transformers(job: ExportJob, directory: Path, progress: Progress) -
         original, rounding = ours, None
         if job.form.fidelity is not Fidelity.EXACT:
             original = native_run(dense, job.native_spec, job.reader.read, question, device=device)
-            rounding = rounding_of(dense, spec, read, question, native=original, rounded=ours, device=device)
+            rounding = rounding_of(
+                dense, spec, read, question, native=original, rounded=ours, by_sigmoids=by_sigmoids, device=device
+            )
     agreement = compare(original.logits, answers[0].logits)
     how = "float64" if job.fits_in_memory else "float64, a layer at a time"
     return Verified(f"transformers {transformers.__version__} in {how}", agreement, proof=proof, rounding=rounding)
