@@ -22,6 +22,7 @@ from factorctl.errors import UsageError
 from factorctl.pipeline.finetune_model import build_distiller, make_accelerator, start_trackers, training_blocks
 from factorctl.pipeline.finetune_output import finetuned_manifest, publish_checkpoint, trained_tensors
 from factorctl.pipeline.finetune_plan import RUN_NAME, FinetunePlan, plan_finetune, resolved_config
+from factorctl.pipeline.layer_records import recorded_load
 from factorctl.progress import Progress, SilentProgress
 from factorctl.training.accelerate_settings import unused_settings
 from factorctl.training.batches import Batches
@@ -325,7 +326,16 @@ def _loop_options(plan: FinetunePlan) -> LoopOptions:
         save_every=plan.save_every,
         top_k=plan.spec.shape.top_k,
         balance=recipe.weights.balance,
+        idle=_idle_experts(plan),
     )
+
+
+def _idle_experts(plan: FinetunePlan) -> frozenset[tuple[int, int]]:
+    """What `factorize` found that hardly any token needs; another K, another choice."""
+    parent = plan.checkpoint.manifest
+    load_LN = recorded_load(parent.details.get("layers") or [])
+    same_choice = parent.factored.get("top_k") == plan.spec.shape.top_k
+    return frozenset(dead_experts(load_LN, plan.spec.shape.top_k)) if load_LN and same_choice else frozenset()
 
 
 @contextmanager

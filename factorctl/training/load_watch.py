@@ -20,6 +20,8 @@ class LoadWatch:
     balance: float
     """The weight of the balance loss: what the warning says to raise."""
     progress: Progress
+    idle: frozenset[tuple[int, int]] = frozenset()
+    """(layer, expert) of those that hardly any token chose when the model was factorized: no fault of training."""
     tokens: int = 0
     load_LN: torch.Tensor | None = None
     warned: set[tuple[int, int]] = field(default_factory=set)
@@ -37,7 +39,7 @@ class LoadWatch:
             return
         share_LN = self.load_LN / self.tokens
         for layer, expert in dead_experts(share_LN.tolist(), self.top_k):
-            if (layer, expert) not in self.warned:
+            if (layer, expert) not in self.warned | self.idle:
                 self.warned.add((layer, expert))
                 self.progress.note(
                     f"layer {layer}: expert {expert} was chosen by {float(share_LN[layer, expert]):.2%} of the last "

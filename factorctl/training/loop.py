@@ -52,6 +52,8 @@ class LoopOptions:
     top_k: int
     balance: float
     """The weight of the balance loss."""
+    idle: frozenset[tuple[int, int]] = frozenset()
+    """(layer, expert) that held what hardly any token needs before training began."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class TrainingLoop:
         self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.layers = twins(accelerator.unwrap_model(model).model)
         self.metrics = MetricsFile(run)
-        self.watch = LoadWatch(options.top_k, options.balance, progress)
+        self.watch = LoadWatch(options.top_k, options.balance, progress, options.idle)
         # Processes that train together must decide alike, or one waits for ever for the others. So they do not ask the
         # disk, where the first may already have written, nor their signals, which come to each in its own time.
         self._stopped = False

@@ -189,6 +189,15 @@ def test_a_dead_expert_is_named_once_with_its_share(monkeypatch: pytest.MonkeyPa
     assert dead_experts([[0.5, 0.5, 0.5, 0.5]], 2) == []
 
 
+def test_an_expert_that_factorize_left_idle_is_no_fault_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_watch, "WINDOW_TOKENS", 1000)
+    progress = SilentProgress()
+    watch = LoadWatch(2, 0.5, progress, idle=frozenset({(0, 2)}))
+    watch.add(torch.tensor([[1000.0, 996.0, 2.0, 2.0]]), 1000)
+    assert len(progress.notes) == 1
+    assert progress.notes[0].startswith("layer 0: expert 3 was chosen")
+
+
 def test_metrics_forget_later_steps_and_a_line_cut_short(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path)
     for step in (1, 2, 3):
