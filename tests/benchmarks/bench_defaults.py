@@ -71,6 +71,7 @@ def one_by_one(prefix: str, base: dict[str, Any], changes: dict[str, dict[str, A
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "clustered": {"strategy": "clustered"},
     "contiguous": {"strategy": "contiguous"},
     "permuted": {"strategy": "permuted"},
     "random-router": {"router": "random"},
