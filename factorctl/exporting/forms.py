@@ -221,8 +221,11 @@ def remarks(checkpoint: NativeCheckpoint, config: ExportConfig) -> list[str]:
     shape, features, notes = spec.shape, features_of(dense), []
     if config.target == "dense" and 0 < shape.top_k < shape.num_experts:
         notes.append(f"all {shape.num_experts} experts are on in the dense model; the checkpoint runs {shape.top_k}")
-    if config.target == "dense" and not is_untouched(checkpoint) and shape.top_k:
-        notes.append("the weights were trained or refitted: this is no longer the source's dense model")
+    if config.target == "dense" and shape.top_k:
+        if _is_changed(checkpoint):
+            notes.append("the weights were trained or refitted: this is no longer the source's dense model")
+        elif not is_untouched(checkpoint):
+            notes.append("the weights are the source's, in another type than it stores them in")
     is_mixture = becomes_mixture(config.target, spec)
     if is_mixture and config.target.startswith("bnb"):
         engines = "" if blockers(dense, spec, "gguf") else "; for engines, --to gguf"
@@ -262,7 +265,11 @@ def gives_source_back(checkpoint: NativeCheckpoint, config: ExportConfig) -> boo
 
 def is_untouched(checkpoint: NativeCheckpoint) -> bool:
     """Whether every FFN weight is the source's bit for bit: factorized, not cast, refitted or trained."""
+    return checkpoint.manifest.config.get("dtype") == "auto" and not _is_changed(checkpoint)
+
+
+def _is_changed(checkpoint: NativeCheckpoint) -> bool:
+    """Whether FFN weights were refitted or trained."""
     manifest = checkpoint.manifest
     layers = manifest.details.get("layers") or []
-    refitted = any(layer.get("refit", {}).get("kept") for layer in layers)
-    return manifest.stage == "factorize" and manifest.config.get("dtype") == "auto" and not refitted
+    return manifest.stage != "factorize" or any(layer.get("refit", {}).get("kept") for layer in layers)

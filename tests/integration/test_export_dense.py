@@ -90,3 +90,20 @@ def test_bitsandbytes_quantises_every_projection_and_reloads(
     assert result.memory_bytes < (limit + 0.1) * in_bf16
     assert result.kl is not None
     assert result.kl > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, None),
+        ({"dtype": "bfloat16"}, "the weights are the source's, in another type than it stores them in"),
+        ({"refit": True}, "the weights were trained or refitted: this is no longer the source's dense model"),
+    ],
+)
+def test_a_dense_export_says_what_became_of_the_source_s_weights(
+    options: dict[str, object], said: str | None, dense_source: DenseSource, text_file: Path, tmp_path: Path
+) -> None:
+    native = make_native(tmp_path, "llama", text_file, source=dense_source("llama"), **options)
+    result = export_unchecked(ExportConfig(checkpoint=native, target="dense", out=tmp_path / "dense"))
+    spoken = [note for note in result.notes if note.startswith("the weights")]
+    assert spoken == ([] if said is None else [said])
