@@ -99,6 +99,7 @@ def demo_recipe(texts: Path) -> Recipe:
             },
             "finetune": {
                 "tokens": 12_288,
+                "lr": 1e-4,  # six steps: the preset's rate is for longer runs
                 "precision": precision,
                 "data": train,
                 "batch-tokens": 2048,
