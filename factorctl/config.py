@@ -33,6 +33,11 @@ class FactorShape:
         return self.shared_size + self.num_experts * self.expert_size
 
     @property
+    def routes(self) -> bool:
+        """Whether there is a choice between experts: 0 < K < N."""
+        return 0 < self.top_k < self.num_experts
+
+    @property
     def active_neurons(self) -> int:
         return self.shared_size + self.top_k * self.expert_size
 

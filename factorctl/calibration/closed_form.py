@@ -18,7 +18,7 @@ from factorctl.calibration.tokens import Tokens
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.paths import hidden_of_all
 from factorctl.models.ridge import RidgeMoments
-from factorctl.models.routing import scatter_weights
+from factorctl.models.routing import logit_spread, scatter_weights
 from factorctl.models.teacher_labels import expert_counts, par_distances
 
 ROUTER_DAMPING = 1e-3
@@ -96,7 +96,7 @@ def fit_router(ffn: FactoredFFN, tokens: Tokens, load_limit: float | None = None
     for chunk in tokens.chunks():
         moments.add(chunk.x_TD, F.pad(standardised(benefits(ffn, chunk)), (0, 1), value=1.0))
     direction_ND, unit_1D = moments.solve(ROUTER_DAMPING).T.split([ffn.shape.num_experts, 1])
-    spread = max(logit_spread(tokens.x_TD @ direction_ND.T), 1e-20)
+    spread = max(float(logit_spread(tokens.x_TD @ direction_ND.T)), 1e-20)
     if load_limit is not None:
         direction_ND = with_prices(
             direction_ND, unit_1D[0], tokens.x_TD, top_k=ffn.top_k, limit=load_limit, spread=spread
@@ -119,11 +119,6 @@ def standardised(benefit_TN: torch.Tensor) -> torch.Tensor:
     """Each token's row at mean 0 and standard deviation 1; a row without differences becomes zeros."""
     centred_TN = benefit_TN - benefit_TN.mean(dim=1, keepdim=True)
     return centred_TN / centred_TN.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-20)
-
-
-def logit_spread(logits_TN: torch.Tensor) -> float:
-    """The median token's standard deviation over the experts: the few tokens with massive activations do not count."""
-    return float(logits_TN.std(dim=1).median())
 
 
 def near_ties(logits_TN: torch.Tensor, top_k: int) -> float:

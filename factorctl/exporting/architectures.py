@@ -254,7 +254,7 @@ def _dense_4bit_blockers(dense: DenseModel, spec: FactoredSpec) -> list[Blocker]
 def becomes_mixture(target: ExportTarget, spec: FactoredSpec) -> bool:
     """Whether the target is a stock mixture of experts; bitsandbytes' are dense where nothing is routed."""
     if target in ("bnb-4bit", "bnb-8bit"):
-        return 0 < spec.shape.top_k < spec.shape.num_experts
+        return spec.shape.routes
     return target != "dense"
 
 

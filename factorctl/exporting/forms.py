@@ -219,7 +219,7 @@ def remarks(checkpoint: NativeCheckpoint, config: ExportConfig) -> list[str]:
     """What the user should know of this form before relying on it."""
     dense, spec = checkpoint.dense, checkpoint.spec
     shape, features, notes = spec.shape, features_of(dense), []
-    if config.target == "dense" and 0 < shape.top_k < shape.num_experts:
+    if config.target == "dense" and shape.routes:
         notes.append(f"all {shape.num_experts} experts are on in the dense model; the checkpoint runs {shape.top_k}")
     if config.target == "dense" and shape.top_k:
         if _is_changed(checkpoint):

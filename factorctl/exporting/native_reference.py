@@ -85,7 +85,7 @@ def native_run(
     model = _reading_layer_by_layer(dense, spec, read, device)
     ids_BL, real_BL = _padded(question.sequences, device)
     positions_BL, _ = _padded(question.positions, device)
-    ffns = [ffn for ffn in factored_ffns(model) if 0 < ffn.top_k < ffn.shape.num_experts]
+    ffns = [ffn for ffn in factored_ffns(model) if ffn.routes]
     for index, ffn in enumerate(ffns):
         if every_expert:
             _turn_on_every_expert(ffn)

@@ -40,7 +40,7 @@ def prove_in_transformers(job: ExportJob, directory: Path, progress: Progress) -
     spec, read = exported_spec(job), stored_values(job)
     lengths = [len(ids) for ids in question.sequences]
     by_sigmoids = job.form.scores == "sigmoid"
-    routes = 0 < spec.shape.top_k < spec.shape.num_experts
+    routes = spec.shape.routes
     served = StockJob(directory, "float64", question, by_layer=not job.fits_in_memory)
     every_expert = StockJob(directory, "float64", question, spec.shape.num_experts, by_layer=not job.fits_in_memory)
     with progress.stage("Loading it in stock transformers"):

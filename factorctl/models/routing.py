@@ -109,3 +109,11 @@ def group_by_expert(ids_TK: torch.Tensor) -> ExpertGroups:
     """Sort the pairs by expert; within an expert the tokens keep their order. No host synchronisation."""
     expert_P, order_P = torch.sort(ids_TK.flatten(), stable=True)
     return ExpertGroups(order_P, order_P // ids_TK.shape[1], expert_P)
+
+
+def logit_spread(logits_TN: torch.Tensor) -> torch.Tensor:
+    """How far a typical token's logits lie apart: the median over tokens of their standard deviation.
+
+    The few tokens with massive activations do not count.
+    """
+    return logits_TN.std(dim=1).median()

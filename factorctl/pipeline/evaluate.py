@@ -176,6 +176,6 @@ def _write_answers(plan: EvalPlan, measured: Mapping[str, Measured], store: Part
 def _picture(plan: EvalPlan, result: EvalResult) -> bytes:
     assert plan.model.native is not None
     shape = plan.model.native.spec.shape
-    routed = 0 < shape.top_k < shape.num_experts
+    routed = shape.routes
     title = f"{plan.model.path.name} ({shape.notation})"
     return draw_fidelity(result.fidelity, title=title, chance=shape.top_k / shape.num_experts if routed else None)

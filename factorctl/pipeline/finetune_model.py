@@ -186,7 +186,7 @@ def _compile(plan: FinetunePlan, model: PreTrainedModel) -> None:
     """Compile layer by layer: they share one graph. The path is looked up before, which a graph cannot do."""
     tokens = plan.batch.micro_batch * plan.batch.block_length
     for student in factored_ffns(model):
-        if 0 < student.top_k < student.shape.num_experts:
+        if student.routes:
             steps = steps_for(plan.device, plan.compute_dtype, student.hidden_size, student.sizes, False, True)
             student.path = path_at(steps, tokens)
     for block in decoder_layers(model):

@@ -53,7 +53,7 @@ def route_text(model: PreTrainedModel, ids_BP: torch.Tensor) -> RoutedText:
     loads = [
         layer_load(layer, ffn.route(x_TD).ids_TK, ffn.shape.num_experts)
         for layer, (ffn, x_TD) in enumerate(zip(ffns, inputs, strict=True))
-        if 0 < ffn.top_k < ffn.shape.num_experts
+        if ffn.routes
     ]
     return RoutedText(loads, inputs)
 

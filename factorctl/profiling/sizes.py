@@ -45,7 +45,7 @@ class ModelSizes:
 
     @property
     def routes(self) -> bool:
-        return 0 < self.shape.top_k < self.shape.num_experts
+        return self.shape.routes
 
     def with_top_k(self, top_k: int) -> ModelSizes:
         return replace(self, shape=replace(self.shape, top_k=top_k))

@@ -48,7 +48,7 @@ def choose_trained(ffns: Iterable[FactoredFFN], train: TrainedPart, weights: Los
     by_output = weights.on_outputs
     trained = 0
     for ffn in ffns:
-        routes = 0 < ffn.top_k < ffn.shape.num_experts
+        routes = ffn.routes
         gate_learns = by_output and has_learning_gate(ffn)
         for name, parameter in ffn.named_parameters():
             if name == "router":

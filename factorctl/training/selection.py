@@ -20,16 +20,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from factorctl.models.routing import logit_spread
 from factorctl.training.distiller import Distiller
 from factorctl.training.twin_ffn import TwinFFN, twins
 
 MIN_SHARPNESS = 2.0**-12
 """Gates as good as even; below 0 the order would turn round."""
-
-
-def spread(logits_TN: torch.Tensor) -> torch.Tensor:
-    """How far a typical token's logits lie apart: the median over tokens of their standard deviation."""
-    return logits_TN.std(dim=1).median()
 
 
 @torch.no_grad()
@@ -48,7 +44,7 @@ def to_unit_spread(
         if twin.options.role != "student":
             return
         x_TD = inputs[0].flatten(0, -2).to(twin.student.router.dtype)
-        found[twin] = torch.stack([spread(F.linear(x_TD, twin.student.router)), x_TD.abs().sum(1).median()])
+        found[twin] = torch.stack([logit_spread(F.linear(x_TD, twin.student.router)), x_TD.abs().sum(1).median()])
 
     hooks = [twin.register_forward_pre_hook(look) for twin in trained]
     distiller(input_ids_BL, position_ids_BL)  # as a whole: a shared model is put together from the outside in

@@ -123,7 +123,7 @@ class TwinFFN(nn.Module):
     @property
     def routes(self) -> bool:
         """Whether there is a choice between experts at all: 0 < K < N."""
-        return 0 < self.student.top_k < self.student.shape.num_experts
+        return self.student.routes
 
     def selection(self) -> torch.Tensor:
         """V, [N, D]: experts are chosen by the largest V x."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorctl.calibration.closed_form import logit_spread
 from factorctl.calibration.load_limit import with_prices
+from factorctl.models.routing import logit_spread
 from factorctl.models.teacher_labels import expert_counts
 
 T, D, N = 2000, 32, 8
@@ -32,7 +32,7 @@ def load_of(router_ND: torch.Tensor, x_TD: torch.Tensor, top_k: int) -> torch.Te
 def test_no_expert_is_chosen_more_often_than_the_limit(top_k: int, limit: float) -> None:
     x_TD, router_ND, unit_D = crowded()
     assert float(load_of(router_ND, x_TD, top_k).max()) > limit
-    spread = logit_spread(x_TD @ router_ND.T)
+    spread = float(logit_spread(x_TD @ router_ND.T))
     priced_ND = with_prices(router_ND, unit_D, x_TD, top_k=top_k, limit=limit, spread=spread)
     assert float(load_of(priced_ND, x_TD, top_k).max()) <= limit + 1e-6
 
@@ -40,9 +40,11 @@ def test_no_expert_is_chosen_more_often_than_the_limit(top_k: int, limit: float)
 def test_a_looser_limit_moves_fewer_tokens() -> None:
     x_TD, router_ND, unit_D = crowded()
     before = (x_TD @ router_ND.T).argmax(1)
-    moved = []
+    spread, moved = float(logit_spread(x_TD @ router_ND.T)), []
     for limit in (1.1, 1.5, 2.5):
-        priced_ND = with_prices(router_ND, unit_D, x_TD, top_k=1, limit=limit, spread=logit_spread(x_TD @ router_ND.T))
+        priced_ND = with_prices(
+            router_ND, unit_D, x_TD, top_k=1, limit=limit, spread=float(logit_spread(x_TD @ router_ND.T))
+        )
         moved.append(float(((x_TD @ priced_ND.T).argmax(1) != before).float().mean()))
     assert moved == sorted(moved, reverse=True)
     assert moved[-1] < 0.5

@@ -14,12 +14,13 @@ from factorctl.config import FactorShape, FinetuneConfig
 from factorctl.models.building import decoder_layers
 from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.ridge import RidgeMoments
+from factorctl.models.routing import logit_spread
 from factorctl.training.losses import agreement, par_loss
 from factorctl.training.muon import Muon, blocks_of, orthogonal
 from factorctl.training.optimizers import make_optimizers
 from factorctl.training.presets import LossWeights, recipe_of
 from factorctl.training.router_refresh import DAMPING, refresh_routers
-from factorctl.training.selection import MIN_SHARPNESS, keep_order, spread, to_unit_spread
+from factorctl.training.selection import MIN_SHARPNESS, keep_order, to_unit_spread
 from factorctl.training.straight_through import as_if_all_ran
 from factorctl.training.twin_ffn import TwinFFN, twins
 
@@ -46,7 +47,7 @@ def test_a_router_at_unit_scale_is_the_stored_one_to_the_last_bit(checkpoint: Pa
     inputs = [seen_by(model, twin) for twin in twins(model.model)]
     for twin, router, x_TD in zip(twins(model.model), stored, inputs, strict=True):
         assert torch.equal(twin.stored_router(), router)
-        assert 0.7 <= float(spread(x_TD @ twin.selection().detach().T)) <= 1.42
+        assert 0.7 <= float(logit_spread(x_TD @ twin.selection().detach().T)) <= 1.42
     assert float(model(*batch()).lm.detach()) == before
 
 
