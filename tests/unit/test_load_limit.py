@@ -42,9 +42,7 @@ def test_a_looser_limit_moves_fewer_tokens() -> None:
     before = (x_TD @ router_ND.T).argmax(1)
     spread, moved = float(logit_spread(x_TD @ router_ND.T)), []
     for limit in (1.1, 1.5, 2.5):
-        priced_ND = with_prices(
-            router_ND, unit_D, x_TD, top_k=1, limit=limit, spread=float(logit_spread(x_TD @ router_ND.T))
-        )
+        priced_ND = with_prices(router_ND, unit_D, x_TD, top_k=1, limit=limit, spread=spread)
         moved.append(float(((x_TD @ priced_ND.T).argmax(1) != before).float().mean()))
     assert moved == sorted(moved, reverse=True)
     assert moved[-1] < 0.5
