@@ -17,7 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Before torch starts threads: several workers share the cores, and a forked child must not wait for lost threads."""
 
-from factorctl.kernels.cpu import is_available  # noqa: E402  # after the number of threads is set
+from factorctl.ffn.kernel.cpu import is_available  # noqa: E402  # after the number of threads is set
 
 KERNELS = Path(tempfile.gettempdir(), f"factorctl-tests-{os.getuid()}", "kernels")
 KERNELS.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(scope="session")
 def dense_source(tmp_path_factory: pytest.TempPathFactory) -> DenseSource:
     """`dense_source("phi3", dtype=torch.bfloat16)`: a tiny checkpoint to read, never to write into."""
-    from helpers import make_source
+    from support.tiny import make_source
 
     made: dict[str, Path] = {}
 
@@ -72,7 +72,7 @@ def dense_source(tmp_path_factory: pytest.TempPathFactory) -> DenseSource:
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A thousand words that the tiny tokenizer knows."""
-    from helpers import make_text
+    from support.tiny import make_text
 
     return make_text(tmp_path_factory.mktemp("text") / "words.txt")
 
@@ -80,7 +80,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eighty documents of twenty such words, one a line."""
-    from helpers import make_documents
+    from support.tiny import make_documents
 
     return make_documents(tmp_path_factory.mktemp("text") / "words.jsonl")
 
@@ -88,7 +88,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1R4E2K of a tiny Llama: a random router, dense values; to read, never to write into."""
-    from helpers import factorize_quietly, weights_only
+    from support.tiny import factorize_quietly, weights_only
 
     out = tmp_path_factory.mktemp("made") / "tiny-1R4E2K"
     factorize_quietly(weights_only(dense_source(), out, top_k=2))
@@ -98,7 +98,7 @@ def checkpoint(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def refitted(dense_source: DenseSource, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With shared neurons, an analytic router, fitted scale and refit: its values are no longer the dense ones."""
-    from helpers import calibrated, factorize_quietly
+    from support.tiny import calibrated, factorize_quietly
 
     out = tmp_path_factory.mktemp("made") / "refitted"
     factorize_quietly(calibrated(dense_source(), out, text_file, top_k=2))
@@ -108,7 +108,7 @@ def refitted(dense_source: DenseSource, text_file: Path, tmp_path_factory: pytes
 @pytest.fixture(scope="session")
 def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files of two small tasks, for `--task-data`."""
-    from eval_support import write_tasks
+    from support.evaluating import write_tasks
 
     return write_tasks(tmp_path_factory.mktemp("tasks") / "tasks")
 
@@ -116,15 +116,15 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the models of an evaluation garbage is collected: half a second each time."""
-    monkeypatch.setattr("factorctl.pipeline.evaluate_measure._release_memory", lambda: None)
+    monkeypatch.setattr("factorctl.pipeline.evaluate.measure._release_memory", lambda: None)
 
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than all else here does; test_training_recipe.py and test_evaluation_routing.py draw."""
-    monkeypatch.setattr("factorctl.pipeline.evaluate.draw_fidelity", lambda *_, **__: b"")
+    monkeypatch.setattr("factorctl.pipeline.evaluate.run.draw_fidelity", lambda *_, **__: b"")
     monkeypatch.setattr(
-        "factorctl.pipeline.finetune.draw_training", lambda run, *_: (run / "training.png").write_bytes(b"")
+        "factorctl.pipeline.finetune.run.draw_training", lambda run, *_: (run / "training.png").write_bytes(b"")
     )
 
 

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from factorctl.calibration.load_limit import with_prices
 from factorctl.calibration.tokens import Tokens
-from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.paths import hidden_of_all
-from factorctl.models.ridge import RidgeMoments
-from factorctl.models.routing import logit_spread, scatter_weights
-from factorctl.models.teacher_labels import expert_counts, par_distances
+from factorctl.ffn.labels import expert_counts, par_distances
+from factorctl.ffn.layer import FactoredFFN
+from factorctl.ffn.paths import hidden_of_all
+from factorctl.ffn.ridge import RidgeMoments
+from factorctl.ffn.routing import logit_spread, scatter_weights
 
 ROUTER_DAMPING = 1e-3
 NEAR_TIE = 1e-4

@@ -8,7 +8,7 @@ import torch
 
 from factorctl.calibration.closed_form import RefitResult, fit_router, fit_scale, refit_down
 from factorctl.calibration.tokens import Tokens
-from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.ffn.layer import FactoredFFN
 
 
 @dataclass(frozen=True)

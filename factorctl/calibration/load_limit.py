@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from factorctl.models.teacher_labels import expert_counts
+from factorctl.ffn.labels import expert_counts
 
 ROUNDS = 200
 AIM = 0.97

@@ -17,10 +17,13 @@ from typing import Any
 
 import torch
 
-from factorctl.checkpoint.file_names import TEMPLATES, name_in_artefact
-from factorctl.checkpoint.hashing import FileRecord, hash_bytes, hash_file
 from factorctl.checkpoint.manifest import MANIFEST_NAME, Manifest, write_manifest
-from factorctl.checkpoint.publishing import (
+from factorctl.checkpoint.reader import INDEX_NAME
+from factorctl.checkpoint.writer import shard_name, write_index, write_shard
+from factorctl.errors import FactorctlError, IntegrityError, ResourceError
+from factorctl.files.hashing import FileRecord, hash_bytes, hash_file
+from factorctl.files.names import TEMPLATES, name_in_artefact
+from factorctl.files.publishing import (
     make_directory,
     partial_path,
     publish_directory,
@@ -29,10 +32,7 @@ from factorctl.checkpoint.publishing import (
     writable,
     write_file,
 )
-from factorctl.checkpoint.reader import INDEX_NAME
-from factorctl.checkpoint.strict_json import dump_sealed, read_sealed
-from factorctl.checkpoint.writer import shard_name, write_index, write_shard
-from factorctl.errors import FactorctlError, IntegrityError, ResourceError
+from factorctl.files.strict_json import dump_sealed, read_sealed
 from factorctl.progress import Progress
 
 

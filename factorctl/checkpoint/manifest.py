@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from factorctl.checkpoint.file_names import MANIFEST_NAME as MANIFEST_NAME
-from factorctl.checkpoint.file_names import artefact_name, regular_file
-from factorctl.checkpoint.hashing import FileRecord, hash_file
 from factorctl.checkpoint.manifest_fields import check_fields
-from factorctl.checkpoint.publishing import write_file
-from factorctl.checkpoint.strict_json import SEAL, dump_sealed, read_json_object, seal_of
 from factorctl.errors import IntegrityError, UsageError
+from factorctl.files.hashing import FileRecord, hash_file
+from factorctl.files.names import MANIFEST_NAME as MANIFEST_NAME
+from factorctl.files.names import artefact_name, regular_file
+from factorctl.files.publishing import write_file
+from factorctl.files.strict_json import SEAL, dump_sealed, read_json_object, seal_of
 
 SCHEMA_VERSION = 1
 MAX_FILE_SIZE = 2**50

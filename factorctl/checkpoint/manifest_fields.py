@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from factorctl.checkpoint.file_names import TEMPLATES
 from factorctl.errors import IntegrityError
+from factorctl.files.names import TEMPLATES
 
 _Types = tuple[type, ...]
 _TEXT, _COUNT, _NUMBER = (str,), (int,), (int, float)

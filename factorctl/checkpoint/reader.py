@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from factorctl.checkpoint.file_names import plain_name
-from factorctl.checkpoint.first_bytes import looks_like, next_step
-from factorctl.checkpoint.strict_json import parse_json_object, read_json_object
 from factorctl.errors import IntegrityError, UsageError
+from factorctl.files.first_bytes import looks_like, next_step
+from factorctl.files.names import plain_name
+from factorctl.files.strict_json import parse_json_object, read_json_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

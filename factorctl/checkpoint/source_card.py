@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.errors import IntegrityError
+from factorctl.files.strict_json import read_json_object
 
 CARD_FIELDS = ("license", "license_name", "license_link", "language", "base_model")
 """What is taken from the front matter of a README.md, all of them text or lists of text."""

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from factorctl.checkpoint.aliases import ALIASES
-from factorctl.checkpoint.file_names import TEMPLATES
-from factorctl.checkpoint.first_bytes import is_gguf, refuse_as_model
-from factorctl.checkpoint.gguf_source import GgufCheck, dequantised
+from factorctl.checkpoint.gguf.source import GgufCheck, dequantised
 from factorctl.checkpoint.hub_source import download_snapshot
-from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.checkpoint.wheel_source import WheelRequirement, extract_checkpoint
 from factorctl.errors import UsageError, did_you_mean
+from factorctl.files.first_bytes import is_gguf, refuse_as_model
+from factorctl.files.names import TEMPLATES
+from factorctl.files.strict_json import read_json_object
 from factorctl.progress import Progress
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -11,8 +11,9 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from factorctl.checkpoint.hashing import hash_file
-from factorctl.checkpoint.publishing import (
+from factorctl.errors import IntegrityError, ResourceError, UsageError
+from factorctl.files.hashing import hash_file
+from factorctl.files.publishing import (
     discarded_on_failure,
     partial_path,
     publish_directory,
@@ -20,7 +21,6 @@ from factorctl.checkpoint.publishing import (
     sole_writer,
     writable,
 )
-from factorctl.errors import IntegrityError, ResourceError, UsageError
 from factorctl.progress import Progress
 
 _REQUIREMENT = re.compile(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from factorctl.checkpoint.hashing import FileRecord, hash_bytes
-from factorctl.checkpoint.publishing import temporary_path, writable, write_file
 from factorctl.checkpoint.reader import DTYPES, INDEX_NAME
-from factorctl.checkpoint.strict_json import dump_json
+from factorctl.files.hashing import FileRecord, hash_bytes
+from factorctl.files.publishing import temporary_path, writable, write_file
+from factorctl.files.strict_json import dump_json
 
 PIECE_BYTES = 1 << 20
 _CODES = {dtype: code for code, dtype in DTYPES.items()}

@@ -21,14 +21,14 @@ from factorctl.cli.options import (
     TextFieldOpt,
     WorkspaceOpt,
 )
-from factorctl.config import DEFAULT_WORKSPACE, Controls, EvalConfig
+from factorctl.config.common import DEFAULT_WORKSPACE, Controls, EvalConfig
 from factorctl.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from factorctl.cli.render import Table
-    from factorctl.pipeline.evaluate_plan import EvalPlan
-    from factorctl.pipeline.evaluate_report import ReportTable
-    from factorctl.pipeline.evaluate_result import EvalResult
+    from factorctl.pipeline.evaluate.plan import EvalPlan
+    from factorctl.pipeline.evaluate.report import ReportTable
+    from factorctl.pipeline.evaluate.result import EvalResult
 
 
 def evaluate(
@@ -127,7 +127,7 @@ def evaluate(
         factorctl eval --compare runs/a-eval/results.json runs/b-eval/results.json
     """
     from factorctl.cli.render import progress_listener
-    from factorctl.token_counts import parse_token_count
+    from factorctl.quantities import parse_token_count
 
     if compare is not None:
         _show_comparison(list(compare), output)
@@ -161,11 +161,11 @@ def evaluate(
     )
     progress = progress_listener(quiet=quiet)
     if dry_run:
-        from factorctl.pipeline.evaluate_plan import plan_evaluation
+        from factorctl.pipeline.evaluate.plan import plan_evaluation
 
         _show_plan(plan_evaluation(config, progress), output)
         return
-    from factorctl.pipeline.evaluate import evaluate as run_evaluation
+    from factorctl.pipeline.evaluate.run import evaluate as run_evaluation
 
     command = shlex.join(["factorctl", *sys.argv[1:]])
     try:
@@ -202,7 +202,7 @@ def _table(table: ReportTable) -> Table:
 
 def _show_result(result: EvalResult, output: OutputFormat) -> None:
     from factorctl.cli.render import show
-    from factorctl.pipeline.evaluate_report import report_tables
+    from factorctl.pipeline.evaluate.report import report_tables
 
     tables = report_tables(result)
     notes = [table.note for table in tables if table.note]
@@ -217,7 +217,7 @@ def _show_result(result: EvalResult, output: OutputFormat) -> None:
 
 def _show_plan(plan: EvalPlan, output: OutputFormat) -> None:
     from factorctl.cli.render import gigabytes, show_plan
-    from factorctl.pipeline.evaluate_plan import expected_seconds
+    from factorctl.pipeline.evaluate.plan import expected_seconds
 
     parts = [part for subject in plan.subjects for part in plan.parts(subject)]
     facts: dict[str, object] = {
@@ -248,7 +248,7 @@ def _show_plan(plan: EvalPlan, output: OutputFormat) -> None:
 
 def _show_comparison(paths: list[Path], output: OutputFormat) -> None:
     from factorctl.cli.render import rows_table, show
-    from factorctl.pipeline.evaluate_compare import compare_reports
+    from factorctl.pipeline.evaluate.compare import compare_reports
 
     comparison = compare_reports(paths)
     rows = [[figure.name, *figure.values] for figure in comparison.figures]

@@ -20,12 +20,12 @@ from factorctl.cli.options import (
     SeedOpt,
     WorkspaceOpt,
 )
-from factorctl.config import DEFAULT_WORKSPACE, Arch, ExportConfig, ExportTarget
+from factorctl.config.common import DEFAULT_WORKSPACE, Arch, ExportConfig, ExportTarget
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from factorctl.pipeline.export import ExportResult
-    from factorctl.pipeline.export_plan import ExportPlan
+    from factorctl.pipeline.export.plan import ExportPlan
+    from factorctl.pipeline.export.run import ExportResult
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|K|M|G|T)B?", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -110,8 +110,8 @@ def export(
         factorctl export runs/demo-1R4E2K --to gguf --quant q8_0
     """
     from factorctl.cli.render import progress_listener
-    from factorctl.pipeline.export import export as run_export
-    from factorctl.pipeline.export_plan import plan_export
+    from factorctl.pipeline.export.plan import plan_export
+    from factorctl.pipeline.export.run import export as run_export
 
     config = ExportConfig(
         checkpoint=checkpoint,

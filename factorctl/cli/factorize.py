@@ -20,12 +20,12 @@ from factorctl.cli.options import (
     TextFieldOpt,
     WorkspaceOpt,
 )
-from factorctl.config import CALIBRATION_TOKENS, DEFAULT_WORKSPACE, FactorizeConfig, Gate, RouterInit, ScaleRule
+from factorctl.config.common import CALIBRATION_TOKENS, DEFAULT_WORKSPACE, FactorizeConfig, Gate, RouterInit, ScaleRule
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from factorctl.pipeline.factorize import FactorizeResult
-    from factorctl.pipeline.factorize_plan import FactorizePlan
+    from factorctl.pipeline.factorize.plan import FactorizePlan
+    from factorctl.pipeline.factorize.run import FactorizeResult
 
 
 def factorize(
@@ -120,9 +120,9 @@ def factorize(
         factorctl factorize meta/TinyLlama --experts 16 --shared-fraction 0.25 --refit --calibration notes.jsonl
     """
     from factorctl.cli.render import progress_listener
-    from factorctl.pipeline.factorize import factorize as run_factorize
-    from factorctl.pipeline.factorize_plan import plan_factorize
-    from factorctl.token_counts import parse_token_count
+    from factorctl.pipeline.factorize.plan import plan_factorize
+    from factorctl.pipeline.factorize.run import factorize as run_factorize
+    from factorctl.quantities import parse_token_count
 
     config = FactorizeConfig(
         model=model,

@@ -21,7 +21,7 @@ from factorctl.cli.options import (
     TopKOpt,
     WorkspaceOpt,
 )
-from factorctl.config import (
+from factorctl.config.common import (
     DEFAULT_WORKSPACE,
     FinetuneConfig,
     Gate,
@@ -39,7 +39,7 @@ from factorctl.config import (
 from factorctl.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from factorctl.pipeline.finetune import FinetuneResult, Rehearsal
+    from factorctl.pipeline.finetune.run import FinetuneResult, Rehearsal
 
 
 def finetune(
@@ -157,8 +157,8 @@ def finetune(
         factorctl finetune --preset factorllm --top-k 2 --tokens 10M --data self
     """
     from factorctl.cli.render import progress_listener
-    from factorctl.pipeline import finetune as pipeline
-    from factorctl.token_counts import parse_token_count as count
+    from factorctl.pipeline.finetune import run as pipeline
+    from factorctl.quantities import parse_token_count as count
 
     config = FinetuneConfig(
         checkpoint=checkpoint,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from factorctl.cli.options import CheckpointArg, FormatOpt, QuietOpt, WorkspaceOpt
-from factorctl.config import DEFAULT_WORKSPACE
+from factorctl.config.common import DEFAULT_WORKSPACE
 from factorctl.errors import ExitCode
 
 
@@ -19,8 +19,8 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is, what it was made from and how."""
     from factorctl.cli.render import facts_table, gigabytes, rows_table, show
-    from factorctl.pipeline.inspect import inspect_checkpoint, inspect_layer
-    from factorctl.pipeline.workspace import newest_checkpoint
+    from factorctl.pipeline.common.workspace import newest_checkpoint
+    from factorctl.pipeline.inspect.inspect import inspect_checkpoint, inspect_layer
 
     path = checkpoint or newest_checkpoint(workspace)
     if layer is not None:
@@ -85,8 +85,8 @@ def verify(
 ) -> None:
     """Check every file of a checkpoint or export against its manifest. Exit code 3 if one is not as promised."""
     from factorctl.cli.render import gigabytes, progress_listener, show
-    from factorctl.pipeline.inspect import verify_checkpoint
-    from factorctl.pipeline.workspace import newest_checkpoint
+    from factorctl.pipeline.common.workspace import newest_checkpoint
+    from factorctl.pipeline.inspect.inspect import verify_checkpoint
 
     path = checkpoint or newest_checkpoint(workspace)
     result = verify_checkpoint(path, identity=identity, progress=progress_listener(quiet=quiet))
@@ -101,7 +101,7 @@ def verify(
 def plugins(output: FormatOpt = "text") -> None:
     """List partition strategies, their options and references, and the model aliases. Names broken plugins."""
     from factorctl.cli.render import rows_table, show
-    from factorctl.pipeline.inspect import list_plugins
+    from factorctl.pipeline.inspect.inspect import list_plugins
 
     found = list_plugins()
     rows = [
@@ -120,7 +120,7 @@ def plugins(output: FormatOpt = "text") -> None:
 def doctor(workspace: WorkspaceOpt = DEFAULT_WORKSPACE, output: FormatOpt = "text") -> None:
     """Report versions, devices, the CPU kernel, free disk and memory, and whether the hub can be reached."""
     from factorctl.cli.render import facts_table, gigabytes, show
-    from factorctl.pipeline.inspect import diagnose
+    from factorctl.pipeline.inspect.inspect import diagnose
 
     found = diagnose(workspace)
     facts: dict[str, object] = {

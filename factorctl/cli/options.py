@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from factorctl.config import Device, DTypeName
+from factorctl.config.common import Device, DTypeName
 
 OutputFormat = Literal["text", "json"]
 

@@ -18,7 +18,7 @@ from factorctl.cli.options import (
     TopKOpt,
     WorkspaceOpt,
 )
-from factorctl.config import DEFAULT_WORKSPACE, ProfileConfig, ScaleRule
+from factorctl.config.common import DEFAULT_WORKSPACE, ProfileConfig, ScaleRule
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def profile(
         factorctl profile --no-latency --sweep-k
     """
     from factorctl.cli.render import progress_listener, show
-    from factorctl.pipeline.profile import profile as run_profile
+    from factorctl.pipeline.profile.run import profile as run_profile
 
     result = run_profile(
         ProfileConfig(

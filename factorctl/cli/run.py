@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from factorctl.cli.options import FormatOpt, OutputFormat, QuietOpt, WorkspaceOpt
-from factorctl.config import DEFAULT_WORKSPACE
+from factorctl.config.common import DEFAULT_WORKSPACE
 
 if TYPE_CHECKING:
-    from factorctl.pipeline.demo import DemoResult
-    from factorctl.pipeline.run_recipe import RunResult
+    from factorctl.pipeline.recipe.demo import DemoResult
+    from factorctl.pipeline.recipe.run import RunResult
 
 
 def run(
@@ -32,8 +32,8 @@ def run(
         factorctl run recipe.toml --dry-run
     """
     from factorctl.cli.render import progress_listener
-    from factorctl.pipeline.recipe import read_recipe
-    from factorctl.pipeline.run_recipe import run_recipe
+    from factorctl.pipeline.recipe.read import read_recipe
+    from factorctl.pipeline.recipe.run import run_recipe
 
     _show_run(run_recipe(read_recipe(recipe), workspace, progress_listener(quiet=quiet), dry_run=dry_run), output)
 
@@ -48,7 +48,7 @@ def demo(
     Takes some minutes on two cores. What an earlier run finished is reused.
     """
     from factorctl.cli.render import progress_listener
-    from factorctl.pipeline.demo import run_demo
+    from factorctl.pipeline.recipe.demo import run_demo
 
     _show_demo(run_demo(workspace, progress_listener(quiet=quiet)), output)
 

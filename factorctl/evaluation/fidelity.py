@@ -1,7 +1,7 @@
 """How true each factored FFN is to the dense one, on what the factored model itself feeds it.
 
 Every layer is judged on its own input, behind all factored layers below it: y is what its factored FFN gives there, t
-what its dense FFN would give. The router is held against the labels that this t gives (`models.teacher_labels`). All
+what its dense FFN would give. The router is held against the labels that this t gives (`ffn.labels`). All
 tokens go through in one pass, so that each dense FFN is read once and one of them is in memory at a time.
 
 B windows, L tokens, T = B*L, D hidden_size, N num_experts, K top_k.
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from factorctl.ffn.labels import agreement, dead_experts, expert_counts, par_labels
+from factorctl.ffn.layer import FactoredFFN
 from factorctl.models.building import factored_ffns
-from factorctl.models.factored_ffn import FactoredFFN
 from factorctl.models.hooks import watched
-from factorctl.models.teacher_labels import agreement, dead_experts, expert_counts, par_labels
 from factorctl.progress import Progress
 
 Teacher = Callable[[torch.Tensor], torch.Tensor]

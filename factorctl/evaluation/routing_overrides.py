@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from factorctl.ffn.labels import par_labels
+from factorctl.ffn.layer import Chooser, FactoredFFN
 from factorctl.models.building import factored_ffns
-from factorctl.models.factored_ffn import Chooser, FactoredFFN
-from factorctl.models.teacher_labels import par_labels
 
 Teacher = Callable[[torch.Tensor], torch.Tensor]
 

@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from factorctl.checkpoint.manifest import Manifest
-from factorctl.config import ExportConfig, FactorizeConfig, FinetuneConfig
-from factorctl.exporting.comparison import Agreement, Proof
-from factorctl.exporting.rounding import Rounding
+from factorctl.config.common import ExportConfig, FactorizeConfig, FinetuneConfig
+from factorctl.exporting.check.comparison import Agreement, Proof
+from factorctl.exporting.check.rounding import Rounding
 
 _FLAGS = {
     "num_experts": "experts",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from factorctl.config import ExportConfig
-from factorctl.exporting.architectures import (
+from factorctl.config.common import ExportConfig
+from factorctl.exporting.engines import Flaw, engines_that_run, flaws
+from factorctl.exporting.forms import Form
+from factorctl.exporting.stock.architectures import (
     ARCHITECTURES,
     Architecture,
     architecture_for,
@@ -11,8 +13,6 @@ from factorctl.exporting.architectures import (
     becomes_mixture,
     blockers,
 )
-from factorctl.exporting.engines import Flaw, engines_that_run, flaws
-from factorctl.exporting.forms import Form
 from factorctl.models.loading import NativeCheckpoint
 
 

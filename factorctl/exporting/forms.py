@@ -9,8 +9,11 @@ from typing import Any, Literal
 import torch
 
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config import ExportConfig
-from factorctl.exporting.architectures import (
+from factorctl.config.common import ExportConfig
+from factorctl.exporting.check.comparison import Fidelity
+from factorctl.exporting.features import features_of
+from factorctl.exporting.gguf.tensors import PLAIN_QUANTS, GgufLayout, chosen_quant
+from factorctl.exporting.stock.architectures import (
     Architecture,
     SharedPlace,
     architecture_for,
@@ -19,19 +22,16 @@ from factorctl.exporting.architectures import (
     gguf_architecture,
     needs_router_scaling,
 )
-from factorctl.exporting.bnb_layout import BnbLayout, quantization_config
-from factorctl.exporting.comparison import Fidelity
-from factorctl.exporting.dense_layout import DenseLayout, dense_config
-from factorctl.exporting.features import features_of
-from factorctl.exporting.folding import Folding, folded_scale, is_power_of_two
-from factorctl.exporting.gguf_tensors import PLAIN_QUANTS, GgufLayout, chosen_quant
-from factorctl.exporting.padding import FRIENDLY, StockSizes, filled_up, sizes_in, sizes_of
-from factorctl.exporting.shards import Layout
-from factorctl.exporting.stock_config import stock_config
-from factorctl.exporting.stock_tensors import NativeUnits, StockLayout
-from factorctl.models.bnb_storage import Bits, fused_config, storage_name
+from factorctl.exporting.stock.bnb import BnbLayout, quantization_config
+from factorctl.exporting.stock.config import stock_config
+from factorctl.exporting.stock.dense import DenseLayout, dense_config
+from factorctl.exporting.stock.folding import Folding, folded_scale, is_power_of_two
+from factorctl.exporting.stock.padding import FRIENDLY, StockSizes, filled_up, sizes_in, sizes_of
+from factorctl.exporting.stock.shards import Layout
+from factorctl.exporting.stock.tensors import NativeUnits, StockLayout
+from factorctl.ffn.paths import can_group
 from factorctl.models.loading import NativeCheckpoint
-from factorctl.models.paths import can_group
+from factorctl.models.quantised.storage import Bits, fused_config, storage_name
 
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -11,11 +11,11 @@ import torch
 
 from factorctl.checkpoint.builder import ArtefactBuilder
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config import ExportConfig
-from factorctl.exporting.comparison import Agreement, Proof
+from factorctl.config.common import ExportConfig
+from factorctl.exporting.check.comparison import Agreement, Proof
+from factorctl.exporting.check.rounding import Rounding
 from factorctl.exporting.forms import Form
-from factorctl.exporting.rounding import Rounding
-from factorctl.models.factored_spec import FactoredSpec
+from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.loading import NativeCheckpoint
 from factorctl.progress import Progress
 

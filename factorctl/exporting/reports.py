@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from factorctl.checkpoint.strict_json import read_json_object
 from factorctl.errors import IntegrityError
+from factorctl.files.strict_json import read_json_object
 
 MAX_ROWS = 40
 PATTERNS = ("*.json", "*/results.json")

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from factorctl.errors import IntegrityError, in_one_line
-from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.factored_spec import FactoredSpec
+from factorctl.ffn.layer import FactoredFFN
+from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.families import DenseModel
 
 

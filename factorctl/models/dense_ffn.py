@@ -8,11 +8,11 @@ from transformers.activations import ACT2FN
 
 from factorctl.contracts import DenseFFN
 from factorctl.errors import FactorctlError
+from factorctl.ffn.slicing import FactoredTensors, unslice_ffn
+from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.models.building import filled_ffn
-from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import DenseModel
-from factorctl.models.slicing import FactoredTensors, unslice_ffn
 
 IDENTITY_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest relative error of all experts on against the dense layer, by storage dtype."""

@@ -11,14 +11,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from factorctl.checkpoint.manifest import Manifest, check_files, read_manifest
 from factorctl.checkpoint.reader import COMPUTED, CheckpointReader
-from factorctl.checkpoint.strict_json import read_json_object
-from factorctl.config import ScaleRule
+from factorctl.config.common import ScaleRule
 from factorctl.errors import IntegrityError, UsageError, in_one_line
+from factorctl.ffn.few_token_linear import use_few_token_linears
+from factorctl.ffn.slicing import FactoredTensors
+from factorctl.ffn.spec import MODEL_TYPE, FactoredSpec
+from factorctl.files.strict_json import read_json_object
 from factorctl.models.building import empty_dense_model, empty_factored_model, factored_ffns
-from factorctl.models.factored_spec import MODEL_TYPE, FactoredSpec
 from factorctl.models.families import DenseModel, dense_model, ffn_prefix, read_dense_model
-from factorctl.models.few_token_linear import use_few_token_linears
-from factorctl.models.slicing import FactoredTensors
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _load_export(
     device: torch.device | str,
     verify: bool,
 ) -> PreTrainedModel:
-    from factorctl.models.quantised_loading import load_quantised  # which imports this module
+    from factorctl.models.quantised.loading import load_quantised  # which imports this module
 
     if top_k is not None or scale is not None:
         raise UsageError(

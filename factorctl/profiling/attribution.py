@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from factorctl.config import FactorShape
-from factorctl.kernels.cpu import CompiledFFN, FFNWeights
+from factorctl.config.common import FactorShape
+from factorctl.ffn.kernel.cpu import CompiledFFN, FFNWeights
+from factorctl.ffn.layer import FactoredFFN
+from factorctl.ffn.paths import PathName
 from factorctl.models.building import factored_ffns
-from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.paths import PathName
 from factorctl.profiling.expert_load import RoutedText, mean_hits
 from factorctl.profiling.flops import experts_run_by
 from factorctl.profiling.runtime import Clock, synchronised_clock

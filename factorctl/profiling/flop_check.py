@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from factorctl.errors import FactorctlError
+from factorctl.ffn.paths import PathName
 from factorctl.models.building import factored_ffns
-from factorctl.models.paths import PathName
 from factorctl.profiling.flops import count_flops
 from factorctl.profiling.sizes import ModelSizes
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from factorctl.models.paths import PathName
+from factorctl.ffn.paths import PathName
 from factorctl.profiling.sizes import ModelSizes
 
 Core = Literal["causal", "full"]

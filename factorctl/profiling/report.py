@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from factorctl.models.paths import PathName, Step
+from factorctl.ffn.paths import PathName, Step
 from factorctl.profiling.attribution import FfnCost
 from factorctl.profiling.expert_load import LayerLoad
 from factorctl.profiling.flops import SweepRow
-from factorctl.profiling.hardware import Hardware
-from factorctl.profiling.sampling_statistics import Interval, Spread
+from factorctl.reporting.hardware import Hardware
+from factorctl.reporting.sampling_statistics import Interval, Spread
 
 Phase = Literal["prefill", "decode"]
 

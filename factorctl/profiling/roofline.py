@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from factorctl.kernels import cpu as cpu_kernel
-from factorctl.models.few_token_linear import linear
+from factorctl.ffn.few_token_linear import linear
+from factorctl.ffn.kernel import cpu as cpu_kernel
 from factorctl.profiling.flops import count_flops
 from factorctl.profiling.runtime import synchronised_clock
 from factorctl.profiling.sizes import ModelSizes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from factorctl.config import FactorShape
+from factorctl.config.common import FactorShape
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from factorctl.ffn.choice import Site, site_of
+from factorctl.ffn.layer import FactoredFFN
+from factorctl.ffn.paths import PathName, Steps
 from factorctl.models.building import factored_ffns
-from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.path_choice import Site, site_of
-from factorctl.models.paths import PathName, Steps
 from factorctl.profiling.attribution import streamed_layers
 from factorctl.profiling.expert_load import RoutedText
 from factorctl.profiling.runtime import synchronised_clock

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from factorctl.models.teacher_labels import dead_experts as dead_experts
+from factorctl.ffn.labels import dead_experts as dead_experts
 from factorctl.progress import Progress
 
 WINDOW_TOKENS = 32_768

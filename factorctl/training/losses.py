@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from factorctl.models.teacher_labels import agreement as agreement
-from factorctl.models.teacher_labels import expert_counts as expert_counts
-from factorctl.models.teacher_labels import par_distances as par_distances
-from factorctl.models.teacher_labels import par_labels as par_labels
+from factorctl.ffn.labels import agreement as agreement
+from factorctl.ffn.labels import expert_counts as expert_counts
+from factorctl.ffn.labels import par_distances as par_distances
+from factorctl.ffn.labels import par_labels as par_labels
 
 IGNORED = -100
 """A target that no loss counts: the next token belongs to another document."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from factorctl.checkpoint.publishing import writable, write_file
+from factorctl.files.publishing import writable, write_file
 
 METRICS_NAME = "metrics.jsonl"
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.ffn.layer import FactoredFFN
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from factorctl.config import TrainedPart
+from factorctl.config.common import TrainedPart
 from factorctl.errors import UsageError
-from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.ffn.layer import FactoredFFN
 from factorctl.training.muon import Muon, blocks_of
 from factorctl.training.presets import LossWeights, Recipe
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from factorctl.checkpoint.publishing import write_file
+from factorctl.files.publishing import write_file
 from factorctl.reporting.pictures import draw_load, png
 
 PLOT_NAME = "training.png"

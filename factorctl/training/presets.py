@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from factorctl.config import FinetuneConfig, Gate, LabelSource, OptimizerName, PresetName, ScaleRule, Selection
+from factorctl.config.common import FinetuneConfig, Gate, LabelSource, OptimizerName, PresetName, ScaleRule, Selection
 from factorctl.errors import UsageError, did_you_mean
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import torch
 
-from factorctl.models.ridge import RidgeMoments
+from factorctl.ffn.ridge import RidgeMoments
 from factorctl.training.twin_ffn import TwinFFN
 
 DAMPING = 0.1

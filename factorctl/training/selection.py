@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from factorctl.models.routing import logit_spread
+from factorctl.ffn.routing import logit_spread
 from factorctl.training.distiller import Distiller
 from factorctl.training.twin_ffn import TwinFFN, twins
 

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from factorctl.checkpoint.hashing import FileRecord, hash_file
-from factorctl.checkpoint.publishing import partial_path, publish_directory, writable, write_file
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.checkpoint.strict_json import dump_sealed, read_sealed
 from factorctl.checkpoint.writer import write_shard
 from factorctl.errors import IntegrityError
+from factorctl.files.hashing import FileRecord, hash_file
+from factorctl.files.publishing import partial_path, publish_directory, writable, write_file
+from factorctl.files.strict_json import dump_sealed, read_sealed
 from factorctl.training.sharding import placed_like, whole
 
 STATE_FILE = "state.json"

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from factorctl.config import TeacherStorage
+from factorctl.config.common import TeacherStorage
 from factorctl.contracts import DenseFFN, Partition
 from factorctl.errors import ResourceError
-from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.slicing import FactoredTensors, slice_ffn
+from factorctl.ffn.layer import FactoredFFN
+from factorctl.ffn.slicing import FactoredTensors, slice_ffn
 
 
 class Teacher(nn.Module, ABC):

@@ -31,12 +31,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from factorctl.config import LabelSource, RefreshTarget
+from factorctl.config.common import LabelSource, RefreshTarget
+from factorctl.ffn.labels import distances_of_hidden, distances_to_target, nearest
+from factorctl.ffn.layer import FactoredFFN
+from factorctl.ffn.paths import ExpertWeights, hidden_of_all
+from factorctl.ffn.ridge import RidgeMoments
 from factorctl.models.building import decoder_layers
-from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.paths import ExpertWeights, hidden_of_all
-from factorctl.models.ridge import RidgeMoments
-from factorctl.models.teacher_labels import distances_of_hidden, distances_to_target, nearest
 from factorctl.training.losses import agreement, balance_loss, expert_counts, mse_loss, par_loss, wide, z_loss
 from factorctl.training.optimizers import has_learning_gate
 from factorctl.training.presets import LossWeights

@@ -26,9 +26,9 @@ from reporting import header, report_path, write_report
 
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.cli.render import progress_listener
-from factorctl.config import EvalConfig, FactorizeConfig, factor_shape
-from factorctl.pipeline.evaluate import evaluate
-from factorctl.pipeline.factorize import factorize
+from factorctl.config.common import EvalConfig, FactorizeConfig, factor_shape
+from factorctl.pipeline.evaluate.run import evaluate
+from factorctl.pipeline.factorize.run import factorize
 
 DEMO_NEURONS = 1536
 BARE: dict[str, Any] = {"num_experts": 4, "top_k": 2}

@@ -25,12 +25,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import factorctl
-from factorctl.config import ExportConfig, ExportTarget
-from factorctl.exporting.llama_cpp import ask_llama_cpp
-from factorctl.exporting.native_reference import plain
-from factorctl.exporting.stock_process import greedy
-from factorctl.exporting.stock_reload import StockJob, ask_stock
-from factorctl.pipeline.export import ExportResult, export
+from factorctl.config.common import ExportConfig, ExportTarget
+from factorctl.exporting.check.llama_cpp import ask_llama_cpp
+from factorctl.exporting.check.native import plain
+from factorctl.exporting.check.stock import StockJob, ask_stock
+from factorctl.exporting.check.stock_process import greedy
+from factorctl.pipeline.export.run import ExportResult, export
 from factorctl.progress import SilentProgress
 
 REPORTS = Path(__file__).parents[2] / "docs" / "benchmarks"

@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from factorctl.config import FactorShape
-from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.profiling.hardware import look_at_hardware
-from factorctl.profiling.sampling_statistics import Interval, ratio_of_medians
+from factorctl.config.common import FactorShape
+from factorctl.ffn.layer import FactoredFFN
 from factorctl.profiling.variants import StockFFN, dense_as_wide_as, with_all_experts
+from factorctl.reporting.hardware import look_at_hardware
+from factorctl.reporting.sampling_statistics import Interval, ratio_of_medians
 
 SIZES = {"SmolLM2-135M": (576, 1536), "TinyLlama-1.1B": (2048, 5632)}
 SPLITS = ((4, 1), (4, 2), (8, 2), (64, 8))

@@ -19,13 +19,13 @@ from bench_model_latency import numbers
 from transformers import PreTrainedModel
 
 from factorctl.checkpoint.manifest import is_artefact
-from factorctl.config import EvalConfig, FinetuneConfig
+from factorctl.config.common import EvalConfig, FinetuneConfig
 from factorctl.evaluation import perplexity
 from factorctl.models.loading import load, open_checkpoint
-from factorctl.pipeline.devices import torch_device
-from factorctl.pipeline.evaluate_texts import read_text
-from factorctl.pipeline.finetune import rehearse
-from factorctl.pipeline.tokenizers import load_tokenizer
+from factorctl.pipeline.common.devices import torch_device
+from factorctl.pipeline.common.tokenizers import load_tokenizer
+from factorctl.pipeline.evaluate.texts import read_text
+from factorctl.pipeline.finetune.run import rehearse
 from factorctl.progress import SilentProgress
 from factorctl.training.batches import MICRO_TOKENS
 

@@ -4,7 +4,7 @@
     python tests/benchmarks/bench_gpu_latency.py model --out model.md
 
 `ffn` says from how many tokens on which path is fastest, which is what the constants of `slot` and `grouped`
-in factorctl/models/path_choice.py stand for. One graph runs over more layers than the L2 cache holds. `compiled` rows
+in factorctl/ffn/choice.py stand for. One graph runs over more layers than the L2 cache holds. `compiled` rows
 are torch.compile's kernels in such a graph, the others eager ones. `model` is TinyLlama's shape with random weights:
 prefill as it runs, a decoding step as a graph over a static cache. On a CPU both only show that they run.
 """
@@ -24,8 +24,8 @@ from bench_model_latency import INNER, VOCABULARY, WIDTH, numbers, tinyllama
 from torch import nn
 from transformers import PreTrainedModel, StaticCache
 
-from factorctl.config import FactorShape
-from factorctl.models.factored_ffn import FactoredFFN
+from factorctl.config.common import FactorShape
+from factorctl.ffn.layer import FactoredFFN
 from factorctl.profiling.variants import StockFFN, dense_as_wide_as, make_variants, with_all_experts
 
 SPLITS = ((4, 1), (4, 2), (8, 2), (64, 8))

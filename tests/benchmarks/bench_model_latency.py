@@ -17,17 +17,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from factorctl.config import FactorShape
+from factorctl.config.common import FactorShape
+from factorctl.ffn.few_token_linear import use_few_token_linears
+from factorctl.ffn.layer import FactoredFFN
 from factorctl.models.building import decoder_layers, factored_ffns
-from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.few_token_linear import use_few_token_linears
 from factorctl.profiling.flops import count_flops, expected_experts_hit, reduction
-from factorctl.profiling.hardware import look_at_hardware
 from factorctl.profiling.latency import Effort, Regime, measure_regime
 from factorctl.profiling.roofline import Machine, ceiling, measure_machine
-from factorctl.profiling.sampling_statistics import ratio_of_medians, spread
 from factorctl.profiling.sizes import ModelSizes
 from factorctl.profiling.variants import make_variants
+from factorctl.reporting.hardware import look_at_hardware
+from factorctl.reporting.sampling_statistics import ratio_of_medians, spread
 
 WIDTH, INNER, VOCABULARY = 2048, 5632, 32000
 

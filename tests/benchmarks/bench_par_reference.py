@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 from factorctl.cli.render import progress_listener
-from factorctl.config import FinetuneConfig
-from factorctl.pipeline.finetune_model import build_distiller, training_blocks
-from factorctl.pipeline.finetune_plan import plan_finetune
-from factorctl.token_counts import parse_token_count
+from factorctl.config.common import FinetuneConfig
+from factorctl.pipeline.finetune.model import build_distiller, training_blocks
+from factorctl.pipeline.finetune.plan import plan_finetune
+from factorctl.quantities import parse_token_count
 from factorctl.training.batches import Batches
 from factorctl.training.distiller import Distiller
 from factorctl.training.losses import agreement, par_loss

@@ -25,11 +25,11 @@ from routing_cells import Cell, Site, read_plan
 from routing_crew import Crew, Job, Results, read_results
 from routing_report import report_text
 
-from factorctl.cache import cache_directory
-from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.checkpoint.sources import resolve
-from factorctl.checkpoint.strict_json import read_json_object
+from factorctl.files.cache import cache_directory
+from factorctl.files.hashing import hash_value
+from factorctl.files.strict_json import read_json_object
 from factorctl.progress import SilentProgress
 
 PLANS = Path(__file__).with_name("plans")

@@ -26,9 +26,9 @@ from reporting import header, report_path, write_report
 
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.cli.render import progress_listener
-from factorctl.config import FactorizeConfig, FinetuneConfig, PresetName, factor_shape
-from factorctl.pipeline.factorize import factorize
-from factorctl.pipeline.finetune import finetune
+from factorctl.config.common import FactorizeConfig, FinetuneConfig, PresetName, factor_shape
+from factorctl.pipeline.factorize.run import factorize
+from factorctl.pipeline.finetune.run import finetune
 
 TABLE_TOKENS, TRIAL_TOKENS = 61_440, 16_384
 

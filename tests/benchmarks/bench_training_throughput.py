@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from reporting import header, report_path, write_report
 
-from factorctl.config import FinetuneConfig, factor_shape
+from factorctl.config.common import FinetuneConfig, factor_shape
+from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.building import empty_factored_model
-from factorctl.models.factored_spec import FactoredSpec
 from factorctl.models.families import dense_model
 from factorctl.training.distiller import Distiller
 from factorctl.training.optimizers import choose_trained, make_optimizers

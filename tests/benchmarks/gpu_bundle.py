@@ -23,10 +23,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from factorctl.cache import cache_directory
 from factorctl.checkpoint.aliases import ALIASES, DEMO
-from factorctl.checkpoint.hashing import hash_file
 from factorctl.checkpoint.wheel_source import WheelRequirement, extract_checkpoint
+from factorctl.files.cache import cache_directory
+from factorctl.files.hashing import hash_file
 from factorctl.progress import SilentProgress
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers import make_documents, make_source  # noqa: E402  # tests/ has to be on the path first
-from tasks_support import make_task_data  # noqa: E402
+from support.tasks import make_task_data  # noqa: E402
+from support.tiny import make_documents, make_source  # noqa: E402  # tests/ has to be on the path first
 
 NEURONS = 1536
 """The demo's, so that every split of the real run is a split here."""

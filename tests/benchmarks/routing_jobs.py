@@ -23,15 +23,15 @@ from routing_cells import REPLY, Cell, Site
 from torch import nn
 
 from factorctl.checkpoint.manifest import is_artefact
-from factorctl.config import EvalConfig, FactorizeConfig, FinetuneConfig
+from factorctl.config.common import EvalConfig, FactorizeConfig, FinetuneConfig
 from factorctl.evaluation.perplexity import TextDocument, TextScore, score_text
 from factorctl.models.loading import load, load_dense
-from factorctl.pipeline import finetune as finetune_verb
-from factorctl.pipeline.devices import torch_device
-from factorctl.pipeline.evaluate import evaluate
-from factorctl.pipeline.evaluate_texts import read_text
-from factorctl.pipeline.factorize import factorize
-from factorctl.pipeline.tokenizers import load_tokenizer
+from factorctl.pipeline.common.devices import torch_device
+from factorctl.pipeline.common.tokenizers import load_tokenizer
+from factorctl.pipeline.evaluate.run import evaluate
+from factorctl.pipeline.evaluate.texts import read_text
+from factorctl.pipeline.factorize.run import factorize
+from factorctl.pipeline.finetune import run as finetune_verb
 from factorctl.progress import SilentProgress
 from factorctl.training.loop import TrainingLoop
 from factorctl.training.state import Progressed

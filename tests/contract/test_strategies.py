@@ -33,7 +33,7 @@ from factorctl.contracts import (
     chooses_shared,
     validate,
 )
-from factorctl.models.strategies import available, contract_faults, get_strategy
+from factorctl.partitions import available, contract_faults, get_strategy
 
 NAMES = [row.name for row in available()]
 """Broken ones too: they fail `test_it_loads` with their fault."""

@@ -67,14 +67,14 @@ def environment(engine: Engine, directory: Path) -> Path:
 def prompt_ids(export: Path, texts: list[str] | None) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    from factorctl.exporting.verification_text import PASSAGES
+    from factorctl.exporting.check.text import PASSAGES
 
     tokenizer = AutoTokenizer.from_pretrained(export)
     return [tokenizer(text)["input_ids"] for text in texts or [" ".join(text.split()[:24]) for text in PASSAGES[:3]]]
 
 
 def stock_continuations(export: Path, prompts: list[list[int]]) -> list[list[int]]:
-    from factorctl.exporting.stock_reload import StockJob, ask_stock
+    from factorctl.exporting.check.stock import StockJob, ask_stock
 
     (answer,) = ask_stock([StockJob(export, "float32", prompts[:1], prompts=prompts, new_tokens=NEW_TOKENS)])
     return answer.continuations

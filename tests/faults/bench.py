@@ -13,18 +13,18 @@ from pathlib import Path
 from unittest import mock
 
 from comparing import LOCK_NAME, comparable, units
-from eval_support import write_tasks
-from export_support import make_gguf_source
-from helpers import directory_bytes, factorize_quietly, make_text, weights_only
-from helpers_cli import Outcome, cli
 from injection import Action, Fate, fate_of
 from standins import OUT, without_engines
+from support.command_line import Outcome, cli
+from support.evaluating import write_tasks
+from support.exporting import make_gguf_source
+from support.tiny import directory_bytes, factorize_quietly, make_text, weights_only
 from verbs import RECIPE, ROWS, Row
 
-from factorctl.checkpoint.hashing import hash_value
 from factorctl.checkpoint.manifest import MANIFEST_NAME, check_files, read_manifest
-from factorctl.checkpoint.strict_json import read_sealed
-from factorctl.models.tuned_paths import forget
+from factorctl.ffn.tuned import forget
+from factorctl.files.hashing import hash_value
+from factorctl.files.strict_json import read_sealed
 
 
 class Bench:

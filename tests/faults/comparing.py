@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from factorctl.checkpoint.manifest import MANIFEST_NAME
-from factorctl.checkpoint.strict_json import SEAL, dump_json
+from factorctl.files.strict_json import SEAL, dump_json
 
 LOCK_NAME = "recipe.lock.json"
 REPORTS = {"results.json", "eval.md", "profile.json", "report.html", "metrics.jsonl", LOCK_NAME}

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers_cli import Outcome
+from support.command_line import Outcome
 
-from factorctl.checkpoint import publishing
+from factorctl.files import publishing
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 """Flags of an open that may change the file."""

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from faults.tally import Tally
-from helpers import directory_bytes
 from hostile import cases
+from support.tiny import directory_bytes
 from survey import survey
 
-from factorctl.checkpoint.hashing import hash_bytes
 from factorctl.checkpoint.manifest import MANIFEST_NAME
+from factorctl.files.hashing import hash_bytes
 
 Read = Callable[[bytes], object]
 

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from factorctl.checkpoint.publishing import write_file
-from factorctl.exporting import gguf_proof, gguf_writer
+from factorctl.exporting.check import gguf_proof
+from factorctl.exporting.gguf import writer as gguf_writer
 from factorctl.exporting.jobs import Verified
-from factorctl.exporting.safetensors_writer import SafetensorsWriter
-from factorctl.pipeline import demo as demo_pipeline
-from factorctl.pipeline import evaluate as evaluate_pipeline
-from factorctl.pipeline import finetune as finetune_pipeline
-from factorctl.pipeline import profile as profile_pipeline
-from factorctl.pipeline.run_recipe import RunResult, StageOutcome
+from factorctl.exporting.stock.writer import SafetensorsWriter
+from factorctl.files.publishing import write_file
+from factorctl.pipeline.evaluate import run as evaluate_pipeline
+from factorctl.pipeline.finetune import run as finetune_pipeline
+from factorctl.pipeline.profile import run as profile_pipeline
+from factorctl.pipeline.recipe import demo as demo_pipeline
+from factorctl.pipeline.recipe.run import RunResult, StageOutcome
 from factorctl.profiling.attribution import FfnCost
 from factorctl.profiling.latency import Samples
 from factorctl.profiling.roofline import Machine

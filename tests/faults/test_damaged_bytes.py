@@ -11,15 +11,15 @@ import pytest
 from bench import Bench
 from comparing import LOCK_NAME
 from faults.tally import Tally
-from helpers import directory_bytes
-from helpers_cli import cli
 from standins import without_engines
+from support.command_line import cli
+from support.tiny import directory_bytes
 from verbs import HERE, ROWS
 
 import factorctl
-from factorctl.checkpoint.hashing import hash_bytes
 from factorctl.checkpoint.manifest import MANIFEST_NAME
 from factorctl.errors import ExitCode, FactorctlError, IntegrityError
+from factorctl.files.hashing import hash_bytes
 
 Damage = Callable[[bytes], bytes | None]
 """From the right content to a damaged one; None where the file is gone."""

@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 from conftest import DenseSource
-from helpers import calibrated, directory_bytes, factorize_quietly, leftovers, weights_only
-from helpers_cli import Outcome, cli, cli_process, finished
 from injection import die_at, fate_of, forked
+from support.command_line import Outcome, cli, cli_process, finished
+from support.tiny import calibrated, directory_bytes, factorize_quietly, leftovers, weights_only
 
-from factorctl.checkpoint.publishing import sole_writer
-from factorctl.config import FactorizeConfig
+from factorctl.config.common import FactorizeConfig
 from factorctl.errors import ExitCode
-from factorctl.pipeline.factorize import factorize
-from factorctl.pipeline.layer_factoring import LayerFactory
+from factorctl.files.publishing import sole_writer
+from factorctl.pipeline.factorize.layers import LayerFactory
+from factorctl.pipeline.factorize.run import factorize
 from factorctl.progress import SilentProgress
 
 

@@ -21,19 +21,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import DenseSource
-from helpers import LETTERS, directory_bytes, factorize_quietly, leftovers, weights_only
+from support.tiny import LETTERS, directory_bytes, factorize_quietly, leftovers, weights_only
 
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config import FinetuneConfig
+from factorctl.config.common import FinetuneConfig
 from factorctl.errors import FactorctlError, IntegrityError, ResourceError, UsageError
-from factorctl.pipeline import finetune as pipeline
+from factorctl.pipeline.finetune import run as pipeline
 from factorctl.progress import SilentProgress
 from factorctl.training import optimizers, state
 from factorctl.training.distiller import Distiller
 
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["factorctl.pipeline.finetune"])
+SPAWN.set_forkserver_preload(["factorctl.pipeline.finetune.run"])
 STEPS = 6
 
 

@@ -14,27 +14,27 @@ from types import SimpleNamespace
 import pytest
 from bench import Bench
 from faults.tally import Tally
-from helpers import weights_only
-from helpers_cli import cli
 from hostile import PATHS, Case, cases
 from sandbox import Sandbox, try_cases
 from standins import without_engines
+from support.command_line import cli
+from support.tiny import weights_only
 from survey import survey
 
 import factorctl
 from factorctl.checkpoint.builder import building, journal_path
 from factorctl.checkpoint.manifest import MANIFEST_NAME, check_files, read_manifest
-from factorctl.checkpoint.publishing import partial_path
 from factorctl.checkpoint.reader import INDEX_NAME, CheckpointReader
 from factorctl.errors import FactorctlError, IntegrityError
-from factorctl.exporting.gguf_tokenizer import read_tokenizer
+from factorctl.exporting.gguf.tokenizer import read_tokenizer
 from factorctl.exporting.reports import report_tables
+from factorctl.files.publishing import partial_path
 from factorctl.models.families import read_dense_model
 from factorctl.models.loading import open_checkpoint
-from factorctl.pipeline.factorize import plan_factorize
-from factorctl.pipeline.finetune_model import load_tokenizer
-from factorctl.pipeline.inspect import inspect_checkpoint
-from factorctl.pipeline.model_card import native_card
+from factorctl.pipeline.common.model_card import native_card
+from factorctl.pipeline.factorize.run import plan_factorize
+from factorctl.pipeline.finetune.model import load_tokenizer
+from factorctl.pipeline.inspect.inspect import inspect_checkpoint
 from factorctl.progress import SilentProgress
 from factorctl.training.state import read_record
 
@@ -247,7 +247,7 @@ def test_training_states(native: Sandbox, tally: Tally) -> None:
         path.write_bytes(content)
         read_record(native.inside)
 
-    from factorctl.checkpoint.strict_json import dump_sealed
+    from factorctl.files.strict_json import dump_sealed
 
     try_cases(read, dump_sealed(record), 300, native, tally, "state.json")
 

@@ -12,17 +12,17 @@ import pytest
 from bench import Bench
 from comparing import LOCK_NAME
 from faults.tally import Tally
-from helpers_cli import cli
 from sandbox import Sandbox, try_cases
+from support.command_line import cli
 
-from factorctl.checkpoint.strict_json import SEAL, dump_sealed, parse_json_object
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.evaluation.tasks import read_samples
-from factorctl.models import tuned_paths
-from factorctl.models.tuned_paths import write_tuned
-from factorctl.pipeline.evaluate_store import Part, PartStore
-from factorctl.pipeline.recipe import parse_recipe
-from factorctl.pipeline.run_recipe import _Lock
+from factorctl.ffn import tuned as tuned_paths
+from factorctl.ffn.tuned import write_tuned
+from factorctl.files.strict_json import SEAL, dump_sealed, parse_json_object
+from factorctl.pipeline.evaluate.parts import Part, PartStore
+from factorctl.pipeline.recipe.read import parse_recipe
+from factorctl.pipeline.recipe.run import _Lock
 from factorctl.progress import SilentProgress
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from bench import Bench
 from faults.tally import Tally
-from helpers import leftovers
-from helpers_cli import cli
 from injection import Tear
 from standins import OUT
+from support.command_line import cli
+from support.tiny import leftovers
 from verbs import HERE, each_row
 
 from factorctl.checkpoint.manifest import MANIFEST_NAME, is_artefact, read_manifest
 from factorctl.errors import ExitCode, UsageError
-from factorctl.pipeline.workspace import newest_checkpoint
+from factorctl.pipeline.common.workspace import newest_checkpoint
 
 YEAR = 365 * 24 * 3600
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 from bench import Bench
 from faults.tally import Tally
-from helpers import directory_bytes, leftovers
-from helpers_cli import Outcome, cli
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
 from injection import die_at
 from safetensors.torch import load, load_file, save, save_file
 from sandbox import Sandbox
 from standins import without_engines
+from support.command_line import Outcome, cli
+from support.tiny import directory_bytes, leftovers
 from verbs import ROWS, each_row
 
 from factorctl.checkpoint import hub_source
@@ -32,8 +32,8 @@ from factorctl.checkpoint.manifest import MANIFEST_NAME
 from factorctl.checkpoint.reader import INDEX_NAME, CheckpointReader
 from factorctl.contracts import PARTITION_ENTRY_POINTS
 from factorctl.errors import ExitCode
-from factorctl.exporting import stock_proof
-from factorctl.exporting.stock_reload import StockAnswer
+from factorctl.exporting.check import stock_proof
+from factorctl.exporting.check.stock import StockAnswer
 from factorctl.training import load_watch
 
 READS = ("verify", "inspect", "finetune", "export", "profile", "eval")

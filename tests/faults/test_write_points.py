@@ -8,9 +8,9 @@ from pathlib import Path
 
 from bench import Bench
 from faults.tally import Tally
-from helpers import leftovers
 from injection import die_at, refused_at
 from sampling import tried
+from support.tiny import leftovers
 from verbs import HERE, ROWS, each_row
 
 TAKES_SPACE = ("open", "write", "fsync", "mkdir", "rename")

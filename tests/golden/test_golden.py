@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import some_ids
+from support.tiny import some_ids
 
 import factorctl
 from factorctl.checkpoint.manifest import read_manifest
@@ -21,7 +21,7 @@ CHECKPOINT = HERE / "schema-1"
 
 
 def test_it_is_still_read_and_whole() -> None:
-    from factorctl.pipeline.inspect import inspect_checkpoint, verify_checkpoint
+    from factorctl.pipeline.inspect.inspect import inspect_checkpoint, verify_checkpoint
 
     manifest = read_manifest(CHECKPOINT)
     assert (manifest.kind, manifest.stage) == ("native", "factorize")

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import directory_bytes, spy_on_routers
+from support.tiny import directory_bytes, spy_on_routers
 
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config import FinetuneConfig
+from factorctl.config.common import FinetuneConfig
 from factorctl.errors import ResourceError
-from factorctl.pipeline.finetune import FinetuneResult, finetune, rehearse
+from factorctl.pipeline.finetune.run import FinetuneResult, finetune, rehearse
 from factorctl.progress import SilentProgress
 from factorctl.training import optimizers
 from factorctl.training.loop import TrainingLoop

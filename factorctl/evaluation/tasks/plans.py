@@ -13,12 +13,12 @@ from typing import Any
 import lm_eval
 from lm_eval.api.metrics import mean
 
-from factorctl.checkpoint.hashing import hash_value
 from factorctl.errors import UsageError
 from factorctl.evaluation.tasks.definitions import Tasks, local_tasks, mmlu_subjects
 from factorctl.evaluation.tasks.hub_tasks import hub_tasks
 from factorctl.evaluation.tasks.local_files import LocalTaskData, examples_name, read_task_data
 from factorctl.evaluation.tasks.schemas import PAPER_TASKS, SCHEMAS, mmlu_schema
+from factorctl.files.hashing import hash_value
 from factorctl.progress import Progress, SilentProgress
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match")

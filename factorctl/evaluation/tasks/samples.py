@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from factorctl.checkpoint.publishing import write_file
-from factorctl.checkpoint.strict_json import parse_json_object
 from factorctl.errors import FactorctlError, IntegrityError, UsageError
 from factorctl.evaluation.tasks.scores import DocumentAnswer, TaskScores
+from factorctl.files.publishing import write_file
+from factorctl.files.strict_json import parse_json_object
 
 FORMAT = 1
 _NUMBER: tuple[type, ...] = (int, float)

@@ -1,0 +1,1 @@
+"""llama.cpp's file as a dense source: its header, names, weights and vocabulary."""

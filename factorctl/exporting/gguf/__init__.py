@@ -1,0 +1,1 @@
+"""llama.cpp's file: tensors, tokenizer, and the writing of it."""

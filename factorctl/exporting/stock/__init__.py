@@ -1,0 +1,1 @@
+"""transformers' own mixtures of experts: architecture, config, tensors and files."""

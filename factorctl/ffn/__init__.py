@@ -1,0 +1,1 @@
+"""The factored FFN: its layer, its routing, its execution paths, and the teacher's labels for it."""

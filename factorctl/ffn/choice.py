@@ -1,0 +1,273 @@
+"""Which execution path a factored FFN takes: decided by sizes, dtype and device, never by what the router chose.
+
+A choice is a ladder of steps: "up to this many tokens, this path". `shipped_steps` is the rule of thumb that comes
+with factorctl; `factorctl profile --tune` times the paths on this machine and caches ladders of its own, one per
+device, dtype and shape: `ffn.tuned`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from factorctl.config.common import FactorShape
+from factorctl.ffn import tuned as tuned_paths
+from factorctl.ffn.paths import CALL_COST_BYTES, PathName, Steps, can_group
+from factorctl.processor import multiplies_tiles, processor_name
+
+SLOT_READS = 5.0
+"""What a chosen expert's weights cost in `slot`, which copies them, in readings by `masked`; eager, on an H100 in bf16.
+From TinyLlama's layer less its dense one, where the factor is 4.5 to 6. Compiled, which copies nothing, is untimed."""
+SLOT_SAVED_BYTES = 8e6
+"""What fewer launches save `slot` for one token with one expert, as bytes read in that time: 3.7 us on an H100."""
+GROUPED_COST_FLOPS = 250e9
+"""On a GPU, the arithmetic of a layer that `grouped` must save to pay for its sort, gathers and launches. A bound: it
+was never seen to pay. Up to 16 GFLOP `masked` was ahead (SmolLM2's layer, 4096 tokens). At 212 (TinyLlama's, 1R4E1K)
+`grouped` took 0.5 ms more than dense, over which `masked`, not timed there, should take less. Beyond is untimed."""
+LEARNING_GROUPED_FROM_TOKENS = 449
+"""The same under autograd, untimed: there `grouped` also keeps K/N of the activations, on which `finetune` counts."""
+SKIP_UP_TO_HIT = 0.9
+"""Expected share of the experts that some token chose, up to which `skip` leaves enough unread."""
+RANGE_COST = {8: 1.75, 4: 1.75, 2: 3.8}
+"""What a range of experts in `skip` costs, in calls of `single`, by bytes per weight. In 16 bits oneDNN looks up, or
+makes, a primitive for each width of a range."""
+LOOP_COST_FLOPS, LOOP_COST_FLOPS_16BIT = 13.5e6, 100e6
+"""What `loop` pays per expert on a CPU (calls, gather), as arithmetic done in that time."""
+LOOP_SLOWDOWN, LOOP_FULL_ROWS = 1.6, 64
+"""How much longer GEMMs of few rows take for the same arithmetic, and the rows per expert from which they do not."""
+FLOPS_PER_BYTE = 4.2
+"""Arithmetic done in the time that a byte of weights takes from memory, on two cores of a Zen 5 server."""
+MIN_SAVED_TOKENS_16BIT = 6
+"""bf16 GEMMs read weights, rather than compute, up to about as many tokens: nothing to save below."""
+MAX_SKIP_TOKENS = 1024
+KERNEL_ROWS, KERNEL_ROWS_OF_ALL = {4: 2048, 2: 1024}, {4: 8192, 2: 512}
+"""Tokens per expert up to which the compiled kernel was seen ahead of `loop`, and tokens up to which it was ahead of
+one dense product, by bytes per weight: of MKL's in 32 bits (no more were measured), of oneDNN's in 16."""
+KERNEL_ROWS_BESIDE_AMX = 16
+"""The same in 16 bits on a processor that multiplies tiles of bfloat16, which the kernel does not (an estimate)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Everything that a choice may depend on."""
+
+    device: str
+    """As `device_name` gives it."""
+    dtype: torch.dtype
+    hidden_size: int
+    shape: FactorShape
+    cuda: bool = False
+    can_group: bool = False
+    """Whether `grouped` runs at speed here: bf16, an SM80 GPU or later, aligned sizes."""
+    kernel: bool = False
+    """Whether the compiled CPU kernel serves here: without gradient, with an activation and a dtype that it knows."""
+    learns: bool = False
+    """Whether a backward pass will follow. Tuned ladders, timed without one, serve either way."""
+
+    @property
+    def key(self) -> str:
+        """The name of this site in the cache file."""
+        shape = self.shape
+        sizes = f"D{self.hidden_size} N{shape.num_experts} H{shape.expert_size} S{shape.shared_size} K{shape.top_k}"
+        runtime = " | kernel" if self.kernel else ""
+        return f"{self.device} | {str(self.dtype).removeprefix('torch.')} | {sizes}{runtime}"
+
+
+@functools.lru_cache(maxsize=8)
+def device_name(device: torch.device, threads: int) -> str:
+    """The GPU's name, or the processor's with its number of threads: what timings depend on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def site_of(
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden_size: int,
+    shape: FactorShape,
+    *,
+    kernel: bool = False,
+    learns: bool = False,
+) -> Site:
+    """Look up the machine's side of a choice; whether the kernel serves and gradients are asked for is the layer's."""
+    cuda = device.type == "cuda"
+    aligned = can_group(dtype, hidden_size, shape.expert_size, shape.shared_size)
+    fast = cuda and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
+    name = device_name(device, torch.get_num_threads())
+    return Site(name, dtype, hidden_size, shape, cuda, fast and aligned, kernel, learns)
+
+
+def path_at(steps: Steps, tokens: int) -> PathName:
+    """The path of the first step that reaches `tokens`."""
+    for limit, path in steps:
+        if limit is None or tokens <= limit:
+            return path
+    raise AssertionError(f"the last step of {steps} must have no limit")
+
+
+def shipped_steps(site: Site) -> Steps:
+    """The ladder that comes with factorctl; docs/profile.md has the measurements behind it."""
+    if site.cuda:
+        return _gpu_steps(site)
+    return _kernel_steps(site) if site.kernel else _cpu_steps(site)
+
+
+def _kernel_steps(site: Site) -> Steps:
+    """The kernel while it is ahead of GEMM libraries, which many rows per expert suit better."""
+    limit = kernel_tokens(site.dtype, share=site.shape.top_k / site.shape.num_experts)
+    return ((limit, "kernel"), *(step for step in _cpu_steps(site) if step[0] is None or step[0] > limit))
+
+
+def kernel_tokens(dtype: torch.dtype, *, share: float | None = None) -> int:
+    """Up to how many tokens the kernel serves where each uses this share of the experts, K/N.
+
+    Args:
+        share: None where every neuron runs for every token.
+    """
+    rows = (KERNEL_ROWS_OF_ALL if share is None else KERNEL_ROWS)[dtype.itemsize]
+    if dtype.itemsize == 2 and multiplies_tiles():
+        rows = min(rows, KERNEL_ROWS_BESIDE_AMX)
+    return int(rows / (share or 1.0))
+
+
+def _gpu_steps(site: Site) -> Steps:
+    """`slot` while copying the chosen experts costs less than reading all, then `masked`, then `grouped` once it saves
+    arithmetic enough.
+    """
+    slotted = _slot_tokens(site)
+    before_grouped = _before_grouped(site) if site.can_group else None
+    steps: Steps = ((slotted, "slot"),) if slotted else ()
+    if before_grouped is None:
+        return (*steps, (None, "masked"))
+    if before_grouped > slotted:
+        steps = (*steps, (before_grouped, "masked"))
+    return (*steps, (None, "grouped"))
+
+
+def _slot_tokens(site: Site) -> int:
+    """Up to how many tokens `slot` pays; 0 where for none."""
+    num_experts, top_k = site.shape.num_experts, site.shape.top_k
+    tokens = math.ceil(num_experts / (SLOT_READS * top_k)) - 1
+    launches_pay = top_k == 1 and (SLOT_READS - num_experts) * _expert_bytes(site) < SLOT_SAVED_BYTES
+    return max(tokens, 1 if launches_pay else 0)
+
+
+def _before_grouped(site: Site) -> int:
+    """The last token count at which `grouped` saves less than it costs."""
+    if site.learns:
+        return LEARNING_GROUPED_FROM_TOKENS - 1
+    return int(GROUPED_COST_FLOPS / ((1 - site.shape.top_k / site.shape.num_experts) * _flops_per_token(site)))
+
+
+def _cpu_steps(site: Site) -> Steps:
+    """`single` for one token, `skip` while whole experts go unread, `masked`, which never costs much more than dense,
+    then `loop`.
+    """
+    before_loop = _before_loop_16bit(site) if site.dtype.itemsize < 4 else _before_loop(site)
+    skipping = next(t for t in range(1, MAX_SKIP_TOKENS) if not _skips(t + 1, site))
+    one: PathName = "single" if _single_pays(site) else "masked"
+    reaches: tuple[tuple[int, PathName], ...] = (
+        (1, one),
+        (min(skipping, before_loop), "skip"),
+        (before_loop, "masked"),
+    )
+    steps, reached = [], 0
+    for reach, path in reaches:
+        if reach > reached:
+            steps.append((reach, path))
+            reached = reach
+    return (*steps, (None, "loop"))
+
+
+def _before_loop(site: Site) -> int:
+    """The last token count at which `loop` saves less than it costs.
+
+    With many tokens it saves arithmetic, T (1 - K/N) tokens' worth where each expert has rows enough; with a few, next
+    to large weights, it saves reading the experts that no token chose.
+    """
+    share = site.shape.top_k / site.shape.num_experts
+    cost_tokens = site.shape.num_experts * LOOP_COST_FLOPS / _flops_per_token(site)
+    enough = max(cost_tokens / (1 - share), LOOP_FULL_ROWS / share)
+    if LOOP_SLOWDOWN * share < 1:
+        enough = min(enough, cost_tokens / (1 - LOOP_SLOWDOWN * share))
+    return next((tokens for tokens in range(int(enough), 1, -1) if not _loop_spares_reading(tokens, site)), 1)
+
+
+def _loop_spares_reading(tokens: int, site: Site) -> bool:
+    num_experts, hit = site.shape.num_experts, _hit_share(tokens, site)
+    spared = (1 - hit) * num_experts * _expert_bytes(site)
+    return spared * FLOPS_PER_BYTE > hit * num_experts * LOOP_COST_FLOPS
+
+
+def _before_loop_16bit(site: Site) -> int:
+    cost = site.shape.num_experts * LOOP_COST_FLOPS_16BIT
+    saved_tokens = cost / _flops_per_token(site) + MIN_SAVED_TOKENS_16BIT
+    return max(1, int(saved_tokens / (1 - site.shape.top_k / site.shape.num_experts)))
+
+
+def _flops_per_token(site: Site) -> int:
+    """Of all routed experts."""
+    return 6 * site.hidden_size * site.shape.num_experts * site.shape.expert_size
+
+
+def _hit_share(tokens: int, site: Site) -> float:
+    """Expected share of the experts that some of `tokens` tokens chooses, if they choose at random."""
+    return 1.0 - (1 - site.shape.top_k / site.shape.num_experts) ** tokens
+
+
+def _expert_bytes(site: Site) -> int:
+    return 3 * site.shape.expert_size * site.hidden_size * site.dtype.itemsize
+
+
+def _single_pays(site: Site) -> bool:
+    """Whether reading K experts alone saves more than K experts' calls cost."""
+    unread = (site.shape.num_experts - site.shape.top_k) * _expert_bytes(site)
+    return unread > site.shape.top_k * CALL_COST_BYTES[site.dtype.itemsize]
+
+
+def _skips(tokens: int, site: Site) -> bool:
+    """Whether `tokens` tokens, choosing at random, leave enough experts unread for the calls that this takes."""
+    num_experts = site.shape.num_experts
+    hit = _hit_share(tokens, site)
+    ranges = num_experts * hit * (1 - hit)
+    unread, size = num_experts * (1 - hit) * _expert_bytes(site), site.dtype.itemsize
+    return hit <= SKIP_UP_TO_HIT and unread > RANGE_COST[size] * ranges * CALL_COST_BYTES[size]
+
+
+@functools.lru_cache(maxsize=512)
+def _steps(
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden_size: int,
+    shape: FactorShape,
+    threads: int,
+    kernel: bool,
+    learns: bool,
+    generation: int,
+) -> Steps:
+    """As `steps_for`; `threads` and `generation` are there to be looked up anew when they change."""
+    site = site_of(device, dtype, hidden_size, shape, kernel=kernel, learns=learns)
+    return tuned_paths.ladders(tuned_paths.cache_file()).get(site.key) or shipped_steps(site)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def steps_for(
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden_size: int,
+    sizes: Sequence[int],
+    kernel: bool = False,
+    learns: bool = False,
+) -> Steps:
+    """The tuned ladder of this site if there is one, else the shipped one. A constant to torch.compile.
+
+    Args:
+        sizes: the fields of a FactorShape, one by one: torch.compile in torch 2.11 takes no dataclass here.
+    """
+    shape, threads = FactorShape(*sizes), torch.get_num_threads()
+    return _steps(device, dtype, hidden_size, shape, threads, kernel, learns, tuned_paths.generation())

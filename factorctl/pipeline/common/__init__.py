@@ -1,0 +1,1 @@
+"""What several verbs need: devices, places, tokenizers, sources and calibration text."""

@@ -1,0 +1,289 @@
+"""What `eval` decides before it loads a weight: models, texts, tasks, controls, memory, and the parts of the work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from factorctl import __version__
+from factorctl.checkpoint.manifest import is_artefact
+from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.config.common import EvalConfig
+from factorctl.data.hub import pin_revisions
+from factorctl.data.identity import identify_sources, tokenizer_fingerprint
+from factorctl.data.spec import parse_data_spec
+from factorctl.errors import UsageError
+from factorctl.evaluation.chunked_head import CHUNK_POSITIONS
+from factorctl.evaluation.fidelity import LayerFidelity
+from factorctl.evaluation.perplexity import BATCH_TOKENS, DocumentLoss, check_windowing
+from factorctl.files.publishing import refuse_impossible_name
+from factorctl.memory import PROCESS_BYTES, free_memory, require_memory
+from factorctl.models.families import read_dense_model
+from factorctl.pipeline.common.devices import compute_dtype, torch_device
+from factorctl.pipeline.common.provenance import library_versions
+from factorctl.pipeline.common.recorded_source import holds_dense_values
+from factorctl.pipeline.common.time_estimate import gemm_rate
+from factorctl.pipeline.common.workspace import output_path
+from factorctl.pipeline.evaluate.controls import CONTROLS, calibration_text, chosen_controls
+from factorctl.pipeline.evaluate.parts import Part
+from factorctl.pipeline.evaluate.subjects import (
+    EvalModel,
+    find_checkpoint,
+    find_reference,
+    is_source_of,
+    shared_tokenizer,
+)
+from factorctl.pipeline.evaluate.texts import EvalText, read_text, text_names
+from factorctl.progress import Progress
+
+if TYPE_CHECKING:
+    from factorctl.evaluation.tasks import TaskPlan
+
+LM_EVAL_BYTES = 200_000_000
+"""What lm-eval and its imports add to the resident size of the process."""
+DOCUMENT_TOKENS = 250
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """Everything that is decided before the first weight is read."""
+
+    config: EvalConfig
+    model: EvalModel
+    reference: EvalModel
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    device: torch.device
+    texts: list[EvalText]
+    tasks: list[TaskPlan]
+    controls: list[str]
+    fidelity: bool
+    window: int
+    stride: int
+    out: Path
+    memory_bytes: int
+    calibration: list[dict[str, Any]] | None
+    """What the controls' calibration text is made of; None where none is read."""
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def subjects(self) -> list[str]:
+        """The models in the order in which they are measured, one in memory at a time."""
+        return ["dense", "model", *self.controls]
+
+    def parts(self, subject: str) -> list[Part]:
+        """The measurements of one of them."""
+        common = self._identity_of(subject)
+        parts = [Part(subject, "perplexity", text.name, common | self._text_identity(text)) for text in self.texts]
+        for task in self.tasks:
+            parts.append(Part(subject, "task", task.name, {**common, "task": self._task_identity(task)}))
+        if subject == "model" and self.fidelity:
+            text = self.texts[0]
+            identity = common | self._text_identity(text) | {"reference": self.reference.sha256}
+            identity |= {"holds": _field_names(LayerFidelity)}
+            parts.append(Part(subject, "fidelity", text.name, identity))
+        return parts
+
+    def _identity_of(self, subject: str) -> dict[str, Any]:
+        """All that decides what the model computes."""
+        common: dict[str, Any] = {
+            "subject": subject,
+            "weights": self.reference.sha256 if subject == "dense" else self.model.sha256,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "libraries": library_versions(),
+            "tool_version": __version__,
+        }
+        if subject in CONTROLS:
+            common |= {"reference": self.reference.sha256, "seed": self.config.seed}
+            if (version := CONTROLS[subject].version) > 1:
+                common["version"] = version
+            if CONTROLS[subject].calibrates:
+                common |= {"calibration": self.calibration, "calibration_tokens": self.config.calibration_tokens}
+        return common
+
+    def _text_identity(self, text: EvalText) -> dict[str, Any]:
+        holds = _field_names(DocumentLoss)
+        return {"text": dict(text.identity), "window": self.window, "stride": self.stride, "holds": holds}
+
+    def _task_identity(self, task: TaskPlan) -> dict[str, Any]:
+        config = self.config
+        return {
+            "fingerprint": task.fingerprint,
+            "limit": config.limit,
+            "few_shot": task.few_shot(config.few_shot),
+            "seed": config.seed,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+        }
+
+
+def _field_names(kind: type) -> list[str]:
+    """What a part of this kind holds: parts that another version wrote hold other figures."""
+    return [item.name for item in fields(kind)]
+
+
+def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:
+    """Resolve and check all that can be checked without reading weights.
+
+    Raises:
+        UsageError: an option does not fit, or there is nothing to evaluate.
+        IntegrityError: the checkpoint is damaged.
+        ResourceError: memory or device do not suffice.
+    """
+    if not config.data and not config.tasks:
+        raise UsageError(
+            "there is nothing to evaluate on", "give text for perplexity (--data DATA), tasks (--tasks paper), or both"
+        )
+    remarks: list[str] = []
+    device = torch_device(config.device)
+    model = find_checkpoint(config, progress)
+    reference = find_reference(config, model, progress)
+    tokenizer = shared_tokenizer(model, reference)
+    out = evaluation_directory(config, model)
+    window, stride = windowing(config, model, reference)
+    controls = _controls(config, model, reference, remarks)
+    plan = EvalPlan(
+        config=config,
+        model=model,
+        reference=reference,
+        tokenizer=tokenizer,
+        dtype=compute_dtype(config.dtype, model.path, device, remarks),
+        device=device,
+        texts=[read_text(name, given, config, tokenizer, progress) for name, given in text_names(config.data).items()],
+        tasks=_tasks(config, remarks, progress),
+        controls=controls,
+        fidelity=_can_measure_fidelity(config, model, reference, remarks),
+        window=window,
+        stride=stride,
+        out=out,
+        memory_bytes=0,
+        calibration=_calibration(config, model, controls, progress),
+        remarks=remarks,
+    )
+    plan = replace(plan, memory_bytes=expected_memory(plan))
+    hint = "choose --dtype bfloat16, leave out --controls, or use a machine with more memory"
+    require_memory(plan.memory_bytes, free_memory(device), hint=hint)
+    return plan
+
+
+def evaluation_directory(config: EvalConfig, model: EvalModel) -> Path:
+    """Where the report, the answers and the finished parts go.
+
+    Raises:
+        UsageError: a file or a checkpoint is there, or the name is too long.
+    """
+    out = output_path(config.out, config.workspace, str(model.path.resolve()), "eval")
+    refuse_impossible_name(out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, not a directory", "choose another --out")
+    if is_artefact(out):
+        raise UsageError(f"{out} is a checkpoint: reports do not go into one", "choose another --out")
+    return out
+
+
+def windowing(config: EvalConfig, model: EvalModel, reference: EvalModel) -> tuple[int, int]:
+    """(window, stride): the window no longer than the default or the models' context allows."""
+    contexts = [one.context for one in (model, reference) if one.context is not None]
+    context = min(contexts, default=None)
+    window = config.window
+    if context is not None and window == EvalConfig.window:
+        window = min(window, context)
+    stride = max(1, window // 2) if config.stride is None else config.stride
+    check_windowing(window, stride, context)
+    return window, stride
+
+
+def _tasks(config: EvalConfig, remarks: list[str], progress: Progress) -> list[TaskPlan]:
+    if not config.tasks:
+        return []
+    from factorctl.evaluation.tasks import resolve_tasks  # lm-eval takes seconds to import
+
+    plans = resolve_tasks(config.tasks, task_data=config.task_data, few_shot=config.few_shot, progress=progress)
+    remarks += [note for plan in plans for note in plan.notes]
+    return plans
+
+
+def _controls(config: EvalConfig, model: EvalModel, reference: EvalModel, remarks: list[str]) -> list[str]:
+    if config.controls == "none":
+        return []
+    if model.native is None:
+        raise UsageError(
+            f"{model.path} is no native checkpoint: controls need its experts and its number of active neurons",
+            "evaluate the native checkpoint it was made from, or leave out --controls",
+        )
+    if not is_source_of(model, reference):
+        raise UsageError(
+            f"controls are made from the dense source of {model.path}, and {reference.path} is another model",
+            "leave out --against, or --controls",
+        )
+    chosen = chosen_controls(config.controls, model.native.spec.shape)
+    if not chosen:
+        remarks.append("all experts are on: nothing is left out, so every control would be the dense model")
+    return chosen
+
+
+def _calibration(
+    config: EvalConfig, model: EvalModel, controls: Sequence[str], progress: Progress
+) -> list[dict[str, Any]] | None:
+    """What identifies the calibration text, read before the work starts so that a missing file is found now."""
+    if not any(CONTROLS[name].calibrates for name in controls):
+        return None
+    calibration, text_field = calibration_text(config, model)
+    spec = pin_revisions(parse_data_spec(calibration, text_field=text_field, option="--calibration"))
+    return [{**record, "text_field": text_field} for record in identify_sources(spec, None, progress)]
+
+
+def _can_measure_fidelity(config: EvalConfig, model: EvalModel, reference: EvalModel, remarks: list[str]) -> bool:
+    if not config.fidelity or model.native is None:
+        return False
+    if not config.data:
+        remarks.append("layer fidelity was not measured: it needs text (--data)")
+        return False
+    if not is_source_of(model, reference):
+        remarks.append("layer fidelity was not measured: --against is not the dense source of the checkpoint")
+        return False
+    return True
+
+
+def expected_memory(plan: EvalPlan) -> int:
+    """Bytes of the largest model in the compute dtype, with what a batch needs beside it."""
+    values = max(_values(plan.model), _values(plan.reference))
+    if "oracle_routing" in plan.controls and not holds_dense_values(plan.model.native.manifest):  # type: ignore[union-attr]
+        dense = read_dense_model(plan.reference.path)
+        values += 3 * dense.num_layers * dense.hidden_size * dense.intermediate_size
+    head = 3 * CHUNK_POSITIONS * plan.reference.vocabulary * 4
+    tokens = max(BATCH_TOKENS, plan.window)
+    hidden = 64 * tokens * 1024 * 4
+    process = PROCESS_BYTES + (LM_EVAL_BYTES if plan.tasks else 0)
+    return process + values * plan.dtype.itemsize + head + hidden
+
+
+def _values(model: EvalModel) -> int:
+    return sum(math.prod(entry.shape) for entry in CheckpointReader(model.path).entries.values())
+
+
+def expected_seconds(plan: EvalPlan) -> float:
+    """About how long everything takes if nothing was done before: arithmetic over a rate measured on the spot.
+
+    A document of a task is taken to be `DOCUMENT_TOKENS` long with all its choices, so this tells minutes from hours.
+    """
+    overlap = plan.window / plan.stride
+    scored = overlap * sum(text.tokens for text in plan.texts)
+    scored += DOCUMENT_TOKENS * sum(min(task.documents, plan.config.limit or task.documents) for task in plan.tasks)
+    calibrated = plan.config.calibration_tokens * sum(2 for name in plan.controls if CONTROLS[name].calibrates)
+    tokens = len(plan.subjects) * scored + calibrated
+    return 2 * _values(plan.reference) * tokens / gemm_rate(plan.device)
+
+
+def resolved_config(plan: EvalPlan) -> dict[str, Any]:
+    """The configuration as JSON, defaults resolved."""
+    raw = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(plan.config).items()}
+    resolved = {"checkpoint": str(plan.model.path), "against": plan.reference.id, "out": str(plan.out)}
+    return {**raw, **resolved, "window": plan.window, "stride": plan.stride, "tasks": [t.name for t in plan.tasks],
+            "data": list(plan.config.data)}  # fmt: skip

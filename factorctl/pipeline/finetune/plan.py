@@ -1,0 +1,347 @@
+"""What `finetune` decides before it loads a weight: shapes, recipe, batches, teacher, memory, and where things go."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from factorctl.checkpoint.manifest import is_artefact
+from factorctl.checkpoint.reader import CheckpointReader
+from factorctl.checkpoint.sources import Source
+from factorctl.config.common import FinetuneConfig
+from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, DataSpec, parse_data_spec
+from factorctl.errors import UsageError
+from factorctl.ffn.spec import FactoredSpec
+from factorctl.files.publishing import refuse_existing, require_disk_space
+from factorctl.memory import PROCESS_BYTES, free_memory, require_memory
+from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
+from factorctl.models.loading import NativeCheckpoint, open_checkpoint
+from factorctl.pipeline.common.dense_source import find_source
+from factorctl.pipeline.common.devices import torch_device
+from factorctl.pipeline.common.recorded_source import find_recorded_source, has_recorded_weights, holds_dense_values
+from factorctl.pipeline.common.workspace import newest_checkpoint, output_path
+from factorctl.progress import Progress
+from factorctl.training.accelerate_settings import refuse_other_trainers
+from factorctl.training.batches import BatchPlan, plan_batches
+from factorctl.training.head_losses import chunk_tokens
+from factorctl.training.optimizers import choose_trained, is_router
+from factorctl.training.presets import Recipe, batch_tokens_of, recipe_of
+from factorctl.training.sharding import sharding_asked_for
+from factorctl.training.teacher import require_cuda_for
+
+RUN_NAME = "run.json"
+"""Says, in the training directory, what the run is."""
+_PLACES = frozenset({"out", "workspace", "overwrite", "resume", "track", "save_every", "checkpoint", "max_epochs"})
+"""Parts of the configuration that decide where things go, not what they are."""
+_HOW = frozenset({"micro_batch", "gradient_checkpointing", "compile"})
+"""Parts that only change how the same steps are computed: a resumed run may change them."""
+
+
+@dataclass(frozen=True)
+class FinetunePlan:
+    """Everything that is decided before the first weight is read."""
+
+    config: FinetuneConfig
+    checkpoint: NativeCheckpoint
+    spec: FactoredSpec
+    """K, gate and scale of the result."""
+    recipe: Recipe
+    data: DataSpec
+    batch: BatchPlan
+    sharded: bool
+    """Whether the processes share one model (FSDP2) instead of holding one each."""
+    device: torch.device
+    compute_dtype: torch.dtype
+    teacher: Source | None
+    """The dense source; None where the checkpoint's own values still are the dense ones."""
+    memory: dict[str, int]
+    """Expected bytes per process, by use."""
+    trained_parameters: int
+    out: Path
+    run: Path
+    """Directory of training states, metrics and the picture."""
+
+    @property
+    def save_every(self) -> int:
+        return self.config.save_every or max(self.batch.batch_tokens, self.batch.tokens // 10)
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
+    """Resolve and check all that can be checked without reading weights.
+
+    Raises:
+        UsageError: an option does not fit the checkpoint or another option.
+        ResourceError: disk, memory or device do not suffice.
+    """
+    device = _local_device(config)
+    refuse_other_trainers(device.type)
+    require_cuda_for(config.teacher_quant, device)
+    recipe = recipe_of(config)
+    sharded = sharding_asked_for() and world_size() > 1
+    _check_processes(sharded, config, recipe)
+    checkpoint = open_checkpoint(config.checkpoint or newest_checkpoint(config.workspace))
+    spec = target_spec(checkpoint.spec, config, recipe)
+    _check_lengths(config, checkpoint)
+    data = parse_data_spec(config.data or DEFAULT_PRETRAINING_DATA, text_field=config.text_field)
+    batch = plan_batches(
+        config.tokens,
+        batch_tokens=batch_tokens_of(recipe, config.tokens),
+        block_length=config.block_length,
+        micro_batch=config.micro_batch,
+        world_size=world_size(),
+        device_type=device.type,
+    )
+    out = output_path(config.out, config.workspace, checkpoint.path.name, f"{config.preset}-{spec.shape.notation}")
+    _check_output(config, out)
+    model = empty_factored_model(checkpoint.dense, spec).requires_grad_(False)
+    choose_trained(factored_ffns(model), config.train, recipe.weights)
+    plan = FinetunePlan(
+        config=config,
+        checkpoint=checkpoint,
+        spec=spec,
+        recipe=recipe,
+        data=data,
+        batch=batch,
+        sharded=sharded,
+        device=device,
+        compute_dtype=compute_dtype(config, device),
+        teacher=find_teacher(config, checkpoint, progress),
+        memory={},
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        out=out,
+        run=training_directory(out),
+    )
+    plan = replace(plan, memory=expected_memory(plan, model))
+    _require_resources(plan)
+    return plan
+
+
+def training_directory(out: Path) -> Path:
+    """Where states, metrics and picture of the run that makes `out` lie."""
+    return out.with_name(f"{out.name}.training")
+
+
+def target_spec(base: FactoredSpec, config: FinetuneConfig, recipe: Recipe) -> FactoredSpec:
+    """The checkpoint's sizes with the K, gate and scale to train at.
+
+    Raises:
+        UsageError: K does not fit, or the scale was fitted for another K.
+    """
+    spec = base.with_top_k(base.shape.top_k if config.top_k is None else config.top_k, recipe.scale)
+    return spec if recipe.gate is None else replace(spec, gate=recipe.gate)
+
+
+def _check_lengths(config: FinetuneConfig, checkpoint: NativeCheckpoint) -> None:
+    context = getattr(checkpoint.dense.config, "max_position_embeddings", None)
+    if config.block_length < 2 or (context is not None and config.block_length > context):
+        limit = "2 tokens or more" if context is None else f"2 to {context} tokens, the model's context"
+        raise UsageError(f"--block-length {config.block_length} is out of range", f"choose {limit}")
+    if config.heldout_tokens < 1:
+        raise UsageError("--heldout-tokens 0 leaves nothing to measure on", "a held-out split is always kept: try 16K")
+    if config.save_every is not None and config.save_every < 1:
+        raise UsageError(f"--save-every {config.save_every} is out of range", "choose a number of tokens")
+    if not 0 <= config.router_warmup <= config.tokens:
+        raise UsageError(
+            f"--router-warmup {config.router_warmup} is not within the {config.tokens} tokens of the run",
+            "choose fewer; --train router trains routers alone for all of it",
+        )
+    if not 0 <= config.heal_tokens <= config.tokens:
+        raise UsageError(
+            f"--heal-tokens {config.heal_tokens} is not within the {config.tokens} tokens of the run",
+            "they are its beginning: choose fewer, or more --tokens",
+        )
+    if not 0 <= config.router_refresh <= config.tokens:
+        raise UsageError(
+            f"--router-refresh {config.router_refresh} is not within the {config.tokens} tokens of the run",
+            "it is the distance between two fits: a quarter of the tokens, for example",
+        )
+
+
+def _check_processes(sharded: bool, config: FinetuneConfig, recipe: Recipe) -> None:
+    if world_size() > 1 and config.router_refresh:
+        raise UsageError(
+            "--router-refresh needs a process of its own: what layers collect for a fit is not added up over several",
+            "leave it out, or start one process",
+        )
+    if sharded and recipe.optimizer == "muon":
+        raise UsageError(
+            "--optimizer muon does not work on a sharded model: it needs whole matrices",
+            "use --optimizer adamw, whose state is spread over the processes, or leave --use_fsdp out",
+        )
+    if sharded and config.heal_tokens:
+        raise UsageError(
+            "--heal-tokens does not work on a sharded model: a layer that learns alone has no gradient to wait for",
+            "leave --use_fsdp out, or heal in a run of its own and go on from its result",
+        )
+    if sharded and recipe.optimizer == "adamw-8bit":
+        raise UsageError(
+            "--optimizer adamw-8bit does not work on a sharded model: bitsandbytes steps whole tensors only",
+            "use --optimizer adamw, whose state is spread over the processes, or leave --use_fsdp out",
+        )
+
+
+def _check_output(config: FinetuneConfig, out: Path) -> None:
+    if config.resume and out.is_dir() and is_artefact(out) and not config.overwrite:
+        raise UsageError(f"there is nothing to resume: {out} is finished", "choose another --out to train it further")
+    refuse_existing(out, overwrite=config.overwrite)
+
+
+def _local_device(config: FinetuneConfig) -> torch.device:
+    """This process's device: with several GPUs, the one that the launcher gave it."""
+    device = torch_device(config.device)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
+
+
+def world_size() -> int:
+    """Processes that train together, as torchrun and accelerate launch announce it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def compute_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on GPUs that have it, float32 elsewhere."""
+    if config.precision != "auto":
+        return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def find_teacher(config: FinetuneConfig, checkpoint: NativeCheckpoint, progress: Progress) -> Source | None:
+    """The dense source as teacher, or None where the checkpoint itself with all experts on is the teacher.
+
+    Raises:
+        UsageError: the source is needed and is not to be found, or what was named is another model.
+    """
+    manifest = checkpoint.manifest
+    if config.teacher is None and holds_dense_values(manifest):
+        return None
+    known = manifest.source
+    if config.teacher is not None:
+        source = find_source(config.teacher, progress)
+    else:
+        why = "since this checkpoint's values are no longer the dense ones"
+        wanted_for = f"the teacher is the dense source {known['id']}, {why}"
+        source = find_recorded_source(known, progress, wanted_for=wanted_for, hint="name it with --teacher MODEL")
+    if not has_recorded_weights(source.path, known["files"]):
+        raise UsageError(
+            f"{source.path} is not the dense model that {checkpoint.path} was made from ({known['id']}): its weights "
+            "have other hashes than the manifest records",
+            "name that model with --teacher; student and teacher share its attention and embeddings",
+        )
+    return source
+
+
+def expected_memory(plan: FinetunePlan, model: PreTrainedModel) -> dict[str, int]:
+    """Bytes per process, from shapes; `model` is on the meta device and knows what is trained."""
+    width = plan.compute_dtype.itemsize
+    trained = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    values = sum(count for _, count in trained)
+    experts = sum(count for name, count in trained if not is_router(name))
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    vocabulary = int(plan.checkpoint.dense.config.vocab_size)
+    tokens = plan.batch.micro_batch * plan.batch.block_length
+    kept_layers = 2 if plan.config.gradient_checkpointing else plan.checkpoint.dense.num_layers
+    kept_casts = experts * kept_layers // plan.checkpoint.dense.num_layers
+    held = {
+        "frozen weights": frozen * width,
+        "trained weights": values * 4,
+        "gradients": values * 4,
+        "optimizer": values * _state_width(plan.recipe),
+        "teacher": _teacher_bytes(plan, model, experts),
+        "router moments": _moment_bytes(plan) if plan.config.router_refresh else 0,
+    }
+    if plan.sharded:
+        held = _per_process(plan, model, held)
+    return {
+        "process": PROCESS_BYTES,
+        **held,
+        "half-precision copies": kept_casts * width if plan.compute_dtype != torch.float32 else 0,
+        "activations": tokens * kept_layers * _kept_per_token(plan),
+        "logits": 6 * min(tokens, chunk_tokens(plan.device, vocabulary)) * vocabulary * 4,
+    }
+
+
+def _teacher_bytes(plan: FinetunePlan, model: PreTrainedModel, experts: int) -> int:
+    """What the teacher holds beside the student: copies of trained values, or all of its FFNs."""
+    quant = plan.config.teacher_quant
+    width = {"none": plan.compute_dtype.itemsize, "bf16": 2, "8bit": 1, "4bit": 0.5}[quant]
+    own = plan.teacher is None and quant == "none"
+    copied = experts if own else sum(p.numel() for ffn in factored_ffns(model) for p in ffn.parameters())
+    return int(copied * width)
+
+
+def _state_width(recipe: Recipe) -> int:
+    """Bytes that the optimiser keeps per trained value: two moments, two in 8 bits, or Muon's one."""
+    return {"adamw-8bit": 2, "muon": 4}.get(recipe.optimizer, 8)
+
+
+def _moment_bytes(plan: FinetunePlan) -> int:
+    """What layers collect for a refresh of routers: their inputs times each other and a value per expert, float32."""
+    dense = plan.checkpoint.dense
+    return dense.num_layers * dense.hidden_size * (dense.hidden_size + plan.spec.shape.num_experts) * 4
+
+
+def _per_process(plan: FinetunePlan, model: PreTrainedModel, held: dict[str, int]) -> dict[str, int]:
+    """`held` spread over the processes, and what one of them has whole at a time: the layer that runs, the next one on
+    its way, the gradients of one, and embeddings and head. Quantised teachers are not spread."""
+    layers = decoder_layers(model)
+    everything = held["frozen weights"] + held["trained weights"] + held["teacher"]
+    outside = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in layers.parameters())
+    outside *= plan.compute_dtype.itemsize
+    per_layer = (2 * (everything - outside) + held["gradients"]) // len(layers)
+    quantised = plan.config.teacher_quant in ("8bit", "4bit")
+    spread = {
+        name: size if name == "teacher" and quantised else math.ceil(size / plan.batch.world_size)
+        for name, size in held.items()
+    }
+    return spread | {"put together": outside + per_layer}
+
+
+def _kept_per_token(plan: FinetunePlan) -> int:
+    """Bytes per token that a decoder layer keeps for its backward pass: norms (float32), attention, then the FFN with
+    K copies of its input and what each active neuron computes."""
+    hidden, shape = plan.checkpoint.dense.hidden_size, plan.spec.shape
+    computed = 12 * hidden + 2 * shape.top_k * hidden + 6 * shape.active_neurons
+    return 4 * 4 * hidden + computed * plan.compute_dtype.itemsize
+
+
+def _require_resources(plan: FinetunePlan) -> None:
+    """Refuse before the work starts what disk or memory cannot hold."""
+    reader = CheckpointReader(plan.checkpoint.path)
+    result = sum(entry.nbytes for entry in reader.entries.values())
+    state = plan.trained_parameters * (4 + _state_width(plan.recipe)) + plan.memory["router moments"]
+    require_disk_space(plan.out.parent, result + 2 * state)
+    sharing = 1 if plan.device.type == "cuda" else plan.batch.world_size  # processes have a GPU each, and one machine
+    hint = (
+        "lower --micro-batch or --block-length, or choose --gradient-checkpointing, --optimizer adamw-8bit, "
+        "--precision bfloat16"
+    )
+    require_memory(plan.memory_bytes, free_memory(plan.device) // sharing, hint=hint)
+
+
+def resolved_config(plan: FinetunePlan) -> dict[str, Any]:
+    """The configuration as JSON, presets resolved, without where the result is put."""
+    raw = {key: value for key, value in asdict(plan.config).items() if key not in _PLACES | _HOW}
+    recipe = asdict(plan.recipe)
+    weights = recipe.pop("weights")
+    return {
+        **raw,
+        **recipe,
+        "loss_weights": weights,
+        "betas": list(plan.recipe.betas),
+        "data": plan.config.data or DEFAULT_PRETRAINING_DATA,
+        "top_k": plan.spec.shape.top_k,
+        "gate": plan.spec.gate,
+        "scale": plan.spec.scale,
+        "precision": str(plan.compute_dtype).removeprefix("torch."),
+        "device": plan.device.type,
+        "batch_tokens": plan.batch.batch_tokens,
+    }

@@ -1,0 +1,1 @@
+"""`factorctl inspect`, `verify`, `plugins` and `doctor`."""

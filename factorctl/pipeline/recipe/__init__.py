@@ -1,0 +1,1 @@
+"""`factorctl run` and `factorctl demo`."""

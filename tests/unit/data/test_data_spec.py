@@ -1,0 +1,134 @@
+"""What DATA and token counts on the command line mean, and the messages for what they cannot mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from factorctl.data.spec import (
+    DEFAULT_PRETRAINING_DATA,
+    FileSource,
+    HubSource,
+    SelfSource,
+    format_suffix,
+    parse_data_spec,
+)
+from factorctl.errors import ExitCode, UsageError
+from factorctl.quantities import parse_token_count
+
+
+def test_self() -> None:
+    spec = parse_data_spec("self")
+    assert spec.sources == (SelfSource(),)
+    assert spec.weights == (1.0,)
+    assert spec.uses_self
+    assert spec.self_share == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "repo", "config", "revision"),
+    [
+        ("user/name", "user/name", None, None),
+        ("user/name:sample-10BT", "user/name", "sample-10BT", None),
+        ("user/name@v1.2", "user/name", None, "v1.2"),
+        ("user/name:en@refs/convert/parquet", "user/name", "en", "refs/convert/parquet"),
+        (DEFAULT_PRETRAINING_DATA, "HuggingFaceFW/fineweb-edu", "sample-10BT", None),
+    ],
+)
+def test_hub_dataset(text: str, repo: str, config: str | None, revision: str | None) -> None:
+    assert parse_data_spec(text).sources == (HubSource(text, repo, config, revision),)
+
+
+def test_local_file_and_folder(tmp_path: Path) -> None:
+    (tmp_path / "deep" / ".hidden").mkdir(parents=True)
+    for name in ("b.txt", "a.jsonl.xz", "deep/c.parquet", "README.md", "deep/.hidden/d.txt"):
+        (tmp_path / name).write_text("x")
+    (source,) = parse_data_spec(str(tmp_path / "b.txt")).sources
+    assert source == FileSource(str(tmp_path / "b.txt"), tmp_path, ("b.txt",))
+    (source,) = parse_data_spec(str(tmp_path)).sources
+    assert isinstance(source, FileSource)
+    assert source.files == ("a.jsonl.xz", "b.txt", "deep/c.parquet")
+
+
+def test_local_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("user/name", "self", "a=0.5"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "x.txt").write_text("x")
+    Path("one,two.txt").write_text("x")
+    for text in ("user/name", "self", "one,two.txt", "a=0.5"):
+        (source,) = parse_data_spec(text).sources
+        assert isinstance(source, FileSource)
+        assert source.name == text
+    assert parse_data_spec("a=0.5=3,user/other=1").weights == (0.75, 0.25)
+
+
+def test_shares() -> None:
+    assert parse_data_spec("a/b,self").weights == (0.5, 0.5)
+    spec = parse_data_spec(" a/b = 7 , self=1 ")
+    assert [source.name for source in spec.sources] == ["a/b", "self"]
+    assert spec.weights == (0.875, 0.125)
+    assert spec.self_share == 0.125
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "--data is empty"),
+        ("a/b,,c/d", "--data has an empty part between its commas"),
+        ("nothing", "--data 'nothing' was not found: no such file or folder, not a Hub dataset id (user/name), and"),
+        ("data/train.jsonl.xz", "--data 'data/train.jsonl.xz' was not found"),
+        ("./user/name", "--data './user/name' was not found"),
+        ("a/b=0.5,c/d", "--data: 'c/d' has no weight and others have"),
+        ("a/b=0", "--data: the weight '0' of 'a/b' is not a number above 0"),
+        ("a/b=nan", "--data: the weight 'nan' of 'a/b'"),
+        ("a/b=inf", "--data: the weight 'inf' of 'a/b'"),
+        ("a/b=much", "--data: the weight 'much' of 'a/b'"),
+        ("a/b,a/b", "--data names 'a/b' twice"),
+    ],
+)
+def test_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_data_spec(text)
+    assert caught.value.message.startswith(message)
+    assert caught.value.hint
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_refused_local(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("x")
+    with pytest.raises(
+        UsageError, match=r"--calibration '.*table.csv': files of type '.csv' are not read\nHint.*parquet"
+    ):
+        parse_data_spec(str(tmp_path / "table.csv"), option="--calibration")
+    with pytest.raises(UsageError, match="is a folder without text files"):
+        parse_data_spec(str(tmp_path))
+
+
+def test_format_suffix() -> None:
+    assert format_suffix("a.JSONL.XZ") == ".jsonl"
+    assert format_suffix("a.txt") == ".txt"
+    assert format_suffix("a.xz") is None
+    assert format_suffix("a.tar.gz") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("64K", 64_000),
+        ("65536", 65_536),
+        ("65,536", 65_536),
+        ("40m", 40_000_000),
+        ("1.5B", 1_500_000_000),
+        ("1_000", 1000),
+    ],
+)
+def test_token_count(text: str, count: int) -> None:
+    assert parse_token_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["0", "0K", "-5", "many", "", "1.5", "1.2345K", "5T", "1e6", "64 K", "nan"])
+def test_token_count_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--calibration-tokens '.*number of tokens[^\n]*\nHint: .*64K"):
+        parse_token_count(text, "--calibration-tokens")
