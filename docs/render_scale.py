@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from factorctl.checkpoint.manifest import Manifest
-from factorctl.config.common import CALIBRATION_TOKENS, FinetuneConfig, factor_shape
+from factorctl.config.factorize import CALIBRATION_TOKENS
+from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.shape import factor_shape
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.building import empty_dense_model, empty_factored_model, factored_ffns
 from factorctl.models.families import DenseModel, dense_model
 from factorctl.pipeline.factorize.plan import peak_bytes, shard_of
-from factorctl.pipeline.finetune.plan import expected_memory
+from factorctl.pipeline.finetune.memory import expected_memory
 from factorctl.profiling.flops import count_flops
 from factorctl.profiling.sizes import ModelSizes
 from factorctl.training.optimizers import choose_trained

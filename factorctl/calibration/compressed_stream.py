@@ -12,8 +12,8 @@ from factorctl.calibration.statistics import StatsCollector, token_weights
 from factorctl.calibration.stream import LayerwiseModel
 from factorctl.calibration.tokens import CHUNK_TOKENS, HIDDEN_BYTES, Tokens
 from factorctl.contracts import SAMPLE_TOKENS, DenseFFN, LayerStats, Stat, TokenSample
+from factorctl.ffn.dense import cast_ffn, dense_hidden, dense_output
 from factorctl.ffn.layer import FactoredFFN
-from factorctl.models.dense_ffn import cast_ffn, dense_hidden, dense_output
 
 
 @dataclass

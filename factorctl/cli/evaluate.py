@@ -21,7 +21,8 @@ from factorctl.cli.options import (
     TextFieldOpt,
     WorkspaceOpt,
 )
-from factorctl.config.common import DEFAULT_WORKSPACE, Controls, EvalConfig
+from factorctl.config.common import DEFAULT_WORKSPACE
+from factorctl.config.evaluate import Controls, EvalConfig
 from factorctl.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from factorctl.cli.options import (
     SeedOpt,
     WorkspaceOpt,
 )
-from factorctl.config.common import DEFAULT_WORKSPACE, Arch, ExportConfig, ExportTarget
+from factorctl.config.common import DEFAULT_WORKSPACE
+from factorctl.config.export import Arch, ExportConfig, ExportTarget
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:

@@ -20,7 +20,9 @@ from factorctl.cli.options import (
     TextFieldOpt,
     WorkspaceOpt,
 )
-from factorctl.config.common import CALIBRATION_TOKENS, DEFAULT_WORKSPACE, FactorizeConfig, Gate, RouterInit, ScaleRule
+from factorctl.config.common import DEFAULT_WORKSPACE
+from factorctl.config.factorize import CALIBRATION_TOKENS, FactorizeConfig, RouterInit
+from factorctl.config.shape import Gate, ScaleRule
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:

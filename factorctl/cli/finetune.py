@@ -21,21 +21,20 @@ from factorctl.cli.options import (
     TopKOpt,
     WorkspaceOpt,
 )
-from factorctl.config.common import (
-    DEFAULT_WORKSPACE,
+from factorctl.config.common import DEFAULT_WORKSPACE
+from factorctl.config.finetune import (
     FinetuneConfig,
-    Gate,
     LabelSource,
     OptimizerName,
     Precision,
     PresetName,
     RefreshTarget,
-    ScaleRule,
     Selection,
     TeacherStorage,
     Tracker,
     TrainedPart,
 )
+from factorctl.config.shape import Gate, ScaleRule
 from factorctl.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:

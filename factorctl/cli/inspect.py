@@ -86,7 +86,7 @@ def verify(
     """Check every file of a checkpoint or export against its manifest. Exit code 3 if one is not as promised."""
     from factorctl.cli.render import gigabytes, progress_listener, show
     from factorctl.pipeline.common.workspace import newest_checkpoint
-    from factorctl.pipeline.inspect.inspect import verify_checkpoint
+    from factorctl.pipeline.inspect.verify import verify_checkpoint
 
     path = checkpoint or newest_checkpoint(workspace)
     result = verify_checkpoint(path, identity=identity, progress=progress_listener(quiet=quiet))
@@ -101,7 +101,7 @@ def verify(
 def plugins(output: FormatOpt = "text") -> None:
     """List partition strategies, their options and references, and the model aliases. Names broken plugins."""
     from factorctl.cli.render import rows_table, show
-    from factorctl.pipeline.inspect.inspect import list_plugins
+    from factorctl.pipeline.inspect.plugins import list_plugins
 
     found = list_plugins()
     rows = [
@@ -120,7 +120,7 @@ def plugins(output: FormatOpt = "text") -> None:
 def doctor(workspace: WorkspaceOpt = DEFAULT_WORKSPACE, output: FormatOpt = "text") -> None:
     """Report versions, devices, the CPU kernel, free disk and memory, and whether the hub can be reached."""
     from factorctl.cli.render import facts_table, gigabytes, show
-    from factorctl.pipeline.inspect.inspect import diagnose
+    from factorctl.pipeline.inspect.doctor import diagnose
 
     found = diagnose(workspace)
     facts: dict[str, object] = {

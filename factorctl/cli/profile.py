@@ -18,7 +18,9 @@ from factorctl.cli.options import (
     TopKOpt,
     WorkspaceOpt,
 )
-from factorctl.config.common import DEFAULT_WORKSPACE, ProfileConfig, ScaleRule
+from factorctl.config.common import DEFAULT_WORKSPACE
+from factorctl.config.profile import ProfileConfig
+from factorctl.config.shape import ScaleRule
 from factorctl.errors import UsageError
 
 if TYPE_CHECKING:

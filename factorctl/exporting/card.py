@@ -10,7 +10,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from factorctl.checkpoint.manifest import Manifest
-from factorctl.config.common import ExportConfig, FactorizeConfig, FinetuneConfig
+from factorctl.config.export import ExportConfig
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.exporting.check.comparison import Agreement, Proof
 from factorctl.exporting.check.rounding import Rounding
 

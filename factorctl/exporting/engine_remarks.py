@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from factorctl.config.common import ExportConfig
+from factorctl.config.export import ExportConfig
 from factorctl.exporting.engines import Flaw, engines_that_run, flaws
 from factorctl.exporting.forms import Form
 from factorctl.exporting.stock.architectures import (

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import ExportConfig
+from factorctl.config.export import ExportConfig
 from factorctl.exporting.check.comparison import Fidelity
 from factorctl.exporting.features import features_of
 from factorctl.exporting.gguf.tensors import PLAIN_QUANTS, GgufLayout, chosen_quant

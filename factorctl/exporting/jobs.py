@@ -11,7 +11,7 @@ import torch
 
 from factorctl.checkpoint.builder import ArtefactBuilder
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import ExportConfig
+from factorctl.config.export import ExportConfig
 from factorctl.exporting.check.comparison import Agreement, Proof
 from factorctl.exporting.check.rounding import Rounding
 from factorctl.exporting.forms import Form

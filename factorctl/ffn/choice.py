@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.ffn import tuned as tuned_paths
 from factorctl.ffn.paths import CALL_COST_BYTES, PathName, Steps, can_group
 from factorctl.processor import multiplies_tiles, processor_name

@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from factorctl.config.common import FactorShape, Gate
+from factorctl.config.shape import FactorShape, Gate
 from factorctl.errors import UsageError
 from factorctl.ffn import tuned as tuned_paths
 from factorctl.ffn.choice import kernel_tokens, path_at, steps_for

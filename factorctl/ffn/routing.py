@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.compiler import is_compiling
 
-from factorctl.config.common import Gate
+from factorctl.config.shape import Gate
 
 MAX_ARGMAXES = 8
 """Experts per token up to which a compiled graph finds them one after another."""

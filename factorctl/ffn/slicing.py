@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.contracts import DenseFFN, Partition
 
 FactoredTensors = dict[str, torch.Tensor]

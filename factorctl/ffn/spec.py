@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from factorctl.config.common import MAX_EXPERTS, FactorShape, Gate, ScaleRule
+from factorctl.config.shape import MAX_EXPERTS, FactorShape, Gate, ScaleRule
 from factorctl.errors import IntegrityError, UsageError
 
 MODEL_TYPE = "factorctl"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.ffn.kernel.cpu import CompiledFFN, FFNWeights
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.paths import PathName

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from factorctl.config.common import FactorShape
-from factorctl.ffn.few_token_linear import use_stock_linears
+from factorctl.config.shape import FactorShape
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.models.building import decoder_layers, factored_ffns
+from factorctl.models.linears import use_stock_linears
 
 VariantName = Literal["model", "dense", "narrow", "stock"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from factorctl.config.common import TrainedPart
+from factorctl.config.finetune import TrainedPart
 from factorctl.errors import UsageError
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.training.muon import Muon, blocks_of

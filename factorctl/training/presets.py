@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from factorctl.config.common import FinetuneConfig, Gate, LabelSource, OptimizerName, PresetName, ScaleRule, Selection
+from factorctl.config.finetune import FinetuneConfig, LabelSource, OptimizerName, PresetName, Selection
+from factorctl.config.shape import Gate, ScaleRule
 from factorctl.errors import UsageError, did_you_mean
 
 

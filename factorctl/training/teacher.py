@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from factorctl.config.common import TeacherStorage
+from factorctl.config.finetune import TeacherStorage
 from factorctl.contracts import DenseFFN, Partition
 from factorctl.errors import ResourceError
 from factorctl.ffn.layer import FactoredFFN

@@ -31,7 +31,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from factorctl.config.common import LabelSource, RefreshTarget
+from factorctl.config.finetune import LabelSource, RefreshTarget
 from factorctl.ffn.labels import distances_of_hidden, distances_to_target, nearest
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.paths import ExpertWeights, hidden_of_all

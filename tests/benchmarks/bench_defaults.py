@@ -26,7 +26,9 @@ from reporting import header, report_path, write_report
 
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.cli.render import progress_listener
-from factorctl.config.common import EvalConfig, FactorizeConfig, factor_shape
+from factorctl.config.evaluate import EvalConfig
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.shape import factor_shape
 from factorctl.pipeline.evaluate.run import evaluate
 from factorctl.pipeline.factorize.run import factorize
 

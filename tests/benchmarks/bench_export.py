@@ -25,7 +25,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import factorctl
-from factorctl.config.common import ExportConfig, ExportTarget
+from factorctl.config.export import ExportConfig, ExportTarget
 from factorctl.exporting.check.llama_cpp import ask_llama_cpp
 from factorctl.exporting.check.native import plain
 from factorctl.exporting.check.stock import StockJob, ask_stock

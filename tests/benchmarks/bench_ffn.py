@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.profiling.variants import StockFFN, dense_as_wide_as, with_all_experts
 from factorctl.reporting.hardware import look_at_hardware

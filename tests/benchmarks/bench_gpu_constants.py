@@ -19,7 +19,8 @@ from bench_model_latency import numbers
 from transformers import PreTrainedModel
 
 from factorctl.checkpoint.manifest import is_artefact
-from factorctl.config.common import EvalConfig, FinetuneConfig
+from factorctl.config.evaluate import EvalConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.evaluation import perplexity
 from factorctl.models.loading import load, open_checkpoint
 from factorctl.pipeline.common.devices import torch_device

@@ -24,7 +24,7 @@ from bench_model_latency import INNER, VOCABULARY, WIDTH, numbers, tinyllama
 from torch import nn
 from transformers import PreTrainedModel, StaticCache
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.profiling.variants import StockFFN, dense_as_wide_as, make_variants, with_all_experts
 

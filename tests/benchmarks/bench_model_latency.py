@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from factorctl.config.common import FactorShape
-from factorctl.ffn.few_token_linear import use_few_token_linears
+from factorctl.config.shape import FactorShape
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.models.building import decoder_layers, factored_ffns
+from factorctl.models.linears import use_few_token_linears
 from factorctl.profiling.flops import count_flops, expected_experts_hit, reduction
 from factorctl.profiling.latency import Effort, Regime, measure_regime
 from factorctl.profiling.roofline import Machine, ceiling, measure_machine

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from factorctl.cli.render import progress_listener
-from factorctl.config.common import FinetuneConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.pipeline.finetune.model import build_distiller, training_blocks
 from factorctl.pipeline.finetune.plan import plan_finetune
 from factorctl.quantities import parse_token_count

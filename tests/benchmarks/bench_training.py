@@ -26,7 +26,9 @@ from reporting import header, report_path, write_report
 
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.cli.render import progress_listener
-from factorctl.config.common import FactorizeConfig, FinetuneConfig, PresetName, factor_shape
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.finetune import FinetuneConfig, PresetName
+from factorctl.config.shape import factor_shape
 from factorctl.pipeline.factorize.run import factorize
 from factorctl.pipeline.finetune.run import finetune
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from reporting import header, report_path, write_report
 
-from factorctl.config.common import FinetuneConfig, factor_shape
+from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.shape import factor_shape
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.building import empty_factored_model
 from factorctl.models.families import dense_model

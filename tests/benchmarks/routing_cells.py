@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from factorctl.config.common import FactorShape, factor_shape
+from factorctl.config.shape import FactorShape, factor_shape
 
 Text = Literal["valid", "select"]
 STATIC = "static"

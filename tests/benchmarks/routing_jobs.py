@@ -23,7 +23,9 @@ from routing_cells import REPLY, Cell, Site
 from torch import nn
 
 from factorctl.checkpoint.manifest import is_artefact
-from factorctl.config.common import EvalConfig, FactorizeConfig, FinetuneConfig
+from factorctl.config.evaluate import EvalConfig
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.evaluation.perplexity import TextDocument, TextScore, score_text
 from factorctl.models.loading import load, load_dense
 from factorctl.pipeline.common.devices import torch_device

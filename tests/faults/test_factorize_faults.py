@@ -19,7 +19,7 @@ from injection import die_at, fate_of, forked
 from support.command_line import Outcome, cli, cli_process, finished
 from support.tiny import calibrated, directory_bytes, factorize_quietly, leftovers, weights_only
 
-from factorctl.config.common import FactorizeConfig
+from factorctl.config.factorize import FactorizeConfig
 from factorctl.errors import ExitCode
 from factorctl.files.publishing import sole_writer
 from factorctl.pipeline.factorize.layers import LayerFactory

@@ -25,7 +25,7 @@ from support.tiny import LETTERS, directory_bytes, factorize_quietly, leftovers,
 
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import FinetuneConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.errors import FactorctlError, IntegrityError, ResourceError, UsageError
 from factorctl.pipeline.finetune import run as pipeline
 from factorctl.progress import SilentProgress

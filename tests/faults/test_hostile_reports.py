@@ -21,8 +21,8 @@ from factorctl.ffn import tuned as tuned_paths
 from factorctl.ffn.tuned import write_tuned
 from factorctl.files.strict_json import SEAL, dump_sealed, parse_json_object
 from factorctl.pipeline.evaluate.parts import Part, PartStore
+from factorctl.pipeline.recipe.lock import RecipeLock
 from factorctl.pipeline.recipe.read import parse_recipe
-from factorctl.pipeline.recipe.run import _Lock
 from factorctl.progress import SilentProgress
 
 
@@ -98,7 +98,7 @@ def test_locks_of_recipes(sealed: bool, empty: Sandbox, tally: Tally) -> None:
 
     def read(content: bytes) -> None:
         path.write_bytes(seal(content))
-        found = _Lock(path)
+        found = RecipeLock(path)
         for stage in ("factorize", "eval"):
             assert isinstance(found.result(stage), dict)
             found.begun(stage)

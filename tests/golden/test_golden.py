@@ -21,7 +21,8 @@ CHECKPOINT = HERE / "schema-1"
 
 
 def test_it_is_still_read_and_whole() -> None:
-    from factorctl.pipeline.inspect.inspect import inspect_checkpoint, verify_checkpoint
+    from factorctl.pipeline.inspect.inspect import inspect_checkpoint
+    from factorctl.pipeline.inspect.verify import verify_checkpoint
 
     manifest = read_manifest(CHECKPOINT)
     assert (manifest.kind, manifest.stage) == ("native", "factorize")

@@ -15,7 +15,7 @@ import torch
 from support.tiny import directory_bytes, spy_on_routers
 
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import FinetuneConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.errors import ResourceError
 from factorctl.pipeline.finetune.run import FinetuneResult, finetune, rehearse
 from factorctl.progress import SilentProgress

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.routing import Routing
 

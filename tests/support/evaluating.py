@@ -9,7 +9,7 @@ from typing import Any
 
 from support.tiny import LETTERS
 
-from factorctl.config.common import EvalConfig
+from factorctl.config.evaluate import EvalConfig
 from factorctl.pipeline.evaluate.result import EvalResult
 from factorctl.pipeline.evaluate.run import evaluate
 from factorctl.progress import SilentProgress

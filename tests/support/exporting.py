@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import ExportConfig
+from factorctl.config.export import ExportConfig
 from factorctl.exporting.check.native import native_run, plain
 from factorctl.exporting.check.stock import StockAnswer, StockJob, ask_stock
 from factorctl.exporting.check.text import PASSAGES

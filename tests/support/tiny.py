@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from factorctl.config.common import FactorizeConfig
+from factorctl.config.factorize import FactorizeConfig
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.pipeline.factorize.run import FactorizeResult, factorize
 from factorctl.progress import SilentProgress

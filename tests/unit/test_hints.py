@@ -13,7 +13,7 @@ from conftest import DenseSource
 from support.tiny import calibrated, factorize_quietly, weights_only
 
 from factorctl.cli.app import app
-from factorctl.config.common import factor_shape
+from factorctl.config.shape import factor_shape
 from factorctl.errors import ResourceError, UsageError
 from factorctl.pipeline.factorize import plan as factorize_plan
 from factorctl.pipeline.factorize.plan import plan_factorize

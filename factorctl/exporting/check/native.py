@@ -24,7 +24,7 @@ from factorctl.ffn.routing import Routing, gate_weights
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
 from factorctl.models.families import DenseModel, ReadTensor, layer_prefix
-from factorctl.models.loading import expected_tensors
+from factorctl.models.filling import expected_tensors
 
 DTYPE = torch.float64
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from factorctl.config.common import Arch, ExportTarget
+from factorctl.config.export import Arch, ExportTarget
 from factorctl.errors import UsageError
 from factorctl.exporting.engines import Served, engines_that_run
 from factorctl.exporting.features import Biases, Features, features_of

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.exporting.stock.architectures import Architecture, SharedPlace
 
 FRIENDLY = 32

@@ -19,7 +19,7 @@ import torch
 from torch import is_autocast_enabled
 from torch._C import _len_torch_dispatch_stack
 
-from factorctl.config.common import FactorShape, Gate
+from factorctl.config.shape import FactorShape, Gate
 from factorctl.ffn.kernel.compiling import NoKernelError, compiled_library
 from factorctl.files.cache import cache_directory
 

@@ -19,7 +19,7 @@ from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.errors import IntegrityError, in_one_line
 from factorctl.ffn.paths import can_group
 from factorctl.files.strict_json import read_json_object
-from factorctl.models.loading import adopt, adopt_generation_config, check_names, expected_tensors
+from factorctl.models.filling import adopt, adopt_generation_config, check_names, expected_tensors
 from factorctl.models.quantised.storage import Bits, bits_of, is_fused, is_quantised, quantised, scales_name
 from factorctl.models.quantised.weights import EightBit, FourBit, dequantise_once_per_pass, four_bit, hold
 

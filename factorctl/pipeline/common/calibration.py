@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from factorctl.checkpoint.sources import Source
-from factorctl.config.common import FactorizeConfig
+from factorctl.config.factorize import FactorizeConfig
 from factorctl.data.blocks import TokenBlocks
 from factorctl.data.building import build_token_blocks
 from factorctl.data.sampling import ModelSampler

@@ -16,7 +16,8 @@ import torch
 
 from factorctl.calibration.closed_form import REFIT_DAMPINGS, SHARPNESS_TOKENS, SHARPNESSES
 from factorctl.calibration.stream import BATCH_TOKENS
-from factorctl.config.common import FactorizeConfig, FactorShape
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.shape import FactorShape
 from factorctl.contracts import SAMPLE_TOKENS
 
 PROBE_SECONDS = 0.1

@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 from factorctl.calibration.compressed_stream import CalibrationStream
 from factorctl.calibration.stream import LayerwiseModel
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import MAX_EXPERTS, FactorizeConfig, FactorShape
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.shape import MAX_EXPERTS, FactorShape
 from factorctl.contracts import Stat
 from factorctl.ffn.slicing import FactoredTensors
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.building import empty_dense_model, empty_factored_model
 from factorctl.models.families import DenseModel, ffn_prefix, read_dense_model
-from factorctl.models.loading import adopt, check_names, expected_tensors, stored_tensors
+from factorctl.models.filling import adopt, check_names, expected_tensors, stored_tensors
 from factorctl.partitions import get_strategy
 from factorctl.pipeline.factorize.layers import LayerFactory
 from factorctl.progress import Progress

@@ -24,11 +24,13 @@ import torch
 from transformers import PreTrainedModel
 
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import Controls, EvalConfig, FactorizeConfig, FactorShape
+from factorctl.config.evaluate import Controls, EvalConfig
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.shape import FactorShape
 from factorctl.evaluation.ffn_skipping import calibrate_threshold, skipping_ffns
 from factorctl.evaluation.routing_overrides import OracleChoice, RandomChoice, Teacher, choosing
+from factorctl.ffn.dense import cast_ffn, dense_output
 from factorctl.ffn.layer import FactoredFFN
-from factorctl.models.dense_ffn import cast_ffn, dense_output
 from factorctl.models.families import DenseModel, read_dense_model
 from factorctl.models.loading import NativeCheckpoint
 from factorctl.pipeline.common.calibration import calibration_blocks

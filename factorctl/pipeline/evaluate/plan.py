@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from factorctl import __version__
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import EvalConfig
+from factorctl.config.evaluate import EvalConfig
 from factorctl.data.hub import pin_revisions
 from factorctl.data.identity import identify_sources, tokenizer_fingerprint
 from factorctl.data.spec import parse_data_spec

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from factorctl.config.common import EvalConfig
+from factorctl.config.evaluate import EvalConfig
 from factorctl.evaluation.fidelity_plot import draw_fidelity
 from factorctl.evaluation.perplexity import compare_text
 from factorctl.files.publishing import make_directory, sole_writer_of, write_file

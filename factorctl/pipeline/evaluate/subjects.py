@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from factorctl.checkpoint.manifest import Manifest, check_files, is_artefact, read_manifest
 from factorctl.checkpoint.sources import Source
-from factorctl.config.common import EvalConfig
+from factorctl.config.evaluate import EvalConfig
 from factorctl.errors import IntegrityError, UsageError, in_one_line
 from factorctl.ffn.spec import MODEL_TYPE
 from factorctl.files.hashing import hash_value

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from factorctl.config.common import EvalConfig
+from factorctl.config.evaluate import EvalConfig
 from factorctl.data.account import open_accounts
 from factorctl.data.hub import pin_revisions
 from factorctl.data.identity import identify_sources, tokenizer_fingerprint

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import copied_files
-from factorctl.config.common import ExportConfig
+from factorctl.config.export import ExportConfig
 from factorctl.errors import UsageError
 from factorctl.exporting.check.text import RANDOM_SEQUENCES, SEQUENCE_TOKENS, random_sequences, text_sequences
 from factorctl.exporting.engine_remarks import engine_remarks, padding_remarks

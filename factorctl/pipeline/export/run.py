@@ -11,7 +11,7 @@ import torch
 from factorctl import __version__
 from factorctl.checkpoint.builder import building
 from factorctl.checkpoint.manifest import Manifest
-from factorctl.config.common import ExportConfig
+from factorctl.config.export import ExportConfig
 from factorctl.exporting.card import CardFacts, export_card
 from factorctl.exporting.check.hard_gate import (
     FP16_MAX_SHIFT,

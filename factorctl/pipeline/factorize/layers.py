@@ -15,7 +15,7 @@ from factorctl.calibration.closed_form import expert_load, near_ties, relative_e
 from factorctl.calibration.compressed_stream import CalibrationStream
 from factorctl.calibration.layer_fit import LayerFit
 from factorctl.checkpoint.reader import CheckpointReader, all_finite
-from factorctl.config.common import FactorizeConfig
+from factorctl.config.factorize import FactorizeConfig
 from factorctl.contracts import (
     DenseFFN,
     LayerStats,
@@ -27,13 +27,14 @@ from factorctl.contracts import (
     validate,
 )
 from factorctl.errors import UsageError
+from factorctl.ffn.dense import cast_ffn
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.router_init import random_router
 from factorctl.ffn.slicing import FactoredTensors, slice_ffn
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.building import filled_ffn
-from factorctl.models.dense_ffn import cast_ffn, check_identity
 from factorctl.models.families import DenseModel
+from factorctl.models.identity import check_identity
 from factorctl.pipeline.common.devices import torch_dtype
 
 SAMPLE_TOKENS = 32

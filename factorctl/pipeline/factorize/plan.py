@@ -12,7 +12,8 @@ import torch
 from factorctl.calibration.tokens import CHUNK_TOKENS, HIDDEN_BYTES
 from factorctl.checkpoint.reader import CheckpointReader, TensorEntry
 from factorctl.checkpoint.sources import Source
-from factorctl.config.common import DTypeName, FactorizeConfig
+from factorctl.config.common import DTypeName
+from factorctl.config.factorize import FactorizeConfig
 from factorctl.contracts import SAMPLE_TOKENS, PartitionStrategy, Stat, check_option_names, chooses_shared
 from factorctl.data.sampling import ModelSampler
 from factorctl.data.spec import parse_data_spec
@@ -22,7 +23,7 @@ from factorctl.files.publishing import refuse_existing, require_disk_space
 from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
 from factorctl.models.building import empty_dense_model
 from factorctl.models.families import DenseModel, read_dense_model
-from factorctl.models.loading import stored_tensors
+from factorctl.models.filling import stored_tensors
 from factorctl.partitions import StrategyProvenance, get_strategy
 from factorctl.pipeline.common.calibration import calibration_block_length
 from factorctl.pipeline.common.dense_source import find_source

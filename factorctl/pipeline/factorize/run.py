@@ -15,7 +15,7 @@ from factorctl.checkpoint.builder import ArtefactBuilder, building
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.checkpoint.reader import COMPUTED, CheckpointReader, all_finite
 from factorctl.checkpoint.sources import copied_files
-from factorctl.config.common import FactorizeConfig
+from factorctl.config.factorize import FactorizeConfig
 from factorctl.data.blocks import TokenBlocks
 from factorctl.errors import UsageError
 from factorctl.ffn.labels import dead_experts
@@ -24,7 +24,8 @@ from factorctl.files.hashing import hash_value
 from factorctl.files.strict_json import dump_json
 from factorctl.models.building import empty_dense_model
 from factorctl.models.families import ffn_prefix, layer_prefix
-from factorctl.models.loading import native_config, read_factored_ffn, stored_tensors
+from factorctl.models.filling import stored_tensors
+from factorctl.models.loading import native_config, read_factored_ffn
 from factorctl.pipeline.common.calibration import calibration_blocks
 from factorctl.pipeline.common.devices import torch_device
 from factorctl.pipeline.common.layer_records import recorded_load

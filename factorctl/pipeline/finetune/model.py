@@ -25,7 +25,8 @@ from factorctl.files.cache import cache_directory
 from factorctl.files.hashing import hash_value
 from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
 from factorctl.models.families import layer_prefix, read_dense_model
-from factorctl.models.loading import load, load_dense, stored_tensors
+from factorctl.models.filling import stored_tensors
+from factorctl.models.loading import load, load_dense
 from factorctl.pipeline.common import tokenizers
 from factorctl.pipeline.finetune.plan import FinetunePlan
 from factorctl.progress import Progress

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from factorctl.config.common import FinetuneConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.data.blocks import TokenBlocks
 from factorctl.errors import UsageError
 from factorctl.files.publishing import make_directory, sole_writer, write_file

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from factorctl.config.common import ProfileConfig
+from factorctl.config.profile import ProfileConfig
 from factorctl.errors import ResourceError, UsageError
 from factorctl.ffn.choice import steps_for
 from factorctl.ffn.tuned import cache_file, write_tuned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from factorctl.config.common import ProfileConfig
+from factorctl.config.profile import ProfileConfig
 from factorctl.data.building import build_token_blocks
 from factorctl.data.sampling import ModelSampler
 from factorctl.data.spec import parse_data_spec

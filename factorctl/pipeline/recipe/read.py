@@ -31,7 +31,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from factorctl.config.common import EvalConfig, ExportConfig, FactorizeConfig, FinetuneConfig, ProfileConfig
+from factorctl.config.evaluate import EvalConfig
+from factorctl.config.export import ExportConfig
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.profile import ProfileConfig
 from factorctl.errors import UsageError, did_you_mean
 from factorctl.quantities import parse_token_count
 

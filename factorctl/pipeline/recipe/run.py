@@ -17,14 +17,17 @@ from typing import Any, Literal
 
 from factorctl import __version__
 from factorctl.checkpoint.manifest import MANIFEST_NAME, check_files, is_artefact, read_manifest
-from factorctl.config.common import EvalConfig, ExportConfig, FactorizeConfig, FinetuneConfig, ProfileConfig
+from factorctl.config.evaluate import EvalConfig
+from factorctl.config.export import ExportConfig
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.profile import ProfileConfig
 from factorctl.data.hub import pin_revisions
 from factorctl.data.identity import identify_sources
 from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, parse_data_spec
 from factorctl.errors import IntegrityError, ResourceError
 from factorctl.files.hashing import hash_file, hash_value
-from factorctl.files.publishing import make_directory, refuse_impossible_name, sole_writer, writable, write_file
-from factorctl.files.strict_json import dump_sealed, read_sealed
+from factorctl.files.publishing import refuse_impossible_name, sole_writer, writable
 from factorctl.pipeline.common.dense_source import find_source
 from factorctl.pipeline.common.provenance import library_versions
 from factorctl.pipeline.common.recorded_source import describe_source
@@ -35,11 +38,10 @@ from factorctl.pipeline.factorize.run import factorize
 from factorctl.pipeline.finetune.plan import RUN_NAME, training_directory
 from factorctl.pipeline.finetune.run import finetune
 from factorctl.pipeline.profile.run import profile
+from factorctl.pipeline.recipe.lock import LOCK_NAME, Place, RecipeLock, evidence_of
 from factorctl.pipeline.recipe.read import Recipe, Stage, StageConfig
 from factorctl.progress import Progress
 
-LOCK_NAME = "recipe.lock.json"
-_START_OVER = "delete it: every stage runs again then"
 Status = Literal["done", "reused", "would run", "would be reused"]
 _DATA_FIELDS = ("calibration", "data")
 _DOES_NOT_COUNT = frozenset(
@@ -73,14 +75,6 @@ class RunResult:
         return next(outcome.result for outcome in self.stages if outcome.stage == stage)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a stage puts its result, and the file whose hash stands for all of it."""
-
-    output: Path
-    evidence: Path
-
-
 def run_recipe(recipe: Recipe, workspace: Path, progress: Progress, *, dry_run: bool = False) -> RunResult:
     """Run every stage whose result is not there already.
 
@@ -96,12 +90,12 @@ def run_recipe(recipe: Recipe, workspace: Path, progress: Progress, *, dry_run: 
 
 def _run(recipe: Recipe, directory: Path, progress: Progress, *, dry_run: bool) -> RunResult:
     started = time.monotonic()
-    lock = _Lock(directory / LOCK_NAME)
-    checkpoint: _Place | None = None
+    lock = RecipeLock(directory / LOCK_NAME)
+    checkpoint: Place | None = None
     outcomes: list[StageOutcome] = []
     for stage in recipe.stages:
         place = _place_of(stage, directory)
-        upstream = None if checkpoint is None else _evidence(checkpoint)
+        upstream = None if checkpoint is None else evidence_of(checkpoint)
         stale = any(outcome.status == "would run" for outcome in outcomes)
         key = None if stale else stage_key(stage.config, upstream, progress)
         if key is not None and lock.holds(stage.label, key, place) and _is_whole(place, progress):
@@ -169,17 +163,13 @@ def _folder_identity(folder: Path | None) -> dict[str, Any] | None:
     return {path.name: asdict(hash_file(path)) for path in sorted(folder.glob("*")) if path.is_file()}
 
 
-def _place_of(stage: Stage, directory: Path) -> _Place:
+def _place_of(stage: Stage, directory: Path) -> Place:
     output = directory / {"factorize": "factorized", "finetune": "finetuned"}.get(stage.label, stage.label)
     report = {"eval": RESULTS_NAME, "profile": "profile.json"}.get(stage.name, MANIFEST_NAME)
-    return _Place(output, output / report)
+    return Place(output, output / report)
 
 
-def _evidence(place: _Place) -> str | None:
-    return hash_file(place.evidence).sha256 if place.evidence.is_file() else None
-
-
-def _is_whole(place: _Place, progress: Progress) -> bool:
+def _is_whole(place: Place, progress: Progress) -> bool:
     """Whether a result can be reused; of an artefact every file is read, of a report the evidence is all there is."""
     if not is_artefact(place.output):
         return True
@@ -194,7 +184,7 @@ def _is_whole(place: _Place, progress: Progress) -> bool:
 
 
 def _run_stage(
-    stage: Stage, key: str, place: _Place, checkpoint: _Place | None, lock: _Lock, progress: Progress
+    stage: Stage, key: str, place: Place, checkpoint: Place | None, lock: RecipeLock, progress: Progress
 ) -> StageOutcome:
     progress.note(f"{stage.label}: {place.output}")
     begun_before = lock.begun(stage.label) == key
@@ -209,7 +199,7 @@ def _run_stage(
     return StageOutcome(stage.label, "done", str(place.output), seconds, result)
 
 
-def _forget_training(place: _Place) -> None:
+def _forget_training(place: Place) -> None:
     """An earlier finetune with another key left its account there; a stage cut short later is not to go on from it."""
     with writable(training_directory(place.output)):
         (training_directory(place.output) / RUN_NAME).unlink(missing_ok=True)
@@ -239,7 +229,7 @@ _RUNNERS: Mapping[type, Callable[[Any, Progress], Any]] = {
 }
 
 
-def _placed(config: StageConfig, place: _Place, checkpoint: Path | None, begun_before: bool) -> StageConfig:
+def _placed(config: StageConfig, place: Place, checkpoint: Path | None, begun_before: bool) -> StageConfig:
     """The config with where things come from and go to; a stage of the same key that was cut short goes on."""
     out = place.output
     if isinstance(config, FactorizeConfig):
@@ -254,57 +244,3 @@ def _placed(config: StageConfig, place: _Place, checkpoint: Path | None, begun_b
         page = out / "report.html"
         return replace(config, checkpoint=checkpoint, out=place.evidence, html=page, plots=out)
     return replace(config, checkpoint=checkpoint, out=out, overwrite=is_artefact(out))
-
-
-class _Lock:
-    """recipe.lock.json: which key each stage was begun and finished with, and what it gave."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stages: dict[str, Any] = {}
-        if path.is_file():
-            self._stages = _read_stages(path)
-
-    def begun(self, label: str) -> str | None:
-        return self._entry(label).get("begun")
-
-    def holds(self, label: str, key: str, place: _Place) -> bool:
-        """Whether the stage finished with this key and its result is still the one that it gave."""
-        entry = self._entry(label)
-        return entry.get("finished") == key and entry.get("evidence") == _evidence(place) is not None
-
-    def result(self, label: str) -> dict[str, Any]:
-        return dict(self._entry(label).get("result", {}))
-
-    def begin(self, label: str, key: str) -> None:
-        self._store(label, {"begun": key})
-
-    def finish(self, label: str, key: str, place: _Place, result: dict[str, Any]) -> None:
-        self._store(label, {"begun": key, "finished": key, "evidence": _evidence(place), "result": result})
-
-    def _entry(self, label: str) -> dict[str, Any]:
-        return dict(self._stages.get(label, {}))
-
-    def _store(self, label: str, entry: dict[str, Any]) -> None:
-        self._stages[label] = entry
-        make_directory(self.path.parent)
-        write_file(self.path, dump_sealed({"stages": self._stages}))
-
-
-def _read_stages(path: Path) -> dict[str, Any]:
-    """What a lock says of every stage.
-
-    Raises:
-        IntegrityError: it is not what was written.
-    """
-    try:
-        stages = read_sealed(path).get("stages")
-    except IntegrityError as error:
-        raise IntegrityError(error.message, _START_OVER) from None
-    if not isinstance(stages, dict) or not all(map(_is_entry, stages.values())):
-        raise IntegrityError(f"{path} is damaged: it holds no stages", _START_OVER)
-    return stages
-
-
-def _is_entry(entry: object) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("result", {}), dict)

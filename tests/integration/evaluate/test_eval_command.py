@@ -13,7 +13,7 @@ from support.evaluating import run
 from support.tiny import factorize_quietly, make_tokenizer, weights_only
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from factorctl.config.common import EvalConfig
+from factorctl.config.evaluate import EvalConfig
 from factorctl.errors import ExitCode, IntegrityError, UsageError
 from factorctl.evaluation.tasks import definitions
 from factorctl.exporting.reports import report_tables

@@ -10,7 +10,7 @@ import pytest
 from support.evaluating import SIZES, run
 from support.tiny import make_documents
 
-from factorctl.config.common import EvalConfig
+from factorctl.config.evaluate import EvalConfig
 from factorctl.evaluation.perplexity import score_text
 from factorctl.pipeline.evaluate import measure as evaluate_measure
 from factorctl.pipeline.evaluate import plan as evaluate_plan

@@ -13,7 +13,7 @@ from support.exporting import ask_about, export_unchecked, largest_difference, m
 from support.tiny import make_source
 
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import Arch, ExportConfig
+from factorctl.config.export import Arch, ExportConfig
 from factorctl.exporting.check.stock import StockAnswer
 from factorctl.exporting.gguf.tensors import storage_type
 from factorctl.exporting.stock import folding

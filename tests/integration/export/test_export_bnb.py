@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import factorctl
 from factorctl.checkpoint.manifest import read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import ExportConfig
+from factorctl.config.export import ExportConfig
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.exporting.check import bnb_proof
 from factorctl.exporting.check.stock import StockAnswer

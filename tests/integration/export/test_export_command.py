@@ -18,7 +18,7 @@ from support.tiny import leftovers, make_source
 
 from factorctl.checkpoint.manifest import check_files, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import ExportConfig
+from factorctl.config.export import ExportConfig
 from factorctl.exporting import push as push_module
 from factorctl.exporting.check import stock_process
 from factorctl.exporting.check.comparison import Agreement

@@ -12,7 +12,7 @@ from support.exporting import ask_about, export_unchecked, largest_difference, m
 from support.tiny import CASES, make_source
 
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import ExportConfig
+from factorctl.config.export import ExportConfig
 from factorctl.exporting.check.stock import StockAnswer
 from factorctl.pipeline.export.run import export
 from factorctl.progress import SilentProgress

@@ -14,7 +14,7 @@ from gguf import GGUFReader, TokenType
 from support.exporting import make_gguf_source, make_native, sentencepiece_source
 
 from factorctl.checkpoint.manifest import check_files, read_manifest
-from factorctl.config.common import ExportConfig
+from factorctl.config.export import ExportConfig
 from factorctl.errors import FactorctlError, UsageError
 from factorctl.exporting.gguf import writer as gguf_writer
 from factorctl.exporting.gguf.llama_quantizer import Quantizer

@@ -10,7 +10,7 @@ import pytest
 from support.exporting import ask_about, export_unchecked, largest_difference, make_native
 from support.tiny import make_source
 
-from factorctl.config.common import ExportConfig
+from factorctl.config.export import ExportConfig
 from factorctl.exporting.check.stock import StockAnswer
 
 FAMILIES = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi3")

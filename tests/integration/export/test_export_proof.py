@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from support.exporting import make_gguf_source, make_native
 
-from factorctl.config.common import ExportConfig, ExportTarget
+from factorctl.config.export import ExportConfig, ExportTarget
 from factorctl.errors import FactorctlError
 from factorctl.exporting import forms
 from factorctl.exporting.check import bnb_proof, gguf_proof, stock_process, stock_proof

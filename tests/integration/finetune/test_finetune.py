@@ -21,14 +21,14 @@ import factorctl
 from factorctl.checkpoint.manifest import read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.cli.app import app
-from factorctl.config.common import FinetuneConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.errors import FactorctlError, IntegrityError, ResourceError, UsageError
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.routing import scatter_weights
 from factorctl.models.building import factored_ffns
 from factorctl.models.loading import open_checkpoint
+from factorctl.pipeline.finetune import memory as finetune_memory
 from factorctl.pipeline.finetune import model as finetune_model
-from factorctl.pipeline.finetune import plan as finetune_plan
 from factorctl.pipeline.finetune import run as pipeline
 from factorctl.pipeline.finetune.run import FinetuneResult, finetune, rehearse
 from factorctl.progress import SilentProgress
@@ -347,7 +347,7 @@ def test_too_little_disk_or_memory(
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
         with pytest.raises(ResourceError, match=r"needs .* GB; 0\.0 GB are free"):
             tune(config(checkpoint, text, tmp_path / "tuned"))
-    monkeypatch.setattr(finetune_plan, "PROCESS_BYTES", 10**15)
+    monkeypatch.setattr(finetune_memory, "PROCESS_BYTES", 10**15)
     with pytest.raises(ResourceError, match=r"about 1000000\.0 GB of memory are needed"):
         tune(config(checkpoint, text, tmp_path / "tuned"))
 

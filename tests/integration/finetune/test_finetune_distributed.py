@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from factorctl.checkpoint.manifest import check_files, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.common import FinetuneConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.pipeline.finetune import run as pipeline
 from factorctl.progress import SilentProgress
 from factorctl.training.distiller import Distiller

@@ -17,7 +17,7 @@ from support.planted import PAIRS, plant
 from support.tiny import LETTERS, SPECIAL, factorize_quietly, weights_only
 
 import factorctl
-from factorctl.config.common import FinetuneConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.models.building import factored_ffns
 from factorctl.pipeline.finetune import run as pipeline
 from factorctl.pipeline.finetune.run import FinetuneResult, finetune

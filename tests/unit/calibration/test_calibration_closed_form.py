@@ -20,7 +20,7 @@ from factorctl.calibration.closed_form import (
     relative_error,
 )
 from factorctl.calibration.tokens import Tokens
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.ffn.layer import FactoredFFN
 
 D, N, H = 16, 4, 6

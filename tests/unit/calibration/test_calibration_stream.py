@@ -15,8 +15,8 @@ from factorctl.calibration.statistics import StatsCollector, most_active, token_
 from factorctl.calibration.stream import LayerwiseModel
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.contracts import PATTERN_TOKENS, DenseFFN, Stat
+from factorctl.ffn.dense import dense_hidden
 from factorctl.ffn.ridge import RidgeMoments
-from factorctl.models.dense_ffn import dense_hidden
 from factorctl.models.families import read_dense_model
 from factorctl.models.loading import load_dense
 

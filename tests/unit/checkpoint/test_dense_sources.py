@@ -16,7 +16,7 @@ from support.tiny import directory_bytes, factorize_quietly, make_model, some_id
 import factorctl
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import resolve
-from factorctl.config.common import FactorizeConfig
+from factorctl.config.factorize import FactorizeConfig
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.models.loading import load_dense
 from factorctl.pipeline.common import tokenizers

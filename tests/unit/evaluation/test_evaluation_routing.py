@@ -15,8 +15,8 @@ from factorctl.evaluation.ffn_skipping import calibrate_threshold, skipping_ffns
 from factorctl.evaluation.fidelity import LayerFidelity, Teacher, measure_fidelity
 from factorctl.evaluation.fidelity_plot import draw_fidelity
 from factorctl.evaluation.routing_overrides import OracleChoice, RandomChoice, choosing
+from factorctl.ffn.dense import dense_output
 from factorctl.models.building import factored_ffns
-from factorctl.models.dense_ffn import dense_output
 from factorctl.models.families import read_dense_model
 from factorctl.models.loading import load_dense
 from factorctl.progress import SilentProgress

@@ -14,7 +14,9 @@ from huggingface_hub import ModelCard
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.checkpoint.source_card import source_card
 from factorctl.cli.app import app
-from factorctl.config.common import ExportConfig, FactorizeConfig, FinetuneConfig
+from factorctl.config.export import ExportConfig
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.exporting.card import CardFacts, command, export_card
 from factorctl.exporting.origin import base_name, licence_of
 from factorctl.exporting.reports import _results, evaluation_table

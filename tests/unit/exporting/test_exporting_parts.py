@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from factorctl.cli.export import parse_bytes
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.errors import UsageError
 from factorctl.exporting.card import command
 from factorctl.exporting.check.comparison import (

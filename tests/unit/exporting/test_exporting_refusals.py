@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from support.tiny import CASES, COMMON
 
-from factorctl.config.common import Arch, ExportTarget, FactorShape
+from factorctl.config.export import Arch, ExportTarget
+from factorctl.config.shape import FactorShape
 from factorctl.errors import UsageError
 from factorctl.exporting.engines import LOADS, engines_that_run, flaws
 from factorctl.exporting.stock.architectures import architecture_for, as_served, blockers, refuse_blocked

@@ -12,7 +12,7 @@ from support.tiny import factorize_quietly, make_source, make_tokenizer, weights
 from transformers import AutoTokenizer
 
 from factorctl.checkpoint.manifest import check_files, read_manifest
-from factorctl.config.common import ExportConfig
+from factorctl.config.export import ExportConfig
 from factorctl.errors import IntegrityError
 from factorctl.exporting.stock.tokenizer_files import portable_bytes, portable_config
 

@@ -16,7 +16,7 @@ from test_paths import TOKENS, choice, error, make_exact, make_ffn, plain_loop, 
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.errors import UsageError
 from factorctl.ffn.choice import Site, path_at, shipped_steps
 from factorctl.ffn.few_token_linear import linear, serves_kernel

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factorctl.config.common import FactorShape, factor_shape, nearest_divisors
+from factorctl.config.shape import FactorShape, factor_shape, nearest_divisors
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.ffn.spec import FactoredSpec
 

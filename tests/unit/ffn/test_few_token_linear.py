@@ -8,19 +8,9 @@ from conftest import DenseSource
 from torch import nn
 from torch.nn import functional as F
 
-from factorctl.ffn.few_token_linear import (
-    MAX_TOKENS,
-    FewTokenLinear,
-    Form,
-    bands_for,
-    form_for,
-    in_columns,
-    in_rows,
-    linear,
-    use_few_token_linears,
-    use_stock_linears,
-)
+from factorctl.ffn.few_token_linear import MAX_TOKENS, Form, bands_for, form_for, in_columns, in_rows, linear
 from factorctl.ffn.kernel import cpu as cpu_kernel
+from factorctl.models.linears import FewTokenLinear, use_few_token_linears, use_stock_linears
 from factorctl.models.loading import load_dense
 
 

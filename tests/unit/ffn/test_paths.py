@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.errors import UsageError
 from factorctl.ffn import choice as path_choice
 from factorctl.ffn import tuned as tuned_paths

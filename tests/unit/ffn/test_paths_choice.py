@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.ffn import choice as path_choice
 from factorctl.ffn import layer as factored_ffn
 from factorctl.ffn import tuned as tuned_paths

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from support.tiny import calibrated, factorize_quietly, make_model, some_ids, weights_only
 
 import factorctl
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.contracts import DenseFFN, Partition
 from factorctl.errors import FactorctlError, IntegrityError, UsageError
+from factorctl.ffn.dense import dense_output
 from factorctl.ffn.slicing import shared_ffn, slice_ffn, unslice_ffn
 from factorctl.files.hashing import hash_file
 from factorctl.models.building import factored_ffns
-from factorctl.models.dense_ffn import dense_output
 from factorctl.models.loading import load_dense
 
 

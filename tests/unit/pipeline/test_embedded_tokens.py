@@ -14,7 +14,7 @@ from support.gguf_files import write_model
 from support.tiny import make_model, make_tokenizer, weights_only
 from transformers import AutoTokenizer
 
-from factorctl.config.common import EvalConfig
+from factorctl.config.evaluate import EvalConfig
 from factorctl.errors import UsageError
 from factorctl.pipeline.evaluate.subjects import find_checkpoint, find_reference, shared_tokenizer
 from factorctl.pipeline.factorize.plan import plan_factorize

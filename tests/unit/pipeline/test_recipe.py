@@ -10,7 +10,11 @@ import pytest
 import typer.main
 
 from factorctl.cli.app import app
-from factorctl.config.common import EvalConfig, ExportConfig, FactorizeConfig, FinetuneConfig, ProfileConfig
+from factorctl.config.evaluate import EvalConfig
+from factorctl.config.export import ExportConfig
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.profile import ProfileConfig
 from factorctl.errors import UsageError
 from factorctl.pipeline.recipe.read import STAGES, Recipe, parse_recipe, read_recipe
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.tiny import make_model, make_tokenizer
 
-from factorctl.config.common import FactorizeConfig, factor_shape
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.shape import factor_shape
 from factorctl.data.sampling import sample_documents
 from factorctl.pipeline.common.time_estimate import (
     CALLS_PER_LAYER,

@@ -7,7 +7,7 @@ import torch
 from support.tiny import make_model
 from torch.nn import functional as F
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.profiling import flop_check
 from factorctl.profiling.flop_check import FlopMismatchError, check_flops, counted_flops

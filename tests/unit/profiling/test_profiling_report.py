@@ -11,7 +11,7 @@ import pytest
 from conftest import DenseSource
 from support.tiny import factorize_quietly, weights_only
 
-from factorctl.config.common import ProfileConfig
+from factorctl.config.profile import ProfileConfig
 from factorctl.errors import ResourceError, UsageError
 from factorctl.ffn.tuned import cache_file, read_tuned
 from factorctl.pipeline.common import devices

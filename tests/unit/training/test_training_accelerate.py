@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, patch_environment
 from support.tiny import directory_bytes
 
-from factorctl.config.common import FinetuneConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.errors import UsageError
 from factorctl.pipeline.finetune.model import make_accelerator
 from factorctl.pipeline.finetune.plan import plan_finetune

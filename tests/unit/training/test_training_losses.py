@@ -9,7 +9,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from factorctl.config.common import FactorShape
+from factorctl.config.shape import FactorShape
 from factorctl.ffn import labels as teacher_labels
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.paths import hidden_of_all

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from factorctl.config.common import FactorShape, FinetuneConfig
+from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.shape import FactorShape
 from factorctl.errors import UsageError
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.progress import SilentProgress

@@ -10,7 +10,8 @@ import torch
 from conftest import DenseSource
 from support.training import batch, distiller
 
-from factorctl.config.common import FactorShape, FinetuneConfig
+from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.shape import FactorShape
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.ridge import RidgeMoments
 from factorctl.ffn.routing import logit_spread

@@ -10,7 +10,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from factorctl.config.common import FinetuneConfig
+from factorctl.config.finetune import FinetuneConfig
 from factorctl.errors import UsageError
 from factorctl.pipeline.finetune.plan import FinetunePlan, plan_finetune
 from factorctl.pipeline.finetune.run import memory_statement
