@@ -28,6 +28,9 @@ LAYERS = {
 SIDEWAYS = {(part, "errors") for part in ("config", "contracts", "memory", "quantities")}
 """Imports within a layer that are meant: the ground layer shares its errors."""
 
+VERBS_SHARED = {("evaluate", "factorize")}
+"""Verbs that import one another: controls are made as layers are; a recipe calls all of them."""
+
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "lm_eval", "matplotlib", "scipy", "ot", "gguf"}
 ENTRANCES = {"factorctl/__init__.py", "factorctl/__main__.py"}
 
@@ -114,6 +117,15 @@ def test_a_layer_imports_only_from_below(path: Path) -> None:
         assert there in LAYERS, f"{name_of(path)} imports {module}"
         allowed = LAYERS[there] < LAYERS[here] or (here, there) in SIDEWAYS
         assert allowed, f"{name_of(path)} (layer {LAYERS[here]}) imports {module} (layer {LAYERS[there]})"
+
+
+@pytest.mark.parametrize("path", files("factorctl/pipeline"), ids=name_of)
+def test_verbs_know_one_another_only_where_meant(path: Path) -> None:
+    here = path.relative_to(ROOT / "factorctl/pipeline").parts[0]
+    for module in imports(path):
+        if module.startswith("factorctl.pipeline."):
+            there = module.split(".")[2]
+            assert here == "recipe" or there in (here, "common") or (here, there) in VERBS_SHARED, module
 
 
 @pytest.mark.parametrize("path", files("factorctl/cli"), ids=name_of)
