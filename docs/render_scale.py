@@ -64,7 +64,7 @@ def training_memory(dense: DenseModel, *, gpus: int, lean: bool) -> int:
     optimizer: Any = "adamw-8bit" if lean else None
     quant: Any = "4bit" if lean else "none"
     config = FinetuneConfig(tokens=TOKENS, gradient_checkpointing=True, optimizer=optimizer, teacher_quant=quant)
-    recipe = recipe_of(config)
+    recipe = recipe_of(config, shape.active_ffn_fraction)
     model = empty_factored_model(dense, spec).requires_grad_(False)
     choose_trained(factored_ffns(model), "all", recipe.weights)
     plan: Any = SimpleNamespace(

@@ -40,6 +40,7 @@ class Recipe:
     weights: LossWeights
     optimizer: OptimizerName
     lr: float
+    """Of the experts."""
     router_lr: float
     """With `selection` `unit` about how far a step moves a typical token's logit, else a weight."""
     betas: tuple[float, float]
@@ -67,7 +68,9 @@ class Recipe:
     """`student` computes every expert anew for PAR's labels; `teacher` takes what the dense FFN's neurons give, which
     is at hand: the same until gate and up rows have moved."""
     batch_tokens: int | None = None
-    """None: a 64th of all tokens, between 2048 and 32,768."""
+    """None: a 256th of all tokens, between 1024 and 32,768."""
+    lr_by_active: bool = False
+    """Whether `lr` is for half of the FFN's neurons, and in inverse proportion to the share that is active."""
 
 
 PRESETS: Mapping[PresetName, Recipe] = {
@@ -88,12 +91,12 @@ PRESETS: Mapping[PresetName, Recipe] = {
         scale="paper",
         batch_tokens=1024,
     ),
-    # Chosen by trials on the demo model (docs/benchmarks, routing-demo). PAR is a mean over layers: without it, what
-    # distillation tells the gates leads the routers away from the teacher's choice, and perplexity ends far higher.
-    # The reports' runs stepped routers ten times as fast (3): PAR's loss falls further then, but a run of few steps
-    # unlearns the choice that calibration fitted, and ends above where it began.
+    # Chosen by trials on the demo model (docs/benchmarks, routing-demo and routing-options). PAR is a mean over layers:
+    # without it, what distillation tells the gates leads the routers away from the teacher's choice, and perplexity ends
+    # far higher. Routers that step ten times as fast (3) lower PAR's loss further, but a run of few steps unlearns the
+    # choice that calibration fitted, and ends above where it began.
     "default": Recipe(
-        weights=LossWeights(lm=0.0, par=5.0, kd=1.0, mse=0.0, balance=0.5, z=0.0),
+        weights=LossWeights(lm=0.5, par=5.0, kd=1.0, mse=0.0, balance=0.5, z=0.0),
         optimizer="adamw",
         lr=5e-4,
         router_lr=0.3,
@@ -108,12 +111,13 @@ PRESETS: Mapping[PresetName, Recipe] = {
         gate="softmax",
         label_share="scale",
         labels_from="teacher",
+        lr_by_active=True,
     ),
 }
 
 
-def recipe_of(config: FinetuneConfig) -> Recipe:
-    """The preset with what `config` overrides.
+def recipe_of(config: FinetuneConfig, active_ffn_fraction: float) -> Recipe:
+    """The preset with what `config` overrides, for a model with such a share of its FFN neurons active.
 
     Raises:
         UsageError: an unknown loss, a negative weight, or no weight at all.
@@ -136,14 +140,15 @@ def recipe_of(config: FinetuneConfig) -> Recipe:
         "labels_from",
     )
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    recipe = replace(preset, weights=weights, **given)
+    by_active = preset.lr * 0.5 / active_ffn_fraction if preset.lr_by_active else preset.lr
+    recipe = replace(preset, weights=weights, **{"lr": by_active, **given})
     _check_numbers(recipe)
     return recipe
 
 
-def batch_tokens_of(recipe: Recipe, tokens: int) -> int:
-    """Tokens of one optimiser step: as given, or in proportion to the budget."""
-    return recipe.batch_tokens or min(32_768, max(2048, tokens // 64))
+def batch_tokens_of(recipe: Recipe, tokens: int, block_length: int) -> int:
+    """Tokens of one optimiser step: as given, or in proportion to the budget and at least a sequence."""
+    return recipe.batch_tokens or max(block_length, min(32_768, max(1024, tokens // 256)))
 
 
 def _weights(preset: LossWeights, given: Mapping[str, float]) -> LossWeights:

@@ -129,7 +129,7 @@ class Contender:
 def contenders(arguments: argparse.Namespace) -> list[Contender]:
     """Dense first: all experts on, no labels, plain distillation, which also is fine-tuning plus a teacher forward."""
     dtype = torch.bfloat16 if arguments.precision == "bfloat16" else torch.float32
-    ours = recipe_of(FinetuneConfig(tokens=1))
+    ours = recipe_of(FinetuneConfig(tokens=1), 0.5)
     plain = replace(ours, weights=LossWeights(kd=1.0))
     sizes = {
         "dense + teacher forward": (4, 4, 0.0, plain),

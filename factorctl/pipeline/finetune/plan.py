@@ -27,7 +27,7 @@ from factorctl.progress import Progress
 from factorctl.training.accelerate_settings import refuse_other_trainers
 from factorctl.training.batches import BatchPlan, plan_batches
 from factorctl.training.optimizers import choose_trained
-from factorctl.training.presets import Recipe, batch_tokens_of, recipe_of
+from factorctl.training.presets import PRESETS, Recipe, batch_tokens_of, recipe_of
 from factorctl.training.sharding import sharding_asked_for
 from factorctl.training.teacher import require_cuda_for
 
@@ -82,16 +82,16 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
     device = _local_device(config)
     refuse_other_trainers(device.type)
     require_cuda_for(config.teacher_quant, device)
-    recipe = recipe_of(config)
+    checkpoint = open_checkpoint(config.checkpoint or newest_checkpoint(config.workspace))
+    spec = target_spec(checkpoint.spec, config)
+    recipe = recipe_of(config, spec.shape.active_ffn_fraction)
     sharded = sharding_asked_for() and world_size() > 1
     _check_processes(sharded, config, recipe)
-    checkpoint = open_checkpoint(config.checkpoint or newest_checkpoint(config.workspace))
-    spec = target_spec(checkpoint.spec, config, recipe)
     _check_lengths(config, checkpoint)
     data = parse_data_spec(config.data or DEFAULT_PRETRAINING_DATA, text_field=config.text_field)
     batch = plan_batches(
         config.tokens,
-        batch_tokens=batch_tokens_of(recipe, config.tokens),
+        batch_tokens=batch_tokens_of(recipe, config.tokens, config.block_length),
         block_length=config.block_length,
         micro_batch=config.micro_batch,
         world_size=world_size(),
@@ -127,14 +127,16 @@ def training_directory(out: Path) -> Path:
     return out.with_name(f"{out.name}.training")
 
 
-def target_spec(base: FactoredSpec, config: FinetuneConfig, recipe: Recipe) -> FactoredSpec:
+def target_spec(base: FactoredSpec, config: FinetuneConfig) -> FactoredSpec:
     """The checkpoint's sizes with the K, gate and scale to train at.
 
     Raises:
         UsageError: K does not fit, or the scale was fitted for another K.
     """
-    spec = base.with_top_k(base.shape.top_k if config.top_k is None else config.top_k, recipe.scale)
-    return spec if recipe.gate is None else replace(spec, gate=recipe.gate)
+    preset = PRESETS[config.preset]
+    top_k = base.shape.top_k if config.top_k is None else config.top_k
+    spec, gate = base.with_top_k(top_k, config.scale or preset.scale), config.gate or preset.gate
+    return spec if gate is None else replace(spec, gate=gate)
 
 
 def _check_lengths(config: FinetuneConfig, checkpoint: NativeCheckpoint) -> None:

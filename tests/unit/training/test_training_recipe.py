@@ -23,8 +23,8 @@ from factorctl.training.plotting import draw_training
 from factorctl.training.presets import LossWeights, batch_tokens_of, recipe_of
 
 
-def recipe(**options: Any) -> Any:
-    return recipe_of(FinetuneConfig(tokens=1000, **options))
+def recipe(active: float = 0.5, **options: Any) -> Any:
+    return recipe_of(FinetuneConfig(tokens=1000, **options), active)
 
 
 def test_factorllm_is_the_published_recipe() -> None:
@@ -32,7 +32,7 @@ def test_factorllm_is_the_published_recipe() -> None:
     assert (paper.optimizer, paper.lr, paper.router_lr, paper.betas) == ("adam", 4e-5, 4e-5, (0.9, 0.95))
     assert (paper.gate, paper.scale, paper.label_share) == ("hard", "paper", "paper")
     assert paper.weights == LossWeights(lm=1.0, par=0.05)
-    assert batch_tokens_of(paper, 10_000_000) == 1024
+    assert batch_tokens_of(paper, 10_000_000, 512) == 1024
 
 
 def test_options_override_a_preset_one_by_one() -> None:
@@ -44,8 +44,16 @@ def test_options_override_a_preset_one_by_one() -> None:
 
 
 def test_the_default_batch_grows_with_the_budget() -> None:
-    assert [batch_tokens_of(recipe(), tokens) for tokens in (60_000, 640_000, 40_000_000)] == [2048, 10_000, 32_768]
-    assert batch_tokens_of(recipe(batch_tokens=512), 40_000_000) == 512
+    sizes = [batch_tokens_of(recipe(), tokens, 1024) for tokens in (60_000, 640_000, 40_000_000)]
+    assert sizes == [1024, 2500, 32_768]
+    assert batch_tokens_of(recipe(), 60_000, 4096) == 4096, "a batch holds a sequence"
+    assert batch_tokens_of(recipe(batch_tokens=512), 40_000_000, 1024) == 512
+
+
+def test_the_default_rate_is_higher_where_less_is_active() -> None:
+    assert [recipe(active).lr for active in (0.25, 0.5, 0.75)] == pytest.approx([1e-3, 5e-4, 3.333e-4], rel=1e-3)
+    assert recipe(0.25, lr=2e-4).lr == 2e-4
+    assert recipe(0.25, preset="factorllm").lr == 4e-5
 
 
 @pytest.mark.parametrize(
@@ -53,7 +61,7 @@ def test_the_default_batch_grows_with_the_budget() -> None:
     [
         ({"loss_weights": {"dk": 1.0}}, "--loss names 'dk', which is no loss\nHint: known: balance, kd"),
         ({"loss_weights": {"kd": -1.0}}, "--loss kd=-1 is no weight"),
-        ({"loss_weights": {"kd": 0.0, "par": 0.0}}, "every loss that teaches has weight 0"),
+        ({"loss_weights": {"lm": 0.0, "kd": 0.0, "par": 0.0}}, "every loss that teaches has weight 0"),
         ({"lr": 0.0}, "--lr 0 is out of range"),
         ({"temperature": -1.0}, "--temperature -1 is out of range"),
         ({"weight_decay": -0.1}, "--weight-decay -0.1 is out of range"),

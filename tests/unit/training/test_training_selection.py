@@ -68,7 +68,7 @@ def test_a_step_moves_a_logit_by_the_routers_rate_however_large_the_inputs_are(c
     for block in decoder_layers(model.model):
         block.post_attention_layernorm.weight.data.fill_(size)
     to_unit_spread(model, *batch(), Alone())
-    (routers,) = make_optimizers(model, recipe_of(FinetuneConfig(tokens=1, router_lr=0.1)))
+    (routers,) = make_optimizers(model, recipe_of(FinetuneConfig(tokens=1, router_lr=0.1), 0.5))
     inputs = [seen_by(model, twin) for twin in twins(model.model)]
     before = [x_TD @ twin.selection().detach().T for x_TD, twin in zip(inputs, twins(model.model), strict=True)]
     model(*batch()).total.backward()
@@ -283,7 +283,7 @@ def test_orthogonal_brings_singular_values_near_1(size: tuple[int, ...]) -> None
 
 def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     ffn = muon_layer()
-    recipe = recipe_of(FinetuneConfig(tokens=1, optimizer="muon"))
+    recipe = recipe_of(FinetuneConfig(tokens=1, optimizer="muon"), 0.5)
     holder = torch.nn.ModuleDict({"mlp": ffn})
     matrices, rest, routers = make_optimizers(holder, recipe)
     assert isinstance(matrices, Muon)
