@@ -92,9 +92,9 @@ PRESETS: Mapping[PresetName, Recipe] = {
         batch_tokens=1024,
     ),
     # Chosen by trials on the demo model (docs/benchmarks, routing-demo and routing-options). PAR is a mean over layers:
-    # without it, what distillation tells the gates leads the routers away from the teacher's choice, and perplexity ends
-    # far higher. Routers that step ten times as fast (3) lower PAR's loss further, but a run of few steps unlearns the
-    # choice that calibration fitted, and ends above where it began.
+    # without it, what distillation tells the gates leads the routers away from the teacher's choice, and perplexity
+    # ends far higher. Routers that step ten times as fast (3) lower PAR's loss further, but a run of few steps unlearns
+    # the choice that calibration fitted, and ends above where it began.
     "default": Recipe(
         weights=LossWeights(lm=0.5, par=5.0, kd=1.0, mse=0.0, balance=0.5, z=0.0),
         optimizer="adamw",

@@ -52,8 +52,13 @@ SPLITS: Mapping[str, Split] = {
     "50-96": Split(96, 32, 0.25),
     "25-84": Split(84, 12, 0.125),
     "50-2of4": Split(4, 2),
+    # experts of the same five sizes at every share: 192 to 12 of the demo's neurons
+    **{f"75-{6 * n}": Split(6 * n, 4 * n, 0.25) for n in (1, 2, 4, 8, 16)},
+    **{f"50-{6 * n}": Split(6 * n, 2 * n, 0.25) for n in (1, 2, 4, 8, 16)},
+    **{f"25-{7 * n}": Split(7 * n, n, 0.125) for n in (1, 2, 4, 8, 16)},
+    **{f"{25 * q}-{2 * q * n}of{8 * n}": Split(8 * n, 2 * q * n) for q in (1, 2, 3) for n in (1, 2, 4, 8, 16)},
 }
-"""Active share of the neurons, then the experts."""
+"""Active share of the neurons, then the experts: beside shared ones, or `K of N` where nothing is shared."""
 DEMO_NEURONS = 1536
 
 
