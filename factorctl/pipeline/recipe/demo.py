@@ -99,10 +99,8 @@ def demo_recipe(texts: Path) -> Recipe:
             },
             "finetune": {
                 "tokens": 12_288,
-                "lr": 1e-4,  # six steps: the preset's rate is for longer runs
                 "precision": precision,
                 "data": train,
-                "batch-tokens": 2048,
                 "block-length": 512,
                 "heldout-tokens": 2048,
             },
