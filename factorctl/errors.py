@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 
@@ -44,6 +44,19 @@ class UsageError(FactorctlError):
     """A wrong option, value or combination: nothing was read or written."""
 
     exit_code = ExitCode.USAGE
+    faults: tuple[UsageError, ...] = ()
+    """What it tells together, one by one; none where it is one itself."""
+
+
+def together(faults: Sequence[UsageError]) -> UsageError:
+    """One error that tells all of them, each once; a single one stays as it is."""
+    every = {str(single): single for fault in faults for single in fault.faults or (fault,)}
+    if len(every) == 1:
+        return next(iter(every.values()))
+    lines = [fault.message + (f" ({fault.hint})" if fault.hint else "") for fault in every.values()]
+    error = UsageError("\n  ".join([f"{len(every)} things are wrong:", *lines]))
+    error.faults = tuple(every.values())
+    return error
 
 
 class IntegrityError(FactorctlError):

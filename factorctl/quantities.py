@@ -1,4 +1,4 @@
-"""Token counts as people write them: 64K, 40M, 1.5B."""
+"""Counts of tokens and bytes as people write them: 64K, 40M, 1.5B; 500MB, 2GB."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from decimal import Decimal
 
 from factorctl.errors import UsageError
 
-_SUFFIXES = {"": 1, "K": 1_000, "M": 1_000_000, "B": 1_000_000_000}
-_PATTERN = re.compile(r"(\d+(?:\.\d+)?)([KMB]?)", re.IGNORECASE)
+_TOKENS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_token_count(text: str, option: str = "--tokens") -> int:
@@ -20,11 +20,44 @@ def parse_token_count(text: str, option: str = "--tokens") -> int:
     Raises:
         UsageError: for anything that is not a whole number of tokens above 0, naming `option`.
     """
-    match = _PATTERN.fullmatch(text.strip().replace(",", "").replace("_", ""))
     hint = "write a whole number, or one with K (thousand), M (million) or B (billion): 65536, 64K, 40M, 1.5B"
-    if match is None:
+    count = _parsed(text, r"([KMB]?)", _TOKENS)
+    if count is None:
         raise UsageError(f"{option} '{text}' is not a number of tokens", hint)
-    count = Decimal(match[1]) * _SUFFIXES[match[2].upper()]
     if count <= 0 or count != int(count):
         raise UsageError(f"{option} '{text}' must be a whole number of tokens above 0", hint)
     return int(count)
+
+
+def parse_byte_count(text: str, option: str) -> int:
+    """'500MB' as 500,000,000.
+
+    Raises:
+        UsageError: no such size, naming `option`.
+    """
+    size = _parsed(text, r"\s*([KMGT]?)B?", _BYTES)
+    if size is None or round(size) <= 0:
+        raise UsageError(f"{option} {text!r} is no size", "for example 500MB or 2GB")
+    return round(size)
+
+
+def show_token_count(count: int) -> str:
+    """The shortest text that `parse_token_count` reads as `count`: 64K, 65536."""
+    return _shown(count, _TOKENS)
+
+
+def show_byte_count(size: int) -> str:
+    """The shortest text that `parse_byte_count` reads as `size`: 500MB, 2GB."""
+    return _shown(size, _BYTES, unit="B")
+
+
+def _parsed(text: str, suffix: str, factors: dict[str, int]) -> Decimal | None:
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?){suffix}", text.strip().replace(",", "").replace("_", ""), re.IGNORECASE)
+    return None if found is None else Decimal(found[1]) * factors[found[2].upper()]
+
+
+def _shown(count: int, factors: dict[str, int], unit: str = "") -> str:
+    for suffix, factor in reversed(factors.items()):
+        if suffix and count and count % factor == 0:
+            return f"{count // factor}{suffix}{unit}"
+    return str(count)

@@ -14,6 +14,12 @@ import typer
 
 from factorctl import __version__
 from factorctl.cli import evaluate, export, factorize, finetune, inspect, profile, run
+from factorctl.cli.command import command
+from factorctl.config.evaluate import EvalConfig
+from factorctl.config.export import ExportConfig
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.profile import ProfileConfig
 from factorctl.errors import ExitCode, FactorctlError
 from factorctl.quiet import quieten_libraries
 
@@ -26,11 +32,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS: Sequence[tuple[str, Callable[..., None], str]] = (
-    ("factorize", factorize.factorize, "Split every FFN of a dense model into experts."),
-    ("finetune", finetune.finetune, "Train routers and experts against the dense teacher."),
-    ("eval", evaluate.evaluate, "Say what factoring cost, beside the dense model and controls."),
-    ("profile", profile.profile, "Say what factoring won: FLOPs, latency, memory."),
-    ("export", export.export, "Turn a checkpoint into what unmodified stock engines run."),
+    ("factorize", command(FactorizeConfig, factorize.factorize), "Split every FFN of a dense model into experts."),
+    ("finetune", command(FinetuneConfig, finetune.finetune), "Train routers and experts against the dense teacher."),
+    (
+        "eval",
+        command(EvalConfig, evaluate.evaluate),
+        "Say what factoring cost, beside the dense model and controls.",
+    ),
+    (
+        "profile",
+        command(ProfileConfig, profile.profile, rehearses=False),
+        "Say what factoring won: FLOPs, latency, memory.",
+    ),
+    ("export", command(ExportConfig, export.export), "Turn a checkpoint into what unmodified stock engines run."),
     ("run", run.run, "Run a recipe's stages, redoing only what changed."),
     ("demo", run.demo, "Take a small real model through every stage."),
     ("inspect", inspect.inspect, "Say what a checkpoint is, what it was made from and how."),
@@ -40,8 +54,8 @@ COMMANDS: Sequence[tuple[str, Callable[..., None], str]] = (
 )
 """Name, function, and what `factorctl --help` says of it: one sentence that fits into a line of 80 columns."""
 
-for name, command, summary in COMMANDS:
-    app.command(name, short_help=summary)(command)
+for name, run_command, summary in COMMANDS:
+    app.command(name, short_help=summary)(run_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -6,24 +6,14 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from factorctl.cli.options import (
-    DeviceOpt,
-    DryRunOpt,
-    DTypeOpt,
-    FormatOpt,
-    OutputFormat,
-    QuietOpt,
-    SeedOpt,
-    TextFieldOpt,
-    WorkspaceOpt,
-)
-from factorctl.config.common import DEFAULT_WORKSPACE
-from factorctl.config.evaluate import Controls, EvalConfig
-from factorctl.errors import ResourceError, UsageError
+from factorctl.cli.command import Asked
+from factorctl.cli.options import OutputFormat
+from factorctl.config.evaluate import EvalConfig
+from factorctl.errors import ResourceError
 
 if TYPE_CHECKING:
     from factorctl.cli.render import Table
@@ -33,87 +23,13 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    checkpoint: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[CKPT]",
-            help="A checkpoint, export, Hugging Face directory or Hub id. [default: the newest in the workspace]",
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", help="lm-eval tasks, a list; paper stands for FactorLLM's eight.")
-    ] = None,
-    task_data: Annotated[
-        Path | None, typer.Option("--task-data", help="Directory with TASK.jsonl files, instead of the Hub.")
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", help="Text for perplexity: files, folder, Hub dataset; may be repeated."),
-    ] = None,
-    text_field: TextFieldOpt = None,
-    data_tokens: Annotated[str, typer.Option("--data-tokens", help="Tokens taken from each text: 100K.")] = "100K",
-    document_tokens: Annotated[
-        int | None, typer.Option("--document-tokens", help="Tokens from the beginning of each document. [default: all]")
-    ] = None,
-    window: Annotated[
-        int, typer.Option("--window", help="Tokens that a prediction may look at; at most the model's context.")
-    ] = EvalConfig.window,
-    stride: Annotated[
-        int | None, typer.Option("--stride", help="Tokens between two windows. [default: half the window]")
-    ] = None,
-    controls: Annotated[
-        bool,
-        typer.Option(
-            "--controls",
-            help="Also static pruning, with and without refit, random and oracle routing, all experts on.",
-        ),
-    ] = False,
-    controls_all: Annotated[
-        bool, typer.Option("--controls-all", help="The same, and FFN-SkipLLM and MoEfication's split.")
-    ] = False,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            "--calibration", help="Text that controls are calibrated on. [default: the checkpoint's, or self]"
-        ),
-    ] = None,
-    calibration_tokens: Annotated[str, typer.Option("--calibration-tokens", help="Tokens of it.")] = "16384",
-    fidelity: Annotated[
-        bool, typer.Option("--fidelity/--no-fidelity", help="Hold every factored FFN against its dense one.")
-    ] = True,
-    against: Annotated[
-        str | None,
-        typer.Option("--against", help="Model to compare with. [default: the dense source in the manifest]"),
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Documents per task. [default: all]")] = None,
-    few_shot: Annotated[
-        int | None, typer.Option("--few-shot", help="Examples before each question. [default: the task's own number]")
-    ] = None,
-    batch_size: Annotated[
-        str, typer.Option("--batch-size", help="Sequences at once in tasks; auto finds what memory holds.")
-    ] = "auto",
-    samples: Annotated[
-        Path | None, typer.Option("--samples", help="Directory for samples_*.jsonl. [default: --out]")
-    ] = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Write a Markdown report here.")] = None,
+    config: EvalConfig,
+    asked: Asked,
+    *,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", help="Lay two finished reports side by side instead of evaluating."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what an interrupted run finished and is still the same.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Directory of results.json, answers and picture. [default: in the workspace]"),
-    ] = None,
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "auto",
-    dtype: DTypeOpt = "auto",
-    dry_run: DryRunOpt = False,
-    output: FormatOpt = "text",
-    quiet: QuietOpt = False,
 ) -> None:
     """Say what factoring cost: perplexity, tasks and layer fidelity beside the dense source, and beside controls.
 
@@ -128,43 +44,15 @@ def evaluate(
         factorctl eval --compare runs/a-eval/results.json runs/b-eval/results.json
     """
     from factorctl.cli.render import progress_listener
-    from factorctl.quantities import parse_token_count
 
     if compare is not None:
-        _show_comparison(list(compare), output)
+        _show_comparison(list(compare), asked.output)
         return
-    config = EvalConfig(
-        checkpoint=checkpoint,
-        against=against,
-        tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
-        task_data=task_data,
-        data=tuple(data or ()),
-        text_field=text_field,
-        data_tokens=parse_token_count(data_tokens, "--data-tokens"),
-        document_tokens=document_tokens,
-        window=window,
-        stride=stride,
-        fidelity=fidelity,
-        controls=_controls(controls, controls_all),
-        calibration=calibration,
-        calibration_tokens=parse_token_count(calibration_tokens, "--calibration-tokens"),
-        limit=limit,
-        few_shot=few_shot,
-        batch_size=_batch_size(batch_size),
-        samples=samples,
-        report=report,
-        resume=resume,
-        out=out,
-        workspace=workspace,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-    )
-    progress = progress_listener(quiet=quiet)
-    if dry_run:
+    progress = progress_listener(quiet=asked.quiet)
+    if asked.dry_run:
         from factorctl.pipeline.evaluate.plan import plan_evaluation
 
-        _show_plan(plan_evaluation(config, progress), output)
+        _show_plan(plan_evaluation(config, progress), asked.output)
         return
     from factorctl.pipeline.evaluate.run import evaluate as run_evaluation
 
@@ -172,27 +60,10 @@ def evaluate(
     try:
         result = run_evaluation(config, progress, command=command)
     except (KeyboardInterrupt, ResourceError):
-        if not resume:
+        if not config.resume:
             progress.note("the same command with --resume reuses the measurements that are finished")
         raise
-    _show_result(result, output)
-
-
-def _controls(some: bool, every: bool) -> Controls:
-    return "all" if every else "fast" if some else "none"
-
-
-def _batch_size(text: str) -> int | Literal["auto"]:
-    """'auto' or a number.
-
-    Raises:
-        UsageError: neither.
-    """
-    if text == "auto":
-        return "auto"
-    if not text.isdecimal():
-        raise UsageError(f"--batch-size {text} is neither auto nor a number", "for example --batch-size 8")
-    return int(text)
+    _show_result(result, asked.output)
 
 
 def _table(table: ReportTable) -> Table:

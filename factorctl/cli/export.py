@@ -2,103 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import typer
-
-from factorctl.cli.options import (
-    CheckpointArg,
-    DeviceOpt,
-    DryRunOpt,
-    DTypeOpt,
-    FormatOpt,
-    OutOpt,
-    OutputFormat,
-    OverwriteOpt,
-    QuietOpt,
-    SeedOpt,
-    WorkspaceOpt,
-)
-from factorctl.config.common import DEFAULT_WORKSPACE
-from factorctl.config.export import Arch, ExportConfig, ExportTarget
-from factorctl.errors import UsageError
+from factorctl.cli.command import Asked
+from factorctl.cli.options import OutputFormat
+from factorctl.config.export import ExportConfig
 
 if TYPE_CHECKING:
     from factorctl.pipeline.export.plan import ExportPlan
     from factorctl.pipeline.export.run import ExportResult
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|K|M|G|T)B?", re.IGNORECASE)
-_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
-
-def export(
-    checkpoint: CheckpointArg = None,
-    to: Annotated[
-        ExportTarget,
-        typer.Option(
-            "--to",
-            help="hf: a stock transformers mixture of experts; gguf: llama.cpp and Ollama; dense: the source's "
-            "architecture; bnb-4bit, bnb-8bit: quantised by bitsandbytes, routed experts for factorctl.load.",
-        ),
-    ] = "hf",
-    arch: Annotated[
-        Arch,
-        typer.Option("--arch", help="Stock transformers architecture; auto takes the one that most engines run right."),
-    ] = "auto",
-    pad_experts: Annotated[
-        str,
-        typer.Option(
-            "--pad-experts",
-            metavar="N",
-            help="Fill experts up to a multiple of N neurons with zeros, which is exact; 1 adds none. auto: 32 where "
-            "transformers' grouped_mm or a block-wise GGUF type would refuse the size.",
-        ),
-    ] = "auto",
-    quant: Annotated[
-        str,
-        typer.Option(
-            "--quant",
-            help="GGUF storage: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; by llama.cpp's own quantiser q6_k, "
-            "q5_k_m, q4_k_m, q3_k_m and their kin (pip install cyllama); auto keeps the dtype.",
-        ),
-    ] = "auto",
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Refuse what is only near the native function (gate hard, several experts).")
-    ] = False,
-    untie_lm_head: Annotated[
-        bool, typer.Option("--untie-lm-head", help="Store the head beside the embeddings it equals; SGLang needs it.")
-    ] = False,
-    max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", help="Largest weight file, e.g. 500MB; also bounds memory.")
-    ] = "2GB",
-    verify_gguf: Annotated[
-        bool, typer.Option("--verify-gguf", help="Demand a comparison in llama.cpp itself (pip install xllamacpp).")
-    ] = False,
-    accept_difference: Annotated[
-        float | None,
-        typer.Option(
-            "--accept-difference",
-            metavar="KL",
-            min=0,
-            help="Publish where rounding moves the model by up to this many nats per token; the card says how far. "
-            "[default: any, if it is 0.1 with the same experts, 0.5 in 4 and 5 bits]",
-        ),
-    ] = None,
-    push: Annotated[
-        str | None, typer.Option("--push", metavar="REPO", help="Upload the finished export to this Hub repository.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a repository that --push creates private.")] = False,
-    out: OutOpt = None,
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "auto",
-    dtype: DTypeOpt = "auto",
-    overwrite: OverwriteOpt = False,
-    dry_run: DryRunOpt = False,
-    output: FormatOpt = "text",
-    quiet: QuietOpt = False,
-) -> None:
+def export(config: ExportConfig, asked: Asked) -> None:
     """Turn a native checkpoint into what unmodified stock engines run, and prove that it computes the same.
 
     The export is loaded in the stock engine and its logits are compared with the native model's before it is published;
@@ -114,57 +29,11 @@ def export(
     from factorctl.pipeline.export.plan import plan_export
     from factorctl.pipeline.export.run import export as run_export
 
-    config = ExportConfig(
-        checkpoint=checkpoint,
-        target=to,
-        arch=arch,
-        pad_experts=parse_multiple(pad_experts),
-        quant=quant,
-        exact=exact,
-        untie_lm_head=untie_lm_head,
-        max_shard_bytes=parse_bytes(max_shard_size, "--max-shard-size"),
-        verify_gguf=verify_gguf,
-        accept_difference=accept_difference,
-        push=push,
-        private=private,
-        out=out,
-        workspace=workspace,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        overwrite=overwrite,
-    )
-    progress = progress_listener(quiet=quiet)
-    if dry_run:
-        _show_plan(plan_export(config, progress), output)
+    progress = progress_listener(quiet=asked.quiet)
+    if asked.dry_run:
+        _show_plan(plan_export(config, progress), asked.output)
     else:
-        _show_result(run_export(config, progress), output)
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """'500MB' as 500,000,000.
-
-    Raises:
-        UsageError: no such size.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    size = round(float(match[1]) * _FACTORS[match[2].upper()]) if match else 0
-    if size <= 0:
-        raise UsageError(f"{option} {text!r} is no size", "for example 500MB or 2GB")
-    return size
-
-
-def parse_multiple(text: str) -> int | Literal["auto"]:
-    """`--pad-experts` as a number or `auto`.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    if text == "auto":
-        return "auto"
-    if not text.isdecimal():
-        raise UsageError(f"--pad-experts {text!r} is no number of neurons", "for example 32; or auto")
-    return int(text)
+        _show_result(run_export(config, progress), asked.output)
 
 
 def _show_plan(plan: ExportPlan, output: OutputFormat) -> None:

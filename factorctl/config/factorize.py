@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from factorctl.config.common import CommonConfig, require_positive
+from factorctl.config.common import OVERWRITE, TEXT_FIELD, CommonConfig
+from factorctl.config.kinds import ANY_TEXT, TOKENS, Pairs
+from factorctl.config.option import Option
 from factorctl.config.shape import FactorShape, Gate, ScaleRule, factor_shape
 from factorctl.errors import UsageError
 
@@ -35,40 +38,85 @@ CALIBRATION_TOKENS = 16_384
 class FactorizeConfig(CommonConfig):
     """`factorctl factorize`."""
 
-    model: str
-    """Hub id, alias, local directory, .gguf file or pypi:PACKAGE==VERSION."""
-    num_experts: int | None = None
+    model: Annotated[
+        str,
+        Option("Hub id, alias (try `demo`), local directory, .gguf file, or pypi:PACKAGE==VERSION.", positional=True),
+    ]
+    num_experts: Annotated[
+        int | None,
+        Option(
+            "Routed experts per layer, 2 to 128. [default: 8, 3 of them active, a quarter of the neurons shared, "
+            "scale fitted: the best that was measured]",
+            flag="--experts",
+            short="-n",
+        ),
+    ] = None
     """None means `RECOMMENDED`, whatever of it is not given."""
-    top_k: int | None = None
-    """Routed experts active per token; None means half of them."""
-    shared_fraction: float | None = None
-    """None means none where `num_experts` is given."""
-    strategy: str | None = None
-    """None means `routed` where a router is fitted to text, else `clustered`."""
-    strategy_options: Mapping[str, str] = field(default_factory=dict)
-    router: RouterInit = "analytic"
-    gate: Gate = "softmax"
-    scale: ScaleRule | None = None
-    """None means `sum` where `num_experts` is given."""
-    refit: bool = False
-    load_limit: float | None = None
-    """The most calibration tokens that may choose one expert, in even shares (K/N of all)."""
-    calibration: str = "self"
-    calibration_tokens: int = CALIBRATION_TOKENS
-    text_field: str | None = None
+    top_k: Annotated[int | None, Option("Experts active per token. [default: half of them]", short="-k")] = None
+    shared_fraction: Annotated[
+        float | None,
+        Option(
+            "Share of the neurons that is always on, the most important ones. [default: 0 with --experts]",
+            least=0,
+            below=1,
+        ),
+    ] = None
+    strategy: Annotated[
+        str | None,
+        Option(
+            "Partition strategy; see `factorctl plugins`. [default: routed; clustered with --router random, and where "
+            "all experts or none are active]"
+        ),
+    ] = None
+    strategy_options: Annotated[
+        Mapping[str, str],
+        Option(
+            "KEY=VALUE for the strategy; may be repeated.",
+            flag="--option",
+            kind=Pairs(ANY_TEXT, "KEY=VALUE", "by=activations"),
+        ),
+    ] = field(default_factory=dict)
+    router: Annotated[RouterInit, Option("analytic: fitted to calibration tokens; random: as in the paper.")] = (
+        "analytic"
+    )
+    gate: Annotated[Gate, Option("softmax over the chosen experts (exports exactly), or the paper's hard 0/1.")] = (
+        "softmax"
+    )
+    scale: Annotated[
+        ScaleRule | None,
+        Option(
+            "Of the routed sum: 1, the paper's N/K, or fitted per layer, for one --top-k. [default: sum with --experts]"
+        ),
+    ] = None
+    refit: Annotated[bool, Option("Refit the down-projections to the routing, in closed form; changes values.")] = False
+    load_limit: Annotated[
+        float | None,
+        Option(
+            "The most tokens that may choose one expert, in even shares (K/N of all): 1.5 for batches served by "
+            "several GPUs. [default: none]",
+            least=1,
+            below=math.inf,
+            hint="choose 1 (even) or more, for example 1.5",
+        ),
+    ] = None
+    calibration: Annotated[str, Option("Files, folder, Hub dataset, or self: text sampled from the model.")] = "self"
+    calibration_tokens: Annotated[
+        int,
+        Option(
+            "How many tokens to calibrate on (64K is 64,000).",
+            kind=TOKENS,
+            least=1,
+            hint=f"try {CALIBRATION_TOKENS}",
+        ),
+    ] = CALIBRATION_TOKENS
+    text_field: Annotated[str | None, TEXT_FIELD] = None
     """Of the calibration text's rows."""
-    revision: str | None = None
-    overwrite: bool = False
+    revision: Annotated[str | None, Option("Branch, tag or commit of a Hub model.")] = None
+    overwrite: Annotated[bool, OVERWRITE] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive("--calibration-tokens", self.calibration_tokens, f"try {CALIBRATION_TOKENS}")
-        if self.load_limit is not None and not 1 <= self.load_limit < float("inf"):
-            raise UsageError(
-                f"--load-limit {self.load_limit:g} is out of range", "choose 1 (even) or more, for example 1.5"
-            )
+    def faults(self) -> Iterator[UsageError]:
         if self.load_limit is not None and self.router != "analytic":
-            raise UsageError("--load-limit needs a fitted router", "leave --router random out")
+            yield UsageError("--load-limit needs a fitted router", "leave --router random out")
 
     @property
     def split(self) -> Split:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from factorctl.config.common import CommonConfig
+from factorctl.config.common import CHECKPOINT, OVERWRITE, TEXT_FIELD, TOP_K, CommonConfig
+from factorctl.config.kinds import NUMBER, TOKENS, TOKENS_OR_0, Pairs
+from factorctl.config.option import Option
 from factorctl.config.shape import Gate, ScaleRule
 
 PresetName = Literal["default", "factorllm"]
@@ -25,60 +27,76 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 class FinetuneConfig(CommonConfig):
     """`factorctl finetune`. What is None takes the preset's or the checkpoint's value."""
 
-    tokens: int
-    """Tokens to train on."""
-    checkpoint: Path | None = None
-    """A native checkpoint; None means the newest in the workspace."""
-    top_k: int | None = None
-    data: str | None = None
-    """None means the default pretraining sample of the Hub."""
-    text_field: str | None = None
-    preset: PresetName = "default"
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
-    """Overrides of the preset, by loss: lm, par, kd, mse, balance, z."""
-    temperature: float | None = None
-    gate: Gate | None = None
-    scale: ScaleRule | None = None
-    train: TrainedPart = "all"
-    router_warmup: int = 0
-    """Tokens at the start during which only the routers learn."""
-    labels_from: LabelSource | None = None
-    """Whose neurons PAR's labels compare, behind the student's down-projection."""
-    router_refresh: int = 0
-    """Tokens between two closed-form fits of the routers; 0 means none."""
-    refresh_target: RefreshTarget = "labels"
-    """What these fits predict: which experts PAR's labels name, or how much each would take off the error."""
-    straight_through: bool = False
-    """Let the outputs of all experts inform the choice, also of those that did not run."""
-    heal_tokens: int = 0
-    """Tokens at the start during which each layer learns its dense FFN's output on its own input."""
-    optimizer: OptimizerName | None = None
-    lr: float | None = None
-    router_lr: float | None = None
-    selection: Selection | None = None
-    """At which scale routers are trained: `unit`, logits that differ by 1, or as `stored`."""
-    router_temperature: float | None = None
-    """Of the logits in the routers' own losses."""
-    sharpness_lr: float | None = None
-    """Of the number by which each layer's gates are sharper than the choice; 0 keeps it."""
-    weight_decay: float | None = None
-    clip_norm: float | None = None
-    batch_tokens: int | None = None
-    """Tokens per optimiser step, over all processes."""
-    block_length: int = 1024
-    """Tokens of a training sequence."""
-    micro_batch: int | None = None
-    """Sequences that one process takes through the model at once."""
-    heldout_tokens: int = 16_384
-    max_epochs: float = 4.0
-    precision: Precision = "auto"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    teacher: str | None = None
-    """The dense source, where the checkpoint's own values are no longer the dense ones."""
-    teacher_quant: TeacherStorage = "none"
-    save_every: int | None = None
-    """Tokens between two saved states; None means a tenth of all."""
-    resume: bool = False
-    track: tuple[Tracker, ...] = ()
-    overwrite: bool = False
+    checkpoint: Annotated[Path | None, CHECKPOINT] = None
+    tokens: Annotated[int, Option("Tokens to train on: 60K, 40M, 1.5B.", kind=TOKENS)] = 40_000_000
+    top_k: Annotated[int | None, TOP_K] = None
+    data: Annotated[str | None, Option("Files, folder, Hub dataset, or self; A=0.7,B=0.3. [default: a Hub sample]")] = (
+        None
+    )
+    text_field: Annotated[str | None, TEXT_FIELD] = None
+    preset: Annotated[PresetName, Option("default: our best; factorllm: the paper's recipe.")] = "default"
+    loss_weights: Annotated[
+        Mapping[str, float],
+        Option(
+            "NAME=WEIGHT of lm, par, kd, mse, balance or z; may be repeated.",
+            flag="--loss",
+            kind=Pairs(NUMBER, "NAME=WEIGHT", "kd=0.5"),
+        ),
+    ] = field(default_factory=dict)
+    """Overrides of the preset."""
+    temperature: Annotated[float | None, Option("Of the logit distillation.")] = None
+    gate: Annotated[Gate | None, Option("softmax or hard. [default: the preset's]")] = None
+    scale: Annotated[ScaleRule | None, Option("sum, paper or fitted. [default: the preset's]")] = None
+    train: Annotated[TrainedPart, Option("What learns.")] = "all"
+    router_warmup: Annotated[int, Option("Tokens at the start during which only routers learn.", kind=TOKENS_OR_0)] = 0
+    labels_from: Annotated[
+        LabelSource | None, Option("Whose neurons PAR's labels compare. [default: the preset's]")
+    ] = None
+    """Behind the student's down-projection."""
+    router_refresh: Annotated[
+        int, Option("Tokens between closed-form fits of the routers; 0 fits none.", kind=TOKENS_OR_0)
+    ] = 0
+    refresh_target: Annotated[RefreshTarget, Option("What these fits predict: PAR's labels, or benefits.")] = "labels"
+    """Which experts PAR's labels name, or how much each would take off the error."""
+    straight_through: Annotated[bool, Option("Let the outputs of all experts inform the routers.")] = False
+    """Also of those that did not run."""
+    heal_tokens: Annotated[
+        int, Option("Tokens at the start during which each layer learns alone.", kind=TOKENS_OR_0)
+    ] = 0
+    """Its dense FFN's output on its own input."""
+    optimizer: Annotated[OptimizerName | None, Option("[default: the preset's]")] = None
+    lr: Annotated[float | None, Option("Of the experts.")] = None
+    router_lr: Annotated[float | None, Option("Of the routers, by logit; of stored ones, by weight.")] = None
+    selection: Annotated[
+        Selection | None, Option("Scale at which routers learn: unit, or as stored. [default: the preset's]")
+    ] = None
+    """`unit`: logits that differ by 1."""
+    router_temperature: Annotated[float | None, Option("Of the logits in the routers' own losses.")] = None
+    sharpness_lr: Annotated[float | None, Option("Of how unequal each layer's gates are; 0 keeps that.")] = None
+    """Of the number by which each layer's gates are sharper than the choice."""
+    weight_decay: Annotated[float | None, Option("AdamW's, of the matrices.")] = None
+    clip_norm: Annotated[float | None, Option("Largest norm of the gradient; 0 leaves it.")] = None
+    batch_tokens: Annotated[int | None, Option("Tokens of one step, over all processes.", kind=TOKENS)] = None
+    block_length: Annotated[int, Option("Tokens of a training sequence.", kind=TOKENS_OR_0)] = 1024
+    micro_batch: Annotated[
+        int | None, Option("Sequences that a process takes through the model at once.", role="how")
+    ] = None
+    heldout_tokens: Annotated[int, Option("Text kept from training, to measure on.", kind=TOKENS)] = 16_384
+    max_epochs: Annotated[float, Option("How often the text may be seen before the run is refused.", role="how")] = 4.0
+    precision: Annotated[Precision, Option("Of the computation. auto: bfloat16 on GPUs, float32 on CPUs.")] = "auto"
+    gradient_checkpointing: Annotated[
+        bool, Option("Compute layers twice instead of keeping activations.", role="how")
+    ] = False
+    compile: Annotated[bool, Option("torch.compile the decoder layers.", role="how")] = False
+    teacher: Annotated[str | None, Option("The dense source, if it is not where the manifest says.")] = None
+    """Needed where the checkpoint's own values are no longer the dense ones."""
+    teacher_quant: Annotated[TeacherStorage, Option("How the teacher's FFNs are held; 8bit and 4bit on CUDA.")] = "none"
+    save_every: Annotated[
+        int | None, Option("Tokens between saved states. [default: a tenth of all]", kind=TOKENS, role="how")
+    ] = None
+    resume: Annotated[bool, Option("Go on from the last saved state of the same run.", role="place")] = False
+    track: Annotated[
+        tuple[Tracker, ...],
+        Option("Also log to tensorboard, wandb or trackio; may be repeated.", role="how"),
+    ] = ()
+    overwrite: Annotated[bool, OVERWRITE] = False

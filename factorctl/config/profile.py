@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from factorctl.config.common import CommonConfig, require_positive
+from factorctl.config.common import CHECKPOINT, TEXT_FIELD, TOP_K, CommonConfig
+from factorctl.config.kinds import WHOLE, Listed
+from factorctl.config.option import Option
 from factorctl.config.shape import ScaleRule
 from factorctl.errors import UsageError
+
+WHOLES = Listed(WHOLE, "whole numbers", "1,8,32")
 
 
 @dataclass(frozen=True)
 class ProfileConfig(CommonConfig):
     """`factorctl profile`."""
 
-    checkpoint: Path | None = None
-    """A native checkpoint; None means the newest in the workspace."""
-    batch: tuple[int, ...] = (1, 8)
-    prompt: tuple[int, ...] = (128, 512)
-    decode_tokens: int = 8
-    """Decoding steps after each prefill, each one a sample."""
-    rounds: int = 10
-    seconds: float = 60.0
-    """Begin no further round of a regime after this long, once there are three."""
-    top_k: int | None = None
-    scale: ScaleRule | None = None
-    data: str = "self"
-    """Text that decides the routing: DATA, or `random` for random tokens."""
-    text_field: str | None = None
-    latency: bool = True
-    sweep_k: bool = False
-    """Also count the FLOPs of every other number of active experts."""
-    tune: bool = False
-    """Time the execution paths first, and cache what is fastest on this machine."""
-    require_quiet: bool = False
-    """Refuse to measure on a busy machine instead of marking the report."""
-    html: Path | None = None
-    plots: Path | None = None
-    """Directory for the PNG files."""
+    checkpoint: Annotated[Path | None, CHECKPOINT] = None
+    batch: Annotated[tuple[int, ...], Option("Sequences at once; a list.", kind=WHOLES)] = (1, 8)
+    prompt: Annotated[tuple[int, ...], Option("Tokens per sequence before decoding; a list.", kind=WHOLES)] = (128, 512)
+    decode_tokens: Annotated[int, Option("Decoding steps per round.", least=1, hint="try 8")] = 8
+    """Each one a sample."""
+    rounds: Annotated[int, Option("Interleaved rounds per regime, after one to warm up.")] = 10
+    seconds: Annotated[float, Option("Begin no further round of a regime after this long.")] = 60.0
+    """Three are run in any case."""
+    top_k: Annotated[int | None, TOP_K] = None
+    scale: Annotated[ScaleRule | None, Option("Needed with --top-k where scales were fitted.")] = None
+    data: Annotated[str, Option("Text that decides the routing: files, Hub dataset, self, or random tokens.")] = "self"
+    text_field: Annotated[str | None, TEXT_FIELD] = None
+    latency: Annotated[bool, Option("Time it, or only count.")] = True
+    sweep_k: Annotated[bool, Option("Also count FLOPs at every number of experts.")] = False
+    tune: Annotated[bool, Option("Time the execution paths first and remember the fastest for this machine.")] = False
+    require_quiet: Annotated[bool, Option("Refuse a busy machine instead of marking the report.", role="how")] = False
+    html: Annotated[Path | None, Option("Write one self-contained page here.", role="place")] = None
+    plots: Annotated[Path | None, Option("Write the plots as PNG into this directory.", role="place")] = None
+    out: Annotated[Path | None, Option("Write the JSON report with all samples here.", short="-o", role="place")] = None
+    """None means no file."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def faults(self) -> Iterator[UsageError]:
         for option, values in (("--batch", self.batch), ("--prompt", self.prompt), ("--rounds", (self.rounds,))):
             if not values or min(values) < 1:
                 listed = ",".join(str(value) for value in values) or "nothing"
-                raise UsageError(f"{option} {listed} holds no positive numbers only", f"for example {option} 1,8")
-        require_positive("--decode-tokens", self.decode_tokens, "try 8")
+                yield UsageError(f"{option} {listed} holds no positive numbers only", f"for example {option} 1,8")

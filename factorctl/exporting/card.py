@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -13,21 +13,12 @@ from factorctl.checkpoint.manifest import Manifest
 from factorctl.config.export import ExportConfig
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.option import command_line
 from factorctl.exporting.check.comparison import Agreement, Proof
 from factorctl.exporting.check.rounding import Rounding
 
-_FLAGS = {
-    "num_experts": "experts",
-    "strategy_options": "option",
-    "loss_weights": "loss",
-    "target": "to",
-    "max_shard_bytes": "max-shard-size",
-}
-"""Where an option is not called as its field is."""
-_FIELDS = {
-    verb: {field.name: field.default for field in fields(config)}
-    for verb, config in (("factorize", FactorizeConfig), ("finetune", FinetuneConfig), ("export", ExportConfig))
-}
+_STAGES: Mapping[str, type] = {"factorize": FactorizeConfig, "finetune": FinetuneConfig}
+"""What makes a native checkpoint."""
 METHOD = "https://arxiv.org/abs/2408.11855"
 
 
@@ -212,29 +203,11 @@ def _usage(facts: CardFacts) -> str:
     )
 
 
-def command(verb: str, config: Mapping[str, Any], *, positional: str) -> str:
-    """The command line of a recorded configuration.
-
-    What was left at its default stays out, and so does what a preset decides and no option does.
-    """
-    parts, defaults = ["factorctl", verb, positional], _FIELDS[verb]
-    for name, value in config.items():
-        if name not in defaults or name in ("model", "checkpoint") or value is None or value == defaults[name]:
-            continue
-        flag = "--" + _FLAGS.get(name, name.replace("_", "-"))
-        if isinstance(value, Mapping):
-            parts += [f"{flag} {shlex.quote(f'{key}={item}')}" for key, item in value.items()]
-        elif isinstance(value, list | tuple):
-            parts += [f"{flag} {shlex.quote(str(item))}" for item in value]
-        elif value is not False:
-            parts.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
-    return " ".join(parts)
-
-
 def _made_with(parent: Manifest, facts: CardFacts) -> str:
+    made_from = shlex.quote(str(parent.config.get("model") or "CHECKPOINT"))
     commands = [
-        command(parent.stage, parent.config, positional=str(parent.config.get("model") or "CHECKPOINT")),
-        command("export", facts.config, positional="CHECKPOINT"),
+        command_line(parent.stage, _STAGES[parent.stage], parent.config, positional=made_from),
+        command_line("export", ExportConfig, facts.config, positional="CHECKPOINT"),
     ]
     return (
         "## How it was made\n\n```sh\n" + "\n".join(commands) + "\n```\n\n"

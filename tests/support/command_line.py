@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +15,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import typer
+
 from factorctl.cli.app import main
+from factorctl.cli.command import command
+from factorctl.pipeline.recipe.read import STAGES
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,28 @@ def cli(*arguments: object) -> Outcome:
         finally:
             signal.signal(signal.SIGTERM, before)
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def config_of(line: str, config: type | None = None) -> Any:
+    """The config that `factorctl VERB ...` means; nothing is run.
+
+    Args:
+        config: takes the place of the verb's own.
+
+    Raises:
+        UsageError: a value does not exist, and click's own error where an option does not.
+    """
+    program, verb, *arguments = shlex.split(line)
+    assert program == "factorctl"
+    made: list[Any] = []
+
+    def body(read: Any, _: object) -> None:
+        made.append(read)
+
+    app = typer.Typer()
+    app.command()(command(config or STAGES[verb], body))  # type: ignore[index]
+    typer.main.get_command(app).main(arguments, standalone_mode=False)
+    return made[0]
 
 
 def cli_process(*arguments: object, prelude: str = "", **environment: str) -> subprocess.Popen[str]:

@@ -25,8 +25,8 @@ LAYERS = {
 }  # fmt: skip
 """Part of factorctl -> layer. A part imports only from layers below its own."""
 
-SIDEWAYS = {(part, "errors") for part in ("config", "contracts", "memory", "quantities")}
-"""Imports within a layer that are meant: the ground layer shares its errors."""
+SIDEWAYS = {(part, "errors") for part in ("config", "contracts", "memory", "quantities")} | {("config", "quantities")}
+"""Imports within a layer that are meant: the ground layer shares its errors, and options are quantities."""
 
 VERBS_SHARED = {("evaluate", "factorize")}
 """Verbs that import one another: controls are made as layers are; a recipe calls all of them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from factorctl import __version__
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config.evaluate import EvalConfig
+from factorctl.config.option import EVERY_ROLE, recorded
 from factorctl.data.hub import pin_revisions
 from factorctl.data.identity import identify_sources, tokenizer_fingerprint
 from factorctl.data.spec import parse_data_spec
@@ -283,7 +284,12 @@ def expected_seconds(plan: EvalPlan) -> float:
 
 def resolved_config(plan: EvalPlan) -> dict[str, Any]:
     """The configuration as JSON, defaults resolved."""
-    raw = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(plan.config).items()}
-    resolved = {"checkpoint": str(plan.model.path), "against": plan.reference.id, "out": str(plan.out)}
-    return {**raw, **resolved, "window": plan.window, "stride": plan.stride, "tasks": [t.name for t in plan.tasks],
-            "data": list(plan.config.data)}  # fmt: skip
+    return {
+        **recorded(plan.config, *EVERY_ROLE),
+        "checkpoint": str(plan.model.path),
+        "against": plan.reference.id,
+        "out": str(plan.out),
+        "window": plan.window,
+        "stride": plan.stride,
+        "tasks": [task.name for task in plan.tasks],
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from factorctl import __version__
 from factorctl.checkpoint.builder import building
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.config.export import ExportConfig
+from factorctl.config.option import recorded
 from factorctl.exporting.card import CardFacts, export_card
 from factorctl.exporting.check.hard_gate import (
     FP16_MAX_SHIFT,
@@ -216,7 +216,7 @@ def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
     job = plan.job
     report_directories = [job.config.workspace, job.config.workspace / "reports", job.checkpoint.path.parent]
     return CardFacts(
-        config=resolved_config(job.config),
+        config=recorded(job.config),
         architecture=job.form.architecture,
         dtype=job.form.dtype,
         engine=verified.engine,
@@ -241,19 +241,13 @@ def _fingerprint(job: ExportJob, scaling: RouterScaling | None) -> str:
     """Names the work: whatever could change a byte of the shards."""
     return hash_value(
         {
-            "config": resolved_config(job.config),
+            "config": recorded(job.config),
             "parent": job.checkpoint.manifest.sha256,
             "shifts": [] if scaling is None else list(scaling.shifts),
             "libraries": library_versions(),
             "tool_version": __version__,
         }
     )
-
-
-def resolved_config(config: ExportConfig) -> dict[str, Any]:
-    """The configuration as JSON, without where things are."""
-    skipped = {"checkpoint", "out", "workspace", "overwrite", "push", "private"}
-    return {key: value for key, value in asdict(config).items() if key not in skipped}
 
 
 def _manifest(plan: ExportPlan, verified: Verified, scaling: RouterScaling | None, rounding: float | None) -> Manifest:
@@ -265,7 +259,7 @@ def _manifest(plan: ExportPlan, verified: Verified, scaling: RouterScaling | Non
         source=parent.source,
         factored=parent.factored,
         parent=parent.sha256,
-        config=resolved_config(plan.job.config),
+        config=recorded(plan.job.config),
         details={
             "architecture": form.architecture,
             "format": plan.job.config.target,

@@ -16,6 +16,7 @@ from factorctl.checkpoint.manifest import Manifest
 from factorctl.checkpoint.reader import COMPUTED, CheckpointReader, all_finite
 from factorctl.checkpoint.sources import copied_files
 from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.option import recorded
 from factorctl.data.blocks import TokenBlocks
 from factorctl.errors import UsageError
 from factorctl.ffn.labels import dead_experts
@@ -124,7 +125,7 @@ def _fingerprint(plan: FactorizePlan, source: dict[str, Any], blocks: TokenBlock
     """Names the work: whatever could change a byte of the result."""
     return hash_value(
         {
-            "config": resolved_config(plan.config),
+            "config": recorded(plan.config),
             "source": source["files"],
             "strategy": asdict(plan.provenance),
             "calibration": None if blocks is None else blocks.fingerprint,
@@ -132,12 +133,6 @@ def _fingerprint(plan: FactorizePlan, source: dict[str, Any], blocks: TokenBlock
             "tool_version": __version__,
         }
     )
-
-
-def resolved_config(config: FactorizeConfig) -> dict[str, Any]:
-    """The configuration as JSON, without where the result is put."""
-    raw = {key: value for key, value in asdict(config).items() if key not in {"out", "workspace", "overwrite"}}
-    return {**raw, "strategy_options": dict(config.strategy_options)}
 
 
 def _write_layers(
@@ -211,7 +206,7 @@ def _manifest(
         tool_version=__version__,
         source={**source, "model_type": plan.dense.family.model_type},
         factored=spec.summary(),
-        config=resolved_config(plan.config),
+        config=recorded(plan.config),
         details={
             "strategy": {**asdict(plan.provenance), "options": dict(plan.config.strategy_options)},
             "identity_error": max(record["identity_error"] for record in records),

@@ -12,6 +12,7 @@ import torch
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.checkpoint.sources import Source
 from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.option import recorded
 from factorctl.data.spec import DEFAULT_PRETRAINING_DATA, DataSpec, parse_data_spec
 from factorctl.errors import UsageError
 from factorctl.ffn.spec import FactoredSpec
@@ -33,10 +34,6 @@ from factorctl.training.teacher import require_cuda_for
 
 RUN_NAME = "run.json"
 """Says, in the training directory, what the run is."""
-_PLACES = frozenset({"out", "workspace", "overwrite", "resume", "track", "save_every", "checkpoint", "max_epochs"})
-"""Parts of the configuration that decide where things go, not what they are."""
-_HOW = frozenset({"micro_batch", "gradient_checkpointing", "compile"})
-"""Parts that only change how the same steps are computed: a resumed run may change them."""
 
 
 @dataclass(frozen=True)
@@ -238,12 +235,11 @@ def find_teacher(config: FinetuneConfig, checkpoint: NativeCheckpoint, progress:
 
 
 def resolved_config(plan: FinetunePlan) -> dict[str, Any]:
-    """The configuration as JSON, presets resolved, without where the result is put."""
-    raw = {key: value for key, value in asdict(plan.config).items() if key not in _PLACES | _HOW}
+    """The configuration as JSON, presets resolved: what decides the result."""
     recipe = asdict(plan.recipe)
     weights = recipe.pop("weights")
     return {
-        **raw,
+        **recorded(plan.config),
         **recipe,
         "loss_weights": weights,
         "betas": list(plan.recipe.betas),

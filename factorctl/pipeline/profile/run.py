@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from factorctl.config.option import EVERY_ROLE, recorded
 from factorctl.config.profile import ProfileConfig
 from factorctl.errors import ResourceError, UsageError
 from factorctl.ffn.choice import steps_for
@@ -147,7 +148,7 @@ def _profiled(config: ProfileConfig, progress: Progress) -> ProfileResult:
         hardware=hardware,
         busy=hardware.busy,
         versions=library_versions(),
-        config=plain_config(config),
+        config=recorded(config, *EVERY_ROLE),
         remarks=remarks,
         tuning=tuning,
         written=[str(path) for path in (config.out, config.html, config.plots) if path is not None],
@@ -253,10 +254,6 @@ def explain_ffn(subject: Subject, progress: Progress) -> list[FfnCost]:
             rows.append(ffn_cost(subject.model, subject.sizes, subject.text, tokens, subject.itemsize))
             task.advance(tokens=tokens)
     return rows
-
-
-def plain_config(config: ProfileConfig) -> dict[str, object]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
 
 
 def write_outputs(result: ProfileResult) -> None:

@@ -21,6 +21,7 @@ from factorctl.config.evaluate import EvalConfig
 from factorctl.config.export import ExportConfig
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.option import recorded
 from factorctl.config.profile import ProfileConfig
 from factorctl.data.hub import pin_revisions
 from factorctl.data.identity import identify_sources
@@ -44,10 +45,6 @@ from factorctl.progress import Progress
 
 Status = Literal["done", "reused", "would run", "would be reused"]
 _DATA_FIELDS = ("calibration", "data")
-_DOES_NOT_COUNT = frozenset(
-    {"out", "workspace", "overwrite", "resume", "checkpoint", "samples", "report", "html", "plots"}
-)
-"""Fields that say where things are, not what they are."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +110,10 @@ def _run(recipe: Recipe, directory: Path, progress: Progress, *, dry_run: bool) 
 
 def stage_key(config: StageConfig, upstream: str | None, progress: Progress) -> str:
     """The hash of everything that decides a stage's result."""
-    options = {key: value for key, value in asdict(config).items() if key not in _DOES_NOT_COUNT}
     return hash_value(
         {
             "kind": type(config).__name__,
-            "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
+            "options": recorded(config, "content", "effect"),
             "upstream": upstream,
             "source": _source_identity(config, progress),
             "text": [_text_identity(text, progress) for text in _texts(config)],

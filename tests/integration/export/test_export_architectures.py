@@ -168,7 +168,7 @@ def test_experts_that_are_not_padded_are_loaded_with_another_kernel(tmp_path: Pa
         (["--arch", "mixtral", "--to", "dense"], "--arch mixtral has no meaning with --to dense"),
         (["--pad-experts", "32", "--to", "dense"], "--pad-experts 32 has no meaning with --to dense"),
         (["--pad-experts", "0"], "--pad-experts 0 is no positive number"),
-        (["--pad-experts", "some"], "--pad-experts 'some' is no number of neurons"),
+        (["--pad-experts", "some"], "--pad-experts some is neither auto nor a number"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from huggingface_hub import ModelCard
+from support.command_line import config_of
 
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.checkpoint.source_card import source_card
-from factorctl.cli.app import app
 from factorctl.config.export import ExportConfig
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.finetune import FinetuneConfig
-from factorctl.exporting.card import CardFacts, command, export_card
+from factorctl.config.option import command_line, recorded
+from factorctl.exporting.card import CardFacts, export_card
 from factorctl.exporting.origin import base_name, licence_of
 from factorctl.exporting.reports import _results, evaluation_table
 from factorctl.pipeline.common.model_card import native_card
+from factorctl.pipeline.recipe.read import STAGES
 from factorctl.training.presets import PRESETS
 
 FACTORED = {
@@ -116,14 +116,6 @@ def test_the_licence_comes_from_card_config_or_file(tmp_path: Path) -> None:
     assert "- Licence: see LICENSE." in export_card(manifest(), facts(licence_files=["LICENSE"]))
 
 
-def takes(line: str) -> None:
-    """Parse a command line as the program would; raises where an option or a value does not exist."""
-    program, verb, *arguments = shlex.split(line)
-    assert program == "factorctl"
-    commands: Any = typer.main.get_command(app)
-    commands.commands[verb].make_context(verb, arguments)
-
-
 SETTINGS: dict[str, dict[str, Any]] = {
     "factorize": asdict(
         FactorizeConfig(
@@ -157,24 +149,14 @@ PLACES = {"out", "workspace", "overwrite", "resume", "push", "private"}
 @pytest.mark.parametrize("verb", SETTINGS)
 def test_every_option_that_a_card_prints_is_one_of_the_command_line(verb: str) -> None:
     config = {name: value for name, value in SETTINGS[verb].items() if name not in PLACES}
-    line = command(verb, config, positional="CHECKPOINT")
+    line = command_line(verb, STAGES[verb], config, positional="CHECKPOINT")  # type: ignore[index]
     assert line.count(" --") > 6
     for option in ("--betas", "--label-share", "--final-lr-fraction", "--relative-router-lr", "--weights"):
         assert option not in line.split()
-    takes(line)
-
-
-@pytest.mark.parametrize(
-    ("verb", "config"), [("factorize", FactorizeConfig), ("finetune", FinetuneConfig), ("export", ExportConfig)]
-)
-def test_every_field_of_a_config_is_an_option(verb: str, config: type) -> None:
-    """A field that no option sets could be printed by a card as one."""
-    commands: Any = typer.main.get_command(app)
-    options = {option for parameter in commands.commands[verb].params for option in parameter.opts}
-    for field in fields(config):
-        if field.name not in {"model", "checkpoint"}:
-            (line,) = {command(verb, {field.name: "x"}, positional="").split()[-2]}
-            assert line in options
+    meant = recorded(config_of(line))
+    assert meant.keys() <= config.keys()
+    for name in meant.keys() - {"model"}:
+        assert meant[name] == config[name], name
 
 
 def test_a_finetuned_checkpoint_card_can_be_run() -> None:
@@ -183,4 +165,4 @@ def test_a_finetuned_checkpoint_card_can_be_run() -> None:
     made = card.partition("## How it was made")[2].partition("```sh\n")[2].partition("\n```")[0].splitlines()
     assert [line.split()[1] for line in made] == ["finetune", "export"]
     for line in made:
-        takes(line)
+        assert config_of(line)

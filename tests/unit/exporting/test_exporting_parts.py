@@ -11,10 +11,10 @@ from support.tiny import CASES, COMMON
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from factorctl.cli.export import parse_bytes
+from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.option import command_line
 from factorctl.config.shape import FactorShape
 from factorctl.errors import UsageError
-from factorctl.exporting.card import command
 from factorctl.exporting.check.comparison import (
     FLOAT64_LIMIT,
     ExportMismatchError,
@@ -34,6 +34,7 @@ from factorctl.exporting.stock.config import rope_keys
 from factorctl.exporting.stock.folding import Folding, is_power_of_two, scale_rounding
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.families import DenseModel, dense_model
+from factorctl.quantities import parse_byte_count
 
 N, K, H, D = 4, 2, 12, 32
 
@@ -248,11 +249,11 @@ def test_storage_types_follow_the_shape() -> None:
 def test_the_card_repeats_the_command_without_defaults() -> None:
     config = {"model": "demo", "num_experts": 8, "top_k": None, "refit": True, "strategy": None, "seed": 0}
     options = {**config, "strategy_options": {"by": "weights"}}
-    assert command("factorize", options, positional="demo") == (
-        "factorctl factorize demo --experts 8 --refit --option by=weights"
+    assert command_line("factorize", FactorizeConfig, options, positional="demo") == (
+        "factorctl factorize demo --experts 8 --option by=weights --refit"
     )
 
 
 @pytest.mark.parametrize(("text", "size"), [("500MB", 5e8), ("2GB", 2e9), ("1.5 G", 1.5e9), ("123", 123), ("4k", 4000)])
 def test_sizes(text: str, size: float) -> None:
-    assert parse_bytes(text, "--max-shard-size") == size
+    assert parse_byte_count(text, "--max-shard-size") == size

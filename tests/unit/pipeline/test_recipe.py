@@ -14,6 +14,7 @@ from factorctl.config.evaluate import EvalConfig
 from factorctl.config.export import ExportConfig
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.option import options_of
 from factorctl.config.profile import ProfileConfig
 from factorctl.errors import UsageError
 from factorctl.pipeline.recipe.read import STAGES, Recipe, parse_recipe, read_recipe
@@ -101,11 +102,11 @@ def test_stages_run_in_the_order_of_the_pipeline() -> None:
         ("[finetune]\ntokens=1\n", "has no [factorize] table"),
         ("[factorize]\nexperts=4\n", "[factorize] needs model"),
         ("[factorize]\nmodel='demo'\nexpert=4\n", "[factorize] knows no 'expert'"),
-        ("[factorize]\nmodel='demo'\nexperts='four'\n", "experts 'four' is not a number of tokens"),
+        ("[factorize]\nmodel='demo'\nexperts='four'\n", "experts 'four' is not a whole number"),
         ("[factorize]\nmodel='demo'\nexperts=4.5\n", "experts = 4.5 is not a whole number"),
         ("[factorize]\nmodel='demo'\nexperts=true\n", "experts = True is not a whole number"),
         ("[factorize]\nmodel=4\nexperts=4\n", "model = 4 is not text"),
-        ("[factorize]\nmodel='demo'\nexperts=4\ngate='sharp'\n", "gate = 'sharp' is none of its values"),
+        ("[factorize]\nmodel='demo'\nexperts=4\ngate='sharp'\n", "gate sharp is not known"),
         ("[factorize]\nmodel='demo'\nexperts=4\nrefit='yes'\n", "refit = 'yes' is not"),
         ("[factorize]\nmodel='demo'\nexperts=4\nout='x'\n", "[factorize] knows no 'out'"),
         ("[factorize]\nmodel='demo'\nexperts=4\n[finetune]\ntokens='many'\n", "'many' is not a number of tokens"),
@@ -125,7 +126,7 @@ def test_near_misses_are_named() -> None:
     for text, word in (("[factorise]\n", "factorize"), ("[factorize]\nexpert=4\n", "experts")):
         with pytest.raises(UsageError) as refused:
             parsed(text)
-        assert f"did you mean '{word}'" in str(refused.value.hint)
+        assert f"did you mean '{word}'" in str(refused.value)
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
@@ -140,13 +141,14 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
 def test_keys_are_the_options_of_the_command(stage: str) -> None:
     """What `factorctl STAGE --help` lists, a recipe takes under the same name, unless the runner itself decides it."""
     command = typer.main.get_command(app).commands[stage]  # type: ignore[attr-defined]
-    named = {name.removeprefix("--") for p in command.params for name in p.opts if name.startswith("--")}
-    positional = {p.name for p in command.params if not any(name.startswith("-") for name in p.opts)}
-    decided = {"out", "workspace", "overwrite", "resume", "format", "quiet", "dry-run", "help", "html", "plots"}
-    decided |= {"samples", "report", "save-every", "compare", "max-shard-size", "controls-all"}
-    known = set(STAGES[stage].options)  # type: ignore[index]
-    assert named - decided <= known
-    assert known - named <= positional | {"max-shard-bytes"}
+    named = {name for p in command.params for name in p.opts if name.startswith("--")}
+    options = options_of(STAGES[stage])  # type: ignore[index]
+    flags = {flag for o in options if not o.option.positional for flag in (o.option.flags or [o.flag])}
+    assert named - flags <= {"--format", "--quiet", "--dry-run", "--compare"}
+    assert flags <= named
+    places = {o.field for o in options if o.option.role == "place"}
+    decided = {"out", "workspace", "overwrite", "resume", "checkpoint", "html", "plots", "samples", "report"}
+    assert places == decided & {o.field for o in options}
 
 
 DOCS = Path(__file__).parents[3] / "docs" / "recipes.md"
