@@ -1,7 +1,9 @@
-"""How much memory a process takes before its work begins, how much it may still take, and what will not fit."""
+"""How much memory a process takes before its work begins, has taken, may still take, and what will not fit."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,16 @@ def free_memory(device: torch.device) -> int:
 
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def peak_memory(device: torch.device | None = None) -> int:
+    """Most bytes in use so far: by tensors on a CUDA `device`, else the largest resident size of the process."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes where Linux counts kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def require_memory(needed: int, available: int, *, hint: str, purpose: str = "") -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from factorctl.memory import peak_memory
 from factorctl.profiling.runtime import Clock, Runtime, make_runtime, synchronised_clock
 from factorctl.profiling.variants import VariantName
 
@@ -90,7 +91,7 @@ def _measure_round(
     samples.prefill_ms.append(prefill)
     samples.decode_ms.extend(decode)
     if on_gpu:
-        samples.peak_bytes = max(samples.peak_bytes or 0, torch.cuda.max_memory_allocated(ids_BL.device))
+        samples.peak_bytes = max(samples.peak_bytes or 0, peak_memory(ids_BL.device))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from factorctl.errors import FactorctlError
+from factorctl.memory import peak_memory
 from factorctl.progress import Progress, Task
 from factorctl.training.batches import Batches
 from factorctl.training.distiller import StepReport
@@ -25,7 +26,7 @@ from factorctl.training.heldout import PARTS
 from factorctl.training.load_watch import LoadWatch
 from factorctl.training.metrics import MetricsFile
 from factorctl.training.optimizers import Schedule, is_router, set_learning_rate
-from factorctl.training.out_of_memory import memory_bytes, memory_explained
+from factorctl.training.out_of_memory import memory_explained
 from factorctl.training.router_refresh import refresh_routers
 from factorctl.training.selection import keep_order
 from factorctl.training.sharding import whole
@@ -210,7 +211,7 @@ class TrainingLoop:
             **summary.gradient_norms,
             "lr_factor": self.options.schedule.factor(now.tokens),
             "tokens_per_second": round(speed, 1),
-            "memory_bytes": memory_bytes(self.batches.device),
+            "memory_bytes": peak_memory(self.batches.device),
         }
         shown: dict[str, object] = {n: v for n, v in summary.means.items() if n not in ("total", "agreement")}
         shown |= {"tok/s": round(speed), "GB": round(line["memory_bytes"] / 1e9, 2)}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from factorctl.errors import ResourceError
+from factorctl.memory import peak_memory
 from factorctl.training.batches import BatchPlan
 
 
@@ -29,7 +29,7 @@ def memory_explained(
     try:
         yield
     except torch.OutOfMemoryError as error:
-        peak = memory_bytes(device)
+        peak = peak_memory(device)
         smaller = f"--micro-batch {plan.micro_batch // 2} or " if plan.micro_batch > 1 else ""
         again = "try" if rehearsed else "go on with --resume and"
         raise ResourceError(
@@ -39,10 +39,3 @@ def memory_explained(
             "--optimizer adamw-8bit, --teacher-quant 8bit or shorter blocks; several GPUs can share one model: "
             "accelerate launch --use_fsdp --fsdp_version 2",
         ) from error
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the allocator on CUDA, else the process's resident size."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

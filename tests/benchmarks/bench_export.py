@@ -13,7 +13,6 @@ import argparse
 import datetime
 import os
 import platform
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reporting import report_path, write_report
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import factorctl
@@ -31,9 +31,9 @@ from factorctl.exporting.check.native import plain
 from factorctl.exporting.check.stock import StockJob, ask_stock
 from factorctl.exporting.check.stock_process import greedy
 from factorctl.pipeline.export.run import ExportResult, export
+from factorctl.processor import processor_name
 from factorctl.progress import SilentProgress
 
-REPORTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 LIBRARIES = ("factorctl", "torch", "transformers", "gguf", "xllamacpp")
 NEW_TOKENS = 64
 TIE = 1e-3
@@ -86,11 +86,6 @@ def rows(continuations: Sequence[Continuation]) -> list[str]:
     return [f"| {c.prompt.splitlines()[0]} | {c.verdict} |" for c in continuations]
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def figures(result: ExportResult) -> str:
     return (
         f"| {result.format} | {result.architecture} | {result.engine} | {result.tokens_compared} | "
@@ -117,7 +112,7 @@ def report(checkpoint: Path, scratch: Path) -> str:
     text = [
         f"# Exports of {results[0].notation}, {datetime.date.today()}",
         "",
-        f"- CPU: {cpu_name()}, {os.cpu_count()} cores",
+        f"- CPU: {processor_name()}, {os.cpu_count()} cores",
         f"- Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
         f"- Command: `python tests/benchmarks/bench_export.py {checkpoint.name}`",
         "",
@@ -148,10 +143,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-export-") as scratch:
         text = report(arguments.checkpoint, Path(scratch))
-    print(text)
-    cpu = re.sub(r"[^a-z0-9]+", "-", " ".join(cpu_name().lower().split()[:2])).strip("-")
-    name = arguments.name or arguments.checkpoint.name.lower()
-    (REPORTS / f"{datetime.date.today()}-export-{name}-{cpu}.md").write_text(text)
+    write_report(report_path(f"export-{arguments.name or arguments.checkpoint.name.lower()}"), text)
 
 
 if __name__ == "__main__":

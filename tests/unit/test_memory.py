@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
-from factorctl.memory import available_memory
+from factorctl.memory import available_memory, peak_memory
 
 
 @pytest.fixture
@@ -37,3 +39,20 @@ def test_the_group_decides_where_it_leaves_less(
     group: Path, limit: str, used: int, droppable: int, available: int
 ) -> None:
     assert limited(group, limit, used, droppable) == available
+
+
+def resident(monkeypatch: pytest.MonkeyPatch, platform: str) -> int:
+    usage = SimpleNamespace(ru_maxrss=300_000)
+    monkeypatch.setattr("factorctl.memory.sys.platform", platform)
+    monkeypatch.setattr("factorctl.memory.resource.getrusage", lambda _: usage)
+    return peak_memory()
+
+
+def test_a_resident_size_is_in_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """getrusage(2): in kilobytes on Linux, in bytes on macOS."""
+    assert resident(monkeypatch, "linux") == 300_000 * 1024
+    assert resident(monkeypatch, "darwin") == 300_000
+
+
+def test_the_peak_on_a_cpu_is_the_resident_size() -> None:
+    assert peak_memory() <= peak_memory(torch.device("cpu")) <= peak_memory()

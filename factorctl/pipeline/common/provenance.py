@@ -1,10 +1,8 @@
-"""What ran: versions and memory, for manifests and reports."""
+"""What ran: the versions of the libraries, for manifests and reports."""
 
 from __future__ import annotations
 
 import functools
-import resource
-import sys
 from importlib.metadata import PackageNotFoundError, version
 
 LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "accelerate")
@@ -22,9 +20,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident size of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -13,7 +13,8 @@ from factorctl.config.evaluate import EvalConfig
 from factorctl.evaluation.fidelity_plot import draw_fidelity
 from factorctl.evaluation.perplexity import compare_text
 from factorctl.files.publishing import make_directory, sole_writer_of, write_file
-from factorctl.pipeline.common.provenance import library_versions, peak_rss_bytes
+from factorctl.memory import peak_memory
+from factorctl.pipeline.common.provenance import library_versions
 from factorctl.pipeline.evaluate.controls import CONTROLS
 from factorctl.pipeline.evaluate.measure import Measured, active_share, measure_subject
 from factorctl.pipeline.evaluate.parts import PartStore
@@ -102,7 +103,7 @@ def _result(
         config=resolved_config(plan),
         remarks=list(plan.remarks),
         seconds=round(seconds, 1),
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_rss_bytes=peak_memory(),
         parts=parts,
     )
 

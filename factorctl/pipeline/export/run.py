@@ -32,8 +32,9 @@ from factorctl.exporting.stock.architectures import architecture_for, becomes_mi
 from factorctl.exporting.stock.folding import scale_rounding
 from factorctl.exporting.stock.writer import SafetensorsWriter
 from factorctl.files.hashing import hash_value
+from factorctl.memory import peak_memory
 from factorctl.models.families import ffn_prefix
-from factorctl.pipeline.common.provenance import library_versions, peak_rss_bytes
+from factorctl.pipeline.common.provenance import library_versions
 from factorctl.pipeline.export.next_steps import next_steps
 from factorctl.pipeline.export.plan import ExportPlan, plan_export, writer_for
 from factorctl.progress import Progress
@@ -151,7 +152,7 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         bits_per_weight=verified.bits_per_weight,
         commit=commit,
         seconds=round(time.monotonic() - started, 3),
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_rss_bytes=peak_memory(),
         notes=list(plan.notes),
         next_steps=next_steps(plan.out, plan.job.form, has_tokenizer=plan.job.tokenise is not None),
     )

@@ -23,6 +23,7 @@ from factorctl.ffn.labels import dead_experts
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.files.hashing import hash_value
 from factorctl.files.strict_json import dump_json
+from factorctl.memory import peak_memory
 from factorctl.models.building import empty_dense_model
 from factorctl.models.families import ffn_prefix, layer_prefix
 from factorctl.models.filling import stored_tensors
@@ -31,7 +32,7 @@ from factorctl.pipeline.common.calibration import calibration_blocks
 from factorctl.pipeline.common.devices import torch_device
 from factorctl.pipeline.common.layer_records import recorded_load
 from factorctl.pipeline.common.model_card import native_card
-from factorctl.pipeline.common.provenance import library_versions, peak_rss_bytes
+from factorctl.pipeline.common.provenance import library_versions
 from factorctl.pipeline.common.recorded_source import describe_source
 from factorctl.pipeline.factorize.layers import FactoredLayer, LayerFactory
 from factorctl.pipeline.factorize.plan import FactorizePlan, plan_factorize, stored_dtype
@@ -114,7 +115,7 @@ def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
         identity_error=max(record["identity_error"] for record in records),
         num_layers=plan.dense.num_layers,
         seconds=round(time.monotonic() - started, 3),
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_rss_bytes=peak_memory(),
         refit_layers_kept=sum(refits) if refits else None,
         idle_experts=len(dead_experts(load_LN, shape.top_k)) if load_LN else None,
         layers=records,

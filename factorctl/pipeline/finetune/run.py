@@ -19,6 +19,7 @@ from factorctl.data.blocks import TokenBlocks
 from factorctl.errors import UsageError
 from factorctl.files.publishing import make_directory, sole_writer, write_file
 from factorctl.files.strict_json import dump_json, read_json_object
+from factorctl.memory import peak_memory
 from factorctl.pipeline.common.layer_records import recorded_load
 from factorctl.pipeline.finetune.model import build_distiller, make_accelerator, start_trackers, training_blocks
 from factorctl.pipeline.finetune.output import finetuned_manifest, publish_checkpoint, trained_tensors
@@ -32,7 +33,7 @@ from factorctl.training.load_watch import dead_experts
 from factorctl.training.loop import LoopOptions, TrainingLoop
 from factorctl.training.metrics import MetricsFile
 from factorctl.training.optimizers import Schedule, make_optimizers
-from factorctl.training.out_of_memory import memory_bytes, memory_explained
+from factorctl.training.out_of_memory import memory_explained
 from factorctl.training.plotting import draw_training
 from factorctl.training.selection import to_unit_spread
 from factorctl.training.state import Progressed, incomplete_states, newest_state, remove_states, restore_state
@@ -156,7 +157,7 @@ def finetune(config: FinetuneConfig, progress: Progress) -> FinetuneResult:
         dead_experts=dead_experts(after.load, plan.spec.shape.top_k),
         tokens_per_second=round(trained / training_seconds, 1),
         seconds=round(time.monotonic() - started, 1),
-        peak_memory_bytes=memory_bytes(plan.device),
+        peak_memory_bytes=peak_memory(plan.device),
         metrics=str(MetricsFile(plan.run).path),
         plot=str(plan.run / "training.png"),
     )
@@ -198,7 +199,7 @@ def _rehearsed(plan: FinetunePlan, progress: Progress) -> Rehearsal:
         trained_parameters=plan.trained_parameters,
         expected_memory=plan.memory,
         expected_memory_bytes=plan.memory_bytes,
-        peak_memory_bytes=memory_bytes(plan.device),
+        peak_memory_bytes=peak_memory(plan.device),
         tokens_per_second=round(speed, 1),
         seconds=round((plan.batch.tokens + heldout_passes) / speed, 1),
         out=str(plan.out),

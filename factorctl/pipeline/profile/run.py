@@ -17,10 +17,11 @@ from factorctl.errors import ResourceError, UsageError
 from factorctl.ffn.choice import steps_for
 from factorctl.ffn.tuned import cache_file, write_tuned
 from factorctl.files.publishing import make_directory, sole_writer_of, write_file
+from factorctl.memory import peak_memory
 from factorctl.models.building import factored_ffns
 from factorctl.models.loading import NativeCheckpoint, load, open_checkpoint
 from factorctl.pipeline.common.devices import compute_dtype, torch_device
-from factorctl.pipeline.common.provenance import library_versions, peak_rss_bytes
+from factorctl.pipeline.common.provenance import library_versions
 from factorctl.pipeline.common.workspace import newest_checkpoint
 from factorctl.pipeline.profile.text import profile_text
 from factorctl.profiling.attribution import FfnCost, ffn_cost
@@ -144,7 +145,7 @@ def _profiled(config: ProfileConfig, progress: Progress) -> ProfileResult:
         expert_load=routed.loads,
         machine=MachineReport(machine.gemm_flops / 1e9, machine.bandwidth / 1e9),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_rss_bytes=peak_memory(),
         hardware=hardware,
         busy=hardware.busy,
         versions=library_versions(),
