@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from factorctl.errors import FactorctlError, UsageError
 from factorctl.evaluation.chunked_head import next_tokens
 from factorctl.progress import Progress
-from factorctl.reporting.bootstrap import Interval, ratio_interval
+from factorctl.reporting.statistics import Interval, ratio_interval
 
 BATCH_TOKENS = 4096
 """Tokens that go through the model's body at once, unless one window alone is longer."""

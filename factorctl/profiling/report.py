@@ -10,7 +10,7 @@ from factorctl.profiling.attribution import FfnCost
 from factorctl.profiling.expert_load import LayerLoad
 from factorctl.profiling.flops import SweepRow
 from factorctl.reporting.hardware import Hardware
-from factorctl.reporting.sampling_statistics import Interval, Spread
+from factorctl.reporting.statistics import Estimate, Spread
 
 Phase = Literal["prefill", "decode"]
 
@@ -33,11 +33,11 @@ class LatencyRow:
     """A dense model as wide as the active neurons."""
     stock_ms: float
     """transformers' own dense model."""
-    speedup: Interval
+    speedup: Estimate
     """dense / model."""
     ceiling: float
     """What the roofline allows."""
-    floor_share: Interval
+    floor_share: Estimate
     """narrow / model: 1 when routing costs nothing."""
     spread: dict[str, Spread]
     """Percentiles by variant."""

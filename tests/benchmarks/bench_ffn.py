@@ -30,7 +30,7 @@ from factorctl.config.shape import FactorShape
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.profiling.variants import StockFFN, dense_as_wide_as, with_all_experts
 from factorctl.reporting.hardware import look_at_hardware
-from factorctl.reporting.sampling_statistics import Interval, ratio_of_medians
+from factorctl.reporting.statistics import Estimate, ratio_of_medians
 
 SIZES = {"SmolLM2-135M": (576, 1536), "TinyLlama-1.1B": (2048, 5632)}
 SPLITS = ((4, 1), (4, 2), (8, 2), (64, 8))
@@ -50,7 +50,7 @@ class Row:
     path: str
     dense_us: float
     layer_us: float
-    speedup: Interval
+    speedup: Estimate
     stock_speedup: float
     """stock / layer: against what users run today."""
     floor_share: float

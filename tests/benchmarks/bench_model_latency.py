@@ -27,7 +27,7 @@ from factorctl.profiling.roofline import Machine, ceiling, measure_machine
 from factorctl.profiling.sizes import ModelSizes
 from factorctl.profiling.variants import make_variants
 from factorctl.reporting.hardware import look_at_hardware
-from factorctl.reporting.sampling_statistics import ratio_of_medians, spread
+from factorctl.reporting.statistics import ratio_of_medians, spread
 
 WIDTH, INNER, VOCABULARY = 2048, 5632, 32000
 

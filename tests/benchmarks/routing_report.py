@@ -10,7 +10,7 @@ from typing import Any
 from reporting import header
 from routing_cells import SPLITS, STATIC, shown
 
-from factorctl.reporting.bootstrap import ratio_interval
+from factorctl.reporting.statistics import ratio_interval
 
 Record = Mapping[str, Any]
 

@@ -45,7 +45,7 @@ from factorctl.profiling.tuning import ladder, model_site, time_paths
 from factorctl.profiling.variants import VariantName, make_variants
 from factorctl.progress import Progress
 from factorctl.reporting.hardware import Hardware, look_at_hardware
-from factorctl.reporting.sampling_statistics import ratio_of_medians, spread
+from factorctl.reporting.statistics import ratio_of_medians, spread
 
 CHECK_TOKENS = 64
 """Prompt on which torch counts FLOPs: the counts grow with it, their difference does not."""

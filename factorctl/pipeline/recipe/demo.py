@@ -24,7 +24,7 @@ from factorctl.pipeline.common.tokenizers import load_tokenizer
 from factorctl.pipeline.recipe.read import Recipe, parse_recipe
 from factorctl.pipeline.recipe.run import StageOutcome, run_recipe
 from factorctl.progress import Progress, SilentProgress
-from factorctl.reporting.sampling_statistics import Interval
+from factorctl.reporting.statistics import Estimate
 
 NAME = "demo"
 HELD_OUT_EVERY = 8
@@ -42,7 +42,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Speedup(Interval):
+class Speedup(Estimate):
     """dense / model in one phase of one regime, with the roofline's ceiling."""
 
     phase: str

@@ -25,7 +25,7 @@ from factorctl.evaluation.perplexity import (
 )
 from factorctl.models.loading import load_dense
 from factorctl.progress import SilentProgress
-from factorctl.reporting.bootstrap import ratio_interval
+from factorctl.reporting.statistics import ratio_interval
 
 LENGTHS = (2, 5, 23, 40, 64)
 

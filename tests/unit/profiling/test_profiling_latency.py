@@ -18,7 +18,7 @@ from factorctl.profiling.tuning import ladder, time_paths
 from factorctl.profiling.variants import make_variants
 from factorctl.progress import SilentProgress
 from factorctl.reporting.hardware import Hardware
-from factorctl.reporting.sampling_statistics import ratio_of_medians, spread
+from factorctl.reporting.statistics import ratio_of_medians, spread
 
 CPU = torch.device("cpu")
 
