@@ -16,9 +16,7 @@ from factorctl.config.evaluate import EvalConfig
 from factorctl.errors import ResourceError
 
 if TYPE_CHECKING:
-    from factorctl.cli.render import Table
     from factorctl.pipeline.evaluate.plan import EvalPlan
-    from factorctl.pipeline.evaluate.report import ReportTable
     from factorctl.pipeline.evaluate.result import EvalResult
 
 
@@ -66,14 +64,8 @@ def evaluate(
     _show_result(result, asked.output)
 
 
-def _table(table: ReportTable) -> Table:
-    from factorctl.cli.render import rows_table
-
-    return rows_table(table.title, table.columns, table.rows)
-
-
 def _show_result(result: EvalResult, output: OutputFormat) -> None:
-    from factorctl.cli.render import show
+    from factorctl.cli.render import report_table, show
     from factorctl.pipeline.evaluate.report import report_tables
 
     tables = report_tables(result)
@@ -84,7 +76,7 @@ def _show_result(result: EvalResult, output: OutputFormat) -> None:
     written = [f"written: {path}" for path in result.written if path not in answers]
     if answers:
         written.append(f"written: {len(answers)} files samples_*.jsonl in {Path(answers[0]).parent}")
-    show(result, output=output, tables=[_table(table) for table in tables], closing=[*closing, *written])
+    show(result, output=output, tables=[*map(report_table, tables)], closing=[*closing, *written])
 
 
 def _show_plan(plan: EvalPlan, output: OutputFormat) -> None:

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -29,6 +29,9 @@ from factorctl.cli.options import OutputFormat
 from factorctl.errors import FactorctlError
 from factorctl.progress import Progress as ProgressListener
 from factorctl.progress import SilentProgress, Task
+
+if TYPE_CHECKING:
+    from factorctl.reporting.tables import ReportTable
 
 
 def stdout() -> Console:
@@ -140,6 +143,16 @@ def rows_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     for row in rows:
         table.add_row(*(escape(_short(value)) for value in row))
     return table
+
+
+def report_table(table: ReportTable) -> Table:
+    """A report's table, as its page and card draw it: what follows the first column is right-aligned."""
+    drawn = Table(title=escape(table.title), title_justify="left")
+    for index, column in enumerate(table.columns):
+        drawn.add_column(column, justify="right" if index else "left", overflow="fold")
+    for index, row in enumerate(table.rows):
+        drawn.add_row(*map(escape, row), style="red" if index in table.marked else None)
+    return drawn
 
 
 def show_error(error: FactorctlError) -> None:

@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from factorctl.evaluation.fidelity import LayerFidelity
 from factorctl.pipeline.evaluate.result import EvalResult, MethodRow
-
-
-@dataclass(frozen=True)
-class ReportTable:
-    """A titled table whose cells are ready to be shown."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    note: str = ""
-    """What a reader must know to read it."""
+from factorctl.reporting.tables import ReportTable
 
 
 def report_tables(result: EvalResult) -> list[ReportTable]:

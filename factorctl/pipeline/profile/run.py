@@ -23,12 +23,12 @@ from factorctl.models.loading import NativeCheckpoint, load, open_checkpoint
 from factorctl.pipeline.common.devices import compute_dtype, torch_device
 from factorctl.pipeline.common.provenance import library_versions
 from factorctl.pipeline.common.workspace import newest_checkpoint
+from factorctl.pipeline.profile.html_report import html_page
 from factorctl.pipeline.profile.text import profile_text
 from factorctl.profiling.attribution import FfnCost, ffn_cost
 from factorctl.profiling.expert_load import RoutedText, mean_hits, route_text
 from factorctl.profiling.flop_check import check_flops
 from factorctl.profiling.flops import count_flops, experts_run_by, reduction, sweep_top_k
-from factorctl.profiling.html_report import html_page
 from factorctl.profiling.latency import Effort, Regime, Samples, measure_regime, text_batch
 from factorctl.profiling.plots import draw
 from factorctl.profiling.report import (

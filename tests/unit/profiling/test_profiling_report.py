@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,15 +12,18 @@ import pytest
 from conftest import DenseSource
 from support.tiny import factorize_quietly, weights_only
 
+from factorctl.cli.render import report_table, show
 from factorctl.config.profile import ProfileConfig
 from factorctl.errors import ResourceError, UsageError
 from factorctl.ffn.tuned import cache_file, read_tuned
 from factorctl.pipeline.common import devices
 from factorctl.pipeline.profile import run as pipeline
+from factorctl.pipeline.profile.html_report import html_page
+from factorctl.pipeline.profile.report import report_tables
 from factorctl.pipeline.profile.run import profile
-from factorctl.profiling.html_report import html_page
 from factorctl.profiling.report import ProfileResult
 from factorctl.progress import SilentProgress
+from factorctl.reporting.tables import figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -102,6 +106,34 @@ def test_losing_regimes_are_marked_and_text_is_escaped(checkpoint: Path) -> None
     assert "a &lt; b" in page
     assert slow.loses
     assert not fast.loses
+
+
+def test_the_page_and_the_terminal_show_the_same_tables(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    result, _ = run(small(checkpoint, sweep_k=True))
+    tables = report_tables(result)
+    assert list(tables) == ["flops", "sweep", "latency", "anchors", "ffn", "load"]
+    page = html_page(result, {})
+    show(result, output="text", tables=[report_table(table) for table in tables.values()])
+    printed = capsys.readouterr().out
+    for table in tables.values():
+        assert escape(table.title) in page
+        assert all(len(row) == len(table.columns) for row in table.rows)
+        for cell in [cell for row in table.rows for cell in row]:
+            assert f"<td>{cell}</td>" in page
+            assert cell in printed
+    assert len(tables["latency"].rows) == len(result.latency)
+    assert tables["load"].rows[0][0] == "0"
+
+
+def test_a_profile_without_latency_has_no_empty_tables(checkpoint: Path) -> None:
+    assert list(report_tables(run(small(checkpoint, latency=False))[0])) == ["flops", "load"]
+
+
+def test_figures_are_short_without_powers_of_ten() -> None:
+    assert [figure(value) for value in (0.0123456, 1.5, 999.87, 71_680.4)] == ["0.01235", "1.5", "999.9", "71,680"]
 
 
 def test_random_tokens_are_said_to_be_random(checkpoint: Path) -> None:
