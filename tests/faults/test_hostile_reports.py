@@ -20,7 +20,7 @@ from factorctl.evaluation.tasks import read_samples
 from factorctl.ffn import tuned as tuned_paths
 from factorctl.ffn.tuned import write_tuned
 from factorctl.files.strict_json import SEAL, dump_sealed, parse_json_object
-from factorctl.pipeline.evaluate.parts import Part, PartStore
+from factorctl.pipeline.evaluate.parts import Measurement, PartStore
 from factorctl.pipeline.recipe.lock import RecipeLock
 from factorctl.pipeline.recipe.read import parse_recipe
 from factorctl.progress import SilentProgress
@@ -70,7 +70,10 @@ def test_answers_of_an_evaluation(evaluated: Sandbox, tally: Tally) -> None:
 def test_parts_of_an_evaluation(empty: Sandbox, tally: Tally) -> None:
     """One that cannot be trusted is computed again, never an error."""
     store = PartStore(empty.inside, resume=True, progress=SilentProgress())
-    part, result = Part("model", "perplexity", "text", {"weights": "x"}), {"documents": [{"loss": 1.5}], "share": None}
+    part, result = (
+        Measurement("model", "perplexity", "text", {"weights": "x"}),
+        {"documents": [{"loss": 1.5}], "share": None},
+    )
     store.keep(part, result)
 
     def read(content: bytes) -> bool:

@@ -16,7 +16,7 @@ from factorctl.evaluation.perplexity import DocumentLoss, TextScore, score_text
 from factorctl.files.hashing import hash_file
 from factorctl.files.publishing import make_directory
 from factorctl.pipeline.evaluate.controls import CONTROLS, ControlKit, Runner, dense_ffns
-from factorctl.pipeline.evaluate.parts import Part, PartStore
+from factorctl.pipeline.evaluate.parts import Measurement, PartStore
 from factorctl.pipeline.evaluate.plan import EvalPlan
 from factorctl.pipeline.evaluate.texts import fidelity_ids
 from factorctl.progress import Progress
@@ -81,7 +81,7 @@ def active_share(plan: EvalPlan) -> float | None:
     return None if manifest is None else float(manifest.factored["active_ffn_fraction"])
 
 
-def compute(plan: EvalPlan, part: Part, runner: Runner, store: PartStore, progress: Progress) -> dict[str, Any]:
+def compute(plan: EvalPlan, part: Measurement, runner: Runner, store: PartStore, progress: Progress) -> dict[str, Any]:
     """Do one measurement and keep its result."""
     runner.restart()
     measures: Mapping[str, Callable[[], dict[str, Any]]] = {
@@ -94,7 +94,7 @@ def compute(plan: EvalPlan, part: Part, runner: Runner, store: PartStore, progre
     return result
 
 
-def _perplexity(plan: EvalPlan, part: Part, runner: Runner, progress: Progress) -> dict[str, Any]:
+def _perplexity(plan: EvalPlan, part: Measurement, runner: Runner, progress: Progress) -> dict[str, Any]:
     text = next(text for text in plan.texts if text.name == part.name)
     title = f"Perplexity on {Path(text.name).name}"
     score = score_text(
@@ -103,7 +103,7 @@ def _perplexity(plan: EvalPlan, part: Part, runner: Runner, progress: Progress) 
     return {"documents": [asdict(document) for document in score.documents]}
 
 
-def _task(plan: EvalPlan, part: Part, runner: Runner, store: PartStore, progress: Progress) -> dict[str, Any]:
+def _task(plan: EvalPlan, part: Measurement, runner: Runner, store: PartStore, progress: Progress) -> dict[str, Any]:
     from factorctl.evaluation.tasks import score_tasks, write_samples
 
     config = plan.config
@@ -123,14 +123,14 @@ def _task(plan: EvalPlan, part: Part, runner: Runner, store: PartStore, progress
     return {"answers_sha256": hash_file(answers).sha256}
 
 
-def _fidelity(plan: EvalPlan, part: Part, runner: Runner, progress: Progress) -> dict[str, Any]:
+def _fidelity(plan: EvalPlan, part: Measurement, runner: Runner, progress: Progress) -> dict[str, Any]:
     text = next(text for text in plan.texts if text.name == part.name)
     teacher_of = dense_ffns(plan.reference, plan.dtype, plan.device)
     layers = measure_fidelity(runner.model, fidelity_ids(text, plan.window), teacher_of, progress)
     return {"layers": [asdict(layer) for layer in layers]}
 
 
-def _stored(store: PartStore, part: Part) -> dict[str, Any] | None:
+def _stored(store: PartStore, part: Measurement) -> dict[str, Any] | None:
     """A finished part; a task's also needs the file of its answers, unchanged."""
     result = store.find(part)
     if result is None or part.measure != "task":
@@ -142,7 +142,7 @@ def _stored(store: PartStore, part: Part) -> dict[str, Any] | None:
     return None
 
 
-def _add(measured: Measured, part: Part, result: Mapping[str, Any], store: PartStore) -> None:
+def _add(measured: Measured, part: Measurement, result: Mapping[str, Any], store: PartStore) -> None:
     if result["active_ffn_fraction"] is not None:
         measured.active_shares.append(result["active_ffn_fraction"])
     if part.measure == "perplexity":

@@ -21,7 +21,7 @@ from factorctl.progress import Progress
 
 
 @dataclass(frozen=True)
-class Part:
+class Measurement:
     """One measurement of one model."""
 
     subject: str
@@ -52,7 +52,7 @@ class PartStore:
     resume: bool
     progress: Progress
 
-    def find(self, part: Part) -> dict[str, Any] | None:
+    def find(self, part: Measurement) -> dict[str, Any] | None:
         """The result of a finished part, or None where it has to be computed."""
         path = self.path_of(part)
         if not self.resume or not path.is_file():
@@ -71,7 +71,7 @@ class PartStore:
             return None
         return result
 
-    def keep(self, part: Part, result: Mapping[str, Any]) -> None:
+    def keep(self, part: Measurement, result: Mapping[str, Any]) -> None:
         """Write a finished part: whole, or not at all."""
         content = {
             "fingerprint": part.fingerprint,
@@ -82,5 +82,5 @@ class PartStore:
         make_directory(self.directory)
         write_file(self.path_of(part), dump_json(content))
 
-    def path_of(self, part: Part, suffix: str = ".json") -> Path:
+    def path_of(self, part: Measurement, suffix: str = ".json") -> Path:
         return self.directory / f"{part.stem}{suffix}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from factorctl.pipeline.common.recorded_source import holds_dense_values
 from factorctl.pipeline.common.time_estimate import gemm_rate
 from factorctl.pipeline.common.workspace import output_path
 from factorctl.pipeline.evaluate.controls import CONTROLS, calibration_text, chosen_controls
-from factorctl.pipeline.evaluate.parts import Part
+from factorctl.pipeline.evaluate.parts import Measurement
 from factorctl.pipeline.evaluate.subjects import (
     EvalModel,
     find_checkpoint,
@@ -78,17 +78,19 @@ class EvalPlan:
         """The models in the order in which they are measured, one in memory at a time."""
         return ["dense", "model", *self.controls]
 
-    def parts(self, subject: str) -> list[Part]:
+    def parts(self, subject: str) -> list[Measurement]:
         """The measurements of one of them."""
         common = self._identity_of(subject)
-        parts = [Part(subject, "perplexity", text.name, common | self._text_identity(text)) for text in self.texts]
+        parts = [
+            Measurement(subject, "perplexity", text.name, common | self._text_identity(text)) for text in self.texts
+        ]
         for task in self.tasks:
-            parts.append(Part(subject, "task", task.name, {**common, "task": self._task_identity(task)}))
+            parts.append(Measurement(subject, "task", task.name, {**common, "task": self._task_identity(task)}))
         if subject == "model" and self.fidelity:
             text = self.texts[0]
             identity = common | self._text_identity(text) | {"reference": self.reference.sha256}
             identity |= {"holds": _field_names(LayerFidelity)}
-            parts.append(Part(subject, "fidelity", text.name, identity))
+            parts.append(Measurement(subject, "fidelity", text.name, identity))
         return parts
 
     def _identity_of(self, subject: str) -> dict[str, Any]:
@@ -149,28 +151,31 @@ def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:
     out = evaluation_directory(config, model)
     window, stride = windowing(config, model, reference)
     controls = _controls(config, model, reference, remarks)
-    plan = EvalPlan(
+    dtype = compute_dtype(config.dtype, model.path, device, remarks)
+    texts = [read_text(name, given, config, tokenizer, progress) for name, given in text_names(config.data).items()]
+    tasks = _tasks(config, remarks, progress)
+    calibration = _calibration(config, model, controls, progress)
+    needed = expected_memory(model, reference, dtype, window=window, controls=controls, tasks=bool(tasks))
+    hint = "choose --dtype bfloat16, leave out --controls, or use a machine with more memory"
+    require_memory(needed, free_memory(device), hint=hint)
+    return EvalPlan(
         config=config,
         model=model,
         reference=reference,
         tokenizer=tokenizer,
-        dtype=compute_dtype(config.dtype, model.path, device, remarks),
+        dtype=dtype,
         device=device,
-        texts=[read_text(name, given, config, tokenizer, progress) for name, given in text_names(config.data).items()],
-        tasks=_tasks(config, remarks, progress),
+        texts=texts,
+        tasks=tasks,
         controls=controls,
         fidelity=_can_measure_fidelity(config, model, reference, remarks),
         window=window,
         stride=stride,
         out=out,
-        memory_bytes=0,
-        calibration=_calibration(config, model, controls, progress),
+        memory_bytes=needed,
+        calibration=calibration,
         remarks=remarks,
     )
-    plan = replace(plan, memory_bytes=expected_memory(plan))
-    hint = "choose --dtype bfloat16, leave out --controls, or use a machine with more memory"
-    require_memory(plan.memory_bytes, free_memory(device), hint=hint)
-    return plan
 
 
 def evaluation_directory(config: EvalConfig, model: EvalModel) -> Path:
@@ -252,17 +257,18 @@ def _can_measure_fidelity(config: EvalConfig, model: EvalModel, reference: EvalM
     return True
 
 
-def expected_memory(plan: EvalPlan) -> int:
+def expected_memory(
+    model: EvalModel, reference: EvalModel, dtype: torch.dtype, *, window: int, controls: Sequence[str], tasks: bool
+) -> int:
     """Bytes of the largest model in the compute dtype, with what a batch needs beside it."""
-    values = max(_values(plan.model), _values(plan.reference))
-    if "oracle_routing" in plan.controls and not holds_dense_values(plan.model.native.manifest):  # type: ignore[union-attr]
-        dense = read_dense_model(plan.reference.path)
+    values = max(_values(model), _values(reference))
+    if "oracle_routing" in controls and not holds_dense_values(model.native.manifest):  # type: ignore[union-attr]
+        dense = read_dense_model(reference.path)
         values += 3 * dense.num_layers * dense.hidden_size * dense.intermediate_size
-    head = 3 * CHUNK_POSITIONS * plan.reference.vocabulary * 4
-    tokens = max(BATCH_TOKENS, plan.window)
-    hidden = 64 * tokens * 1024 * 4
-    process = PROCESS_BYTES + (LM_EVAL_BYTES if plan.tasks else 0)
-    return process + values * plan.dtype.itemsize + head + hidden
+    head = 3 * CHUNK_POSITIONS * reference.vocabulary * 4
+    hidden = 64 * max(BATCH_TOKENS, window) * 1024 * 4
+    process = PROCESS_BYTES + (LM_EVAL_BYTES if tasks else 0)
+    return process + values * dtype.itemsize + head + hidden
 
 
 def _values(model: EvalModel) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +79,7 @@ def find_reference(config: EvalConfig, model: EvalModel, progress: Progress) -> 
     hint = "name the dense model with --against MODEL"
     wanted_for = f"the model is compared with its dense source {known['id']}"
     source = find_recorded_source(known, progress, wanted_for=wanted_for, hint=hint)
-    reference = replace(_plain(source, progress), id=str(known["id"]))
+    reference = _plain(source, progress, known_as=str(known["id"]))
     if not is_source_of(model, reference):
         raise UsageError(
             f"{source.path} is not the dense model that {model.path} was made from ({known['id']}): its weights have "
@@ -138,14 +138,14 @@ def _artefact(path: Path, progress: Progress) -> EvalModel:
     return EvalModel(path, path.name, "export", manifest.sha256, **_sizes(_read_config(path)), manifest=manifest)
 
 
-def _plain(source: Source, progress: Progress) -> EvalModel:
+def _plain(source: Source, progress: Progress, *, known_as: str | None = None) -> EvalModel:
     for note in source.notes:
         progress.note(note)
     with progress.stage(f"Hashing {source.id}"):
         description = describe_source(source)
     return EvalModel(
         source.path,
-        source.id,
+        known_as or source.id,
         "dense",
         hash_value(description["files"]),
         **_sizes(_read_config(source.path)),
