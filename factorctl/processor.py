@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from pathlib import Path
 
@@ -11,6 +12,11 @@ def processor_name() -> str:
     """The processor's marketing name."""
     names = _described("model name")
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may run on: of a container or a batch system often a part of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
@@ -24,6 +30,12 @@ def instruction_sets() -> str:
 def multiplies_tiles() -> bool:
     """Whether the processor has AMX for bfloat16, which oneDNN uses and factorctl's own kernel does not."""
     return "amx_bf16" in instruction_sets().split()
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself: AVX-512, AMX or ARM's instructions."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(instruction_sets().split())
 
 
 def _described(*fields: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from factorctl.processor import instruction_sets
+from factorctl.processor import multiplies_bfloat16
 
 CPU = torch.device("cpu")
 
@@ -13,4 +13,4 @@ def has_fast_bfloat16(device: torch.device = CPU) -> bool:
     """Whether bf16 products run in hardware; emulated, they can be 44 to 499 times slower (pytorch #146508)."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(instruction_sets().split())
+    return multiplies_bfloat16()

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from factorctl.ffn.kernel import cpu as cpu_kernel
-from factorctl.processor import processor_name
+from factorctl.processor import processor_name, usable_cores
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def look_at_hardware(device: torch.device, dtype: torch.dtype) -> Hardware:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         dtype=str(dtype).removeprefix("torch."),
         processor=processor,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         threads=torch.get_num_threads(),
         memory_bytes=psutil.virtual_memory().total,
         load_1min=round(os.getloadavg()[0], 2),

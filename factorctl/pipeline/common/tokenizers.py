@@ -1,19 +1,26 @@
-"""The tokenizer of a model directory, or a word of what is wrong with it."""
+"""The tokenizer of a model directory, its special tokens from all files that may name them, or what is wrong with it.
+
+transformers reads tokenizer_config.json, special_tokens_map.json and tokenizer.json. Some checkpoints name their end
+of text in generation_config.json or config.json alone; without it none would stand between documents.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from factorctl.errors import UsageError, in_one_line
 from factorctl.files.first_bytes import refuse_pointer
+from factorctl.files.strict_json import read_json_object
 from factorctl.pipeline.common.embedded_tokens import with_rows_alone
-from factorctl.pipeline.common.special_tokens import complete_special_tokens
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of them holds the vocabulary."""
+NAMED_BY_CONFIGS = ("bos_token", "eos_token")
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -45,6 +52,39 @@ def load_tokenizer(
             _missing_package(directory, str(error)) or hint,
         ) from error
     return tokenizer if rows is None else with_rows_alone(tokenizer, rows, directory)
+
+
+def complete_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, directory: Path, config: PretrainedConfig | None = None
+) -> None:
+    """Give `tokenizer` the BOS and EOS that only the model's configs name.
+
+    Configs that name none get the ids 1 and 2 from transformers, so an id counts only where the tokenizer has a special
+    token there. What the tokenizer itself names is kept.
+    """
+    special = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for name in NAMED_BY_CONFIGS:
+        if getattr(tokenizer, name) is None:
+            found = next((index for index in _ids(directory, config, f"{name}_id") if index in special), None)
+            if found is not None:
+                setattr(tokenizer, name, special[found])
+
+
+def _ids(directory: Path, config: PretrainedConfig | None, key: str) -> Iterator[int]:
+    """The ids that the configs give, generation_config.json first, in their order where there are several."""
+    for said in _configs(directory, config):
+        value = said.get(key)
+        for index in value if isinstance(value, list) else [value]:
+            if isinstance(index, int):
+                yield index
+
+
+def _configs(directory: Path, config: PretrainedConfig | None) -> Iterator[Mapping[str, Any]]:
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            yield read_json_object(directory / name)
+    if config is not None:
+        yield config.to_dict()
 
 
 def _missing_package(directory: Path, reason: str) -> str | None:

@@ -16,7 +16,7 @@ from factorctl.files.cache import cache_directory
 from factorctl.memory import available_memory
 from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.pipeline.common.provenance import library_versions
-from factorctl.processor import processor_name
+from factorctl.processor import processor_name, usable_cores
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def diagnose(workspace: Path) -> Diagnosis:
         platform=platform.platform(),
         libraries=library_versions(),
         cpu=processor_name(),
-        cores=psutil.cpu_count(logical=True) or 1,
+        cores=usable_cores(),
         memory_bytes=psutil.virtual_memory().total,
         memory_available_bytes=available_memory(),
         disk_free_bytes=shutil.disk_usage(existing).free,

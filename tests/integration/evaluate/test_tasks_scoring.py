@@ -19,8 +19,7 @@ from transformers import AutoTokenizer, GPT2Config, PreTrainedModel
 
 from factorctl.errors import FactorctlError, ResourceError, UsageError
 from factorctl.evaluation.tasks import PAPER_TASKS, TaskPlan, TaskScores, definitions, resolve_tasks, score_tasks
-from factorctl.evaluation.tasks.batch_size import fitting_batch_size, row_bytes
-from factorctl.evaluation.tasks.harness_model import HarnessModel
+from factorctl.evaluation.tasks.harness_model import HarnessModel, fitting_batch_size, row_bytes
 from factorctl.evaluation.tasks.plans import primary_metric
 from factorctl.models.loading import load_dense
 from factorctl.progress import SilentProgress

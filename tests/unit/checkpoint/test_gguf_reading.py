@@ -26,7 +26,7 @@ from factorctl.errors import FactorctlError, IntegrityError, UsageError
 from factorctl.exporting.check.llama_cpp import has_llama_cpp
 from factorctl.files.strict_json import read_json_object
 from factorctl.models.loading import load_dense
-from factorctl.pipeline.common import gguf_check
+from factorctl.pipeline.common import dense_source
 from factorctl.progress import SilentProgress
 
 Writer = Callable[..., Path]
@@ -332,34 +332,34 @@ def test_sentencepiece_pieces_are_joined_by_score(tmp_path: Path, tokenizer: Pat
 
 @needs_llama_cpp
 def test_a_file_is_compared_with_llama_cpp_before_it_is_kept(written: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_check, "LENGTH", 6)
+    monkeypatch.setattr(dense_source, "LENGTH", 6)
     path = written(make_model(vocab_size=40, hidden_size=32))
-    source = read(path, gguf_check.compare_with_llama_cpp)
+    source = read(path, dense_source.compare_with_llama_cpp)
     assert "compared with llama.cpp (xllamacpp" in source.notes[-1]
     shutil.rmtree(path.parent / "cache")
-    genuine = gguf_check.read_dense_model
+    genuine = dense_source.read_dense_model
 
     def otherwise(directory: Path) -> Any:
         dense = genuine(directory)
         dense.config.rope_parameters["rope_theta"] = 10.0
         return dense
 
-    monkeypatch.setattr(gguf_check, "read_dense_model", otherwise)
+    monkeypatch.setattr(dense_source, "read_dense_model", otherwise)
     with pytest.raises(IntegrityError, match=r"tiny\.gguf: what was read does not compute what llama\.cpp"):
-        read(path, gguf_check.compare_with_llama_cpp)
+        read(path, dense_source.compare_with_llama_cpp)
     assert not list(path.parent.rglob("*.safetensors"))
 
 
 def test_tokens_that_llama_cpp_sees_otherwise_are_refused(written: Writer) -> None:
-    path, ours = written(), [[1, 2, 3]] * len(gguf_check.PASSAGES)
-    assert gguf_check._compare_tokens(path, ours, ours) == ""
+    path, ours = written(), [[1, 2, 3]] * len(dense_source.PASSAGES)
+    assert dense_source._compare_tokens(path, ours, ours) == ""
     with pytest.raises(IntegrityError, match=r"llama\.cpp tokenises 'Alice"):
-        gguf_check._compare_tokens(path, ours, [[1, 2, 4], *ours[1:]])
+        dense_source._compare_tokens(path, ours, [[1, 2, 4], *ours[1:]])
 
 
 def test_without_llama_cpp_a_note_says_so(written: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_check, "has_llama_cpp", lambda: False)
-    source = read(written(), gguf_check.compare_with_llama_cpp)
+    monkeypatch.setattr(dense_source, "has_llama_cpp", lambda: False)
+    source = read(written(), dense_source.compare_with_llama_cpp)
     assert source.notes[-1] == (
         "tiny.gguf was not compared with llama.cpp, which is not at hand (pip install xllamacpp)"
     )

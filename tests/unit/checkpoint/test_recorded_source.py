@@ -20,7 +20,7 @@ from factorctl.progress import SilentProgress
 
 @pytest.fixture
 def gguf_file(dense_source: DenseSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("factorctl.pipeline.common.gguf_check.has_llama_cpp", lambda: False)
+    monkeypatch.setattr("factorctl.pipeline.common.dense_source.has_llama_cpp", lambda: False)
     return write_model(tmp_path / "tiny.gguf", make_model(), dense_source())
 
 

@@ -218,7 +218,7 @@ def test_a_gguf_file_is_dequantised_once_and_says_so(tmp_path: Path) -> None:
 def test_a_gguf_source_is_factorized_with_its_note_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from support.command_line import cli
 
-    monkeypatch.setattr("factorctl.pipeline.common.gguf_check.has_llama_cpp", lambda: False)
+    monkeypatch.setattr("factorctl.pipeline.common.dense_source.has_llama_cpp", lambda: False)
     path = write_gguf(tmp_path / "tiny.gguf")
     arguments = ("factorize", path, "-n", 4, "--router", "random", "--out", tmp_path / "out", "--format", "json")
     outcome = cli(*arguments)

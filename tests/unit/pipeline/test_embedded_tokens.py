@@ -138,7 +138,7 @@ def test_a_gguf_file_goes_through_every_verb(
     """A Llama-3-like file, whose tokens transformers' own class would add one to."""
     from support.command_line import cli
 
-    monkeypatch.setattr("factorctl.pipeline.common.gguf_check.has_llama_cpp", lambda: False)
+    monkeypatch.setattr("factorctl.pipeline.common.dense_source.has_llama_cpp", lambda: False)
     raw = json.loads((dense_source() / "tokenizer.json").read_text())
     raw["model"]["merges"] = [["a", "b"], ["c", "d"]]
     raw["model"]["vocab"] |= {"ab": 32, "cd": 33}
