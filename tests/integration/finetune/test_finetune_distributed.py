@@ -59,6 +59,7 @@ def setting(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory)
         block_length=32,
         batch_tokens=128,
         micro_batch=2,
+        router_lr=3.0,
         heldout_tokens=224,
         save_every=512,
         device="cpu",
@@ -70,8 +71,8 @@ def setting(dense_source: DenseSource, tmp_path_factory: pytest.TempPathFactory)
 def launch(launcher: list[str], config: FinetuneConfig, out: Path) -> tuple[dict[str, Any], str]:
     """The run from the command line: the result that one process alone prints, and what was said on the way."""
     options = ["finetune", str(config.checkpoint), "--tokens", "1024", "--data", str(config.data), "--block-length"]
-    options += ["32", "--batch-tokens", "128", "--micro-batch", "2", "--heldout-tokens", "224", "--device", "cpu"]
-    options += ["--out", str(out), "--format", "json", "--save-every", "512"]
+    options += ["32", "--batch-tokens", "128", "--micro-batch", "2", "--router-lr", "3", "--heldout-tokens", "224"]
+    options += ["--device", "cpu", "--out", str(out), "--format", "json", "--save-every", "512"]
     command = [sys.executable, "-m", *launcher, "-m", "factorctl", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
