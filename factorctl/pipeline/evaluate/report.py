@@ -32,7 +32,7 @@ def methods_table(result: EvalResult) -> ReportTable:
         f"{result.notation or result.checkpoint} against {result.source}",
         columns,
         [_method(row, texts, scored=scored) for row in result.methods()],
-        "Kept: score over the dense model's, mean over tasks. Above chance: the same, with what guessing gives taken "
+        "Kept (retention): score over the dense model's, mean over tasks. Above chance: the same, with what guessing gives taken "
         "off both."
         if scored
         else "",
@@ -61,8 +61,8 @@ def perplexity_table(result: EvalResult) -> ReportTable:
         for name, found in result.perplexity.items()
     ]
     notes.append("95% intervals from a bootstrap over documents; the difference is paired, in nats per token.")
-    notes.append("Hits kept: next tokens held for the likeliest and right, over the dense model's.")
-    return ReportTable("Perplexity", ["text", "dense", "model", "ln difference", "hits kept"], rows, " ".join(notes))
+    notes.append("Top-1 retention: next tokens predicted right (top-1 accuracy), over the dense model's.")
+    return ReportTable("Perplexity", ["text", "dense", "model", "ln difference", "top-1 retention"], rows, " ".join(notes))
 
 
 def tasks_table(result: EvalResult) -> ReportTable:
