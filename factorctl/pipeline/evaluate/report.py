@@ -32,8 +32,8 @@ def methods_table(result: EvalResult) -> ReportTable:
         f"{result.notation or result.checkpoint} against {result.source}",
         columns,
         [_method(row, texts, scored=scored) for row in result.methods()],
-        "Kept (retention): score over the dense model's, mean over tasks. Above chance: the same, with what guessing gives taken "
-        "off both."
+        "Kept (retention): score over the dense model's, mean over tasks. Above chance: the same, with what guessing "
+        "gives taken off both."
         if scored
         else "",
     )
@@ -62,7 +62,9 @@ def perplexity_table(result: EvalResult) -> ReportTable:
     ]
     notes.append("95% intervals from a bootstrap over documents; the difference is paired, in nats per token.")
     notes.append("Top-1 retention: next tokens predicted right (top-1 accuracy), over the dense model's.")
-    return ReportTable("Perplexity", ["text", "dense", "model", "ln difference", "top-1 retention"], rows, " ".join(notes))
+    return ReportTable(
+        "Perplexity", ["text", "dense", "model", "ln difference", "top-1 retention"], rows, " ".join(notes)
+    )
 
 
 def tasks_table(result: EvalResult) -> ReportTable:

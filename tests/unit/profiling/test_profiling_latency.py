@@ -1,4 +1,4 @@
-"""The anchors compute what they claim; the harness runs what it claims; statistics by hand."""
+"""The anchors compute what they claim; the harness runs what it claims."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from factorctl.profiling.tuning import ladder, time_paths
 from factorctl.profiling.variants import make_variants
 from factorctl.progress import SilentProgress
 from factorctl.reporting.hardware import Hardware
-from factorctl.reporting.statistics import ratio_of_medians, spread
 
 CPU = torch.device("cpu")
 
@@ -97,24 +96,6 @@ def test_every_variant_gets_as_many_samples() -> None:
 def test_text_batch_repeats_short_text_and_starts_rows_apart() -> None:
     assert text_batch(torch.arange(10), 2, 4).tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
     assert text_batch(torch.arange(3), 1, 5).tolist() == [[0, 1, 2, 0, 1]]
-
-
-def test_p99_needs_a_thousand_samples() -> None:
-    assert spread([1.0] * 999).p99 is None
-    assert spread(list(range(1000))).p99 == pytest.approx(989.01)
-    assert spread([1, 2, 3]).p50 == 2
-
-
-def test_ratio_of_medians_and_its_interval() -> None:
-    exact = ratio_of_medians([2.0] * 20, [1.0] * 20, seed=0)
-    assert (exact.median, exact.low, exact.high) == (2, 2, 2)
-    noisy = ratio_of_medians([2, 3, 2.5, 2.2, 2.8], [1, 1.1, 0.9, 1, 1.05], seed=0)
-    assert noisy.low < noisy.median < noisy.high
-    # Paired rounds: what doubles both sides leaves the ratio alone.
-    paired = ratio_of_medians([2.0, 4.0, 8.0], [1.0, 2.0, 4.0], seed=0)
-    assert (paired.low, paired.high) == (2, 2)
-    with pytest.raises(ValueError, match="as many samples on both sides, got 2 and 1"):
-        ratio_of_medians([1, 2], [1], seed=0)
 
 
 def test_ceiling_goes_from_weights_read_to_arithmetic_done() -> None:
