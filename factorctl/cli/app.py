@@ -13,13 +13,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from factorctl import __version__
-from factorctl.cli import evaluate, export, factorize, finetune, inspect, profile, run
+from factorctl.cli import evaluate, export, factorize, finetune, inspect, profile, run, trial
 from factorctl.cli.command import command
 from factorctl.config.evaluate import EvalConfig
 from factorctl.config.export import ExportConfig
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.finetune import FinetuneConfig
 from factorctl.config.profile import ProfileConfig
+from factorctl.config.trial import TryConfig
 from factorctl.errors import ExitCode, FactorctlError
 from factorctl.quiet import quieten_libraries
 
@@ -44,6 +45,7 @@ COMMANDS: Sequence[tuple[str, Callable[..., None], str]] = (
         command(ProfileConfig, profile.profile, rehearses=False),
         "Say what factoring won: FLOPs, latency, memory.",
     ),
+    ("try", command(TryConfig, trial.try_), "Let the dense and the factored model continue the same prompt."),
     ("export", command(ExportConfig, export.export), "Turn a checkpoint into what unmodified stock engines run."),
     ("run", run.run, "Run a recipe's stages, redoing only what changed."),
     ("demo", run.demo, "Take a small real model through every stage."),

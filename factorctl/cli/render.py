@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import (
@@ -98,6 +100,66 @@ class _Bar:
         self._bars.advance(self._task, amount)
         if fields:
             self._bars.update(self._task, extra="  ".join(f"{key} {_short(value)}" for key, value in fields.items()))
+
+
+class SideBySide:
+    """Two texts in columns that grow while they are written, on a terminal.
+
+    Nothing is drawn by a thread of its own: that would take time from the model that is being timed.
+    """
+
+    SECONDS_BETWEEN_FRAMES = 0.1
+
+    def __init__(self) -> None:
+        self._live: Live | None = None
+
+    def open(self, heading: str, *titles: str) -> None:
+        """Begin a pair of texts below a heading."""
+        self._titles, self._notes, self._texts = list(titles), [""] * len(titles), [""] * len(titles)
+        console = stdout()
+        console.print(Text(f"> {heading}", style="bold"))
+        self._live = Live(console=console, auto_refresh=False, vertical_overflow="ellipsis")
+        self._live.start()
+        self._draw()
+
+    def write(self, column: int, piece: str) -> None:
+        self._texts[column] += piece
+        if time.monotonic() - self._drawn >= self.SECONDS_BETWEEN_FRAMES:
+            self._draw()
+
+    def finish(self, column: int, note: str) -> None:
+        """That text is whole; `note` stands below it."""
+        self._notes[column] = note
+        self._draw()
+
+    def close(self, lines: Sequence[str]) -> None:
+        """Leave both texts on the screen, and what is to be said of them."""
+        self.stop()
+        for line in (*lines, ""):
+            stdout().print(Text(line))
+
+    def stop(self) -> None:
+        """Give the terminal back its cursor, whatever came between."""
+        if self._live is not None:
+            self._live.stop()
+
+    def _draw(self) -> None:
+        table = Table(expand=True, show_footer=any(self._notes))
+        for title, note in zip(self._titles, self._notes, strict=True):
+            table.add_column(Text(title), Text(note, style="dim"), ratio=1, overflow="fold")
+        table.add_row(*(Text(text.strip()) for text in self._texts))
+        if self._live is not None:
+            self._live.update(table, refresh=True)
+        self._drawn = time.monotonic()
+
+
+def ask(question: str) -> str | None:
+    """A line that is typed at a terminal; None at its end. The question goes to stderr: stdout is the result."""
+    try:
+        return stderr().input(question, markup=False)
+    except EOFError:
+        stderr().print()
+        return None
 
 
 def progress_listener(*, quiet: bool) -> ProgressListener:

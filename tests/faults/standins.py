@@ -20,6 +20,7 @@ from factorctl.pipeline.finetune import run as finetune_pipeline
 from factorctl.pipeline.profile import run as profile_pipeline
 from factorctl.pipeline.recipe import demo as demo_pipeline
 from factorctl.pipeline.recipe.run import RunResult, StageOutcome
+from factorctl.pipeline.trial import transformers_engine
 from factorctl.profiling.attribution import FfnCost
 from factorctl.profiling.latency import Samples
 from factorctl.profiling.roofline import Machine
@@ -44,6 +45,7 @@ def without_engines() -> Iterator[None]:
             mock.patch.object(finetune_pipeline, "draw_training", _draw_training),
             mock.patch.object(evaluate_pipeline, "draw_fidelity", return_value=PICTURE),
             mock.patch.multiple(profile_pipeline, **PROFILE),
+            mock.patch.object(transformers_engine, "synchronised_clock", return_value=lambda: 0.0),
             mock.patch.multiple(demo_pipeline, NAME=OUT, run_recipe=_finished_run, _sample=_sample),
             mock.patch.object(os, "getloadavg", return_value=(0.0, 0.0, 0.0)),
             mock.patch.object(gc, "collect"),

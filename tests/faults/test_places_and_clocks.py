@@ -123,7 +123,8 @@ def test_unusual_names(kind: str, bench: Bench, tmp_path: Path, every_fault: boo
                 assert newest_checkpoint(out.parent, kind=read_manifest(out).kind) == out
 
 
-TOO_LONG = ("x" * 256, "é" * 128, "x" * 245, "/".join(["deep"] * 1200))
+BESIDE = "x" * 245
+TOO_LONG = ("x" * 256, "é" * 128, BESIDE, "/".join(["deep"] * 1200))
 
 
 @pytest.mark.parametrize("long", TOO_LONG, ids=["a name", "in bytes", "for what lies beside it", "a path"])
@@ -131,6 +132,8 @@ TOO_LONG = ("x" * 256, "é" * 128, "x" * 245, "/".join(["deep"] * 1200))
 def test_names_that_no_file_system_takes(name: str, long: str, bench: Bench, tmp_path: Path, tally: Tally) -> None:
     if name == "demo":
         pytest.skip("its name is its own")
+    if name == "try" and long == BESIDE:
+        pytest.skip("its report lies inside of that directory, and nothing beside")
     runs = tmp_path / "place" / "runs"
     place = bench.place(name, runs.parent, out=runs / long)
     with tally.case("path too long", name):

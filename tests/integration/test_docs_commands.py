@@ -32,6 +32,7 @@ SHORTENED = {
     "finetune": ["--block-length", "32", "--batch-tokens", "128", "--heldout-tokens", "256", "--max-epochs", "50"],
     "eval": ["--data-tokens", "1K", "--calibration-tokens", "1K", "--limit", "2"],
     "profile": ["--rounds", "1", "--decode-tokens", "1", "--seconds", "1"],
+    "try": ["--max-new-tokens", "4"],
 }
 
 
@@ -75,6 +76,7 @@ def place(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps({"text": part}) for part in text_file.read_text().split("\n\n")]
     for name in ("notes.jsonl", "held-out.jsonl", "corpus.jsonl", "DATA.jsonl"):
         (root / name).write_text("\n".join(lines))
+    (root / "questions.txt").write_text("Why?\nHow so?\n")
     pruned = calibrated(root / "demo", root / "runs" / "pruned-K0", text_file, top_k=0, shared_fraction=0.5)
     factorize_quietly(pruned)
     # Last, so that it is the newest, which commands without a checkpoint take.

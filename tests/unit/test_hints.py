@@ -42,7 +42,8 @@ def hints() -> Iterator[tuple[str, str]]:
 def test_every_option_and_command_that_a_hint_names_exists() -> None:
     group = typer.main.get_command(app)
     commands = group.commands  # type: ignore[attr-defined]
-    options = {name for command in commands.values() for option in command.params for name in option.opts}
+    params = [option for command in commands.values() for option in command.params]
+    options = {name for option in params for name in (*option.opts, *option.secondary_opts)}
     found = list(hints())
     assert len(found) > 150
     for where, hint in found:

@@ -6,14 +6,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from factorctl.checkpoint.manifest import Manifest, check_files, is_artefact, read_manifest
 from factorctl.checkpoint.sources import Source
-from factorctl.config.evaluate import EvalConfig
 from factorctl.errors import IntegrityError, UsageError, in_one_line
 from factorctl.ffn.spec import MODEL_TYPE
 from factorctl.files.hashing import hash_value
@@ -49,7 +48,20 @@ class EvalModel:
     manifest: Manifest | None = None
 
 
-def find_checkpoint(config: EvalConfig, progress: Progress) -> EvalModel:
+class NamesModels(Protocol):
+    """The part of a config that says which two models are meant."""
+
+    @property
+    def checkpoint(self) -> str | None: ...
+
+    @property
+    def against(self) -> str | None: ...
+
+    @property
+    def workspace(self) -> Path: ...
+
+
+def find_checkpoint(config: NamesModels, progress: Progress) -> EvalModel:
     """The model that is evaluated, every file of an artefact verified.
 
     Raises:
@@ -63,7 +75,7 @@ def find_checkpoint(config: EvalConfig, progress: Progress) -> EvalModel:
     return find_model(str(newest), progress)
 
 
-def find_reference(config: EvalConfig, model: EvalModel, progress: Progress) -> EvalModel:
+def find_reference(config: NamesModels, model: EvalModel, progress: Progress) -> EvalModel:
     """What `model` is compared with: `--against`, else the dense source that its manifest records.
 
     Raises:
@@ -179,18 +191,23 @@ def load_model(
     """
     if model.kind == "native":
         return load(model.path, top_k=top_k, dtype=dtype, device=device, verify=False)
-    if model.kind == "dense" and _is_plain_dense(model.path):
+    if model.kind == "dense" and is_plain_dense(model.path):
         return load_dense(model.path, dtype=dtype, device=device)
-    return _load_stock(model.path, dtype, device)
+    return load_stock(model.path, dtype, device)
 
 
-def _is_plain_dense(directory: Path) -> bool:
+def is_plain_dense(directory: Path) -> bool:
+    """Whether factorctl itself can build the model there: a family of the table, unquantised."""
     raw = read_json_object(directory / "config.json")
     return raw.get("model_type") in FAMILIES and "quantization_config" not in raw
 
 
-def _load_stock(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """What transformers makes of a directory, accepted only if no tensor was left out or made up."""
+def load_stock(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """What transformers makes of a directory, accepted only if no tensor was left out or made up.
+
+    Raises:
+        IntegrityError: it cannot be loaded, or not all of it.
+    """
     loading: Any = AutoModelForCausalLM.from_pretrained  # typed as if it returned the model alone
     try:
         model, info = loading(directory, dtype=dtype, use_safetensors=True, output_loading_info=True)

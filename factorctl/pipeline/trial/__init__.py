@@ -1,0 +1,1 @@
+"""`factorctl try`: the dense and the factored model continue the same prompts."""
