@@ -6,6 +6,10 @@ import functools
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def processor_name() -> str:
@@ -32,9 +36,15 @@ def multiplies_tiles() -> bool:
     return "amx_bf16" in instruction_sets().split()
 
 
-@functools.cache
-def multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself: AVX-512, AMX or ARM's instructions."""
+def has_fast_bfloat16(device: torch.device | None = None) -> bool:
+    """Whether a CUDA `device`, else the processor, multiplies bfloat16 itself: AVX-512, AMX or ARM's instructions.
+
+    Emulated, products can be 44 to 499 times slower (pytorch #146508).
+    """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(instruction_sets().split())
 
 

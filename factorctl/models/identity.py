@@ -9,9 +9,9 @@ from factorctl.errors import FactorctlError
 from factorctl.ffn.dense import cast_ffn, dense_output
 from factorctl.ffn.slicing import FactoredTensors, unslice_ffn
 from factorctl.ffn.spec import FactoredSpec
-from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.models.building import filled_ffn
 from factorctl.models.families import DenseModel
+from factorctl.processor import has_fast_bfloat16
 
 IDENTITY_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest relative error of all experts on against the dense layer, by storage dtype."""

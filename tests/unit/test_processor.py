@@ -6,6 +6,7 @@ import os
 import platform
 
 import pytest
+import torch
 
 from factorctl import processor
 
@@ -15,7 +16,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The lines of /proc/cpuinfo, to be filled in; nothing is remembered of the real ones."""
     lines: list[str] = []
     monkeypatch.setattr(processor, "_described", lambda *fields: [line for line in lines if line.startswith(fields)])
-    for name in ("instruction_sets", "multiplies_tiles", "multiplies_bfloat16"):
+    for name in ("instruction_sets", "multiplies_tiles"):
         monkeypatch.setattr(processor, name, getattr(processor, name).__wrapped__)
     return lines
 
@@ -36,11 +37,19 @@ def test_what_the_processor_multiplies(described: list[str], flags: str, tiles: 
     described += ["model name\t: Some CPU @ 2 GHz", f"flags\t: sse {flags}"]
     assert processor.processor_name() == "Some CPU @ 2 GHz"
     assert processor.multiplies_tiles() is tiles
-    assert processor.multiplies_bfloat16() is bfloat16
+    assert processor.has_fast_bfloat16() is bfloat16
 
 
 def test_without_a_description_python_names_it(described: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     assert processor.processor_name() == "arm64"
-    assert not processor.multiplies_bfloat16()
+    assert not processor.has_fast_bfloat16()
+
+
+def test_a_gpu_is_asked_itself(described: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    described.append("flags\t: amx_bf16")
+    for answer in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda answer=answer, **_: answer)
+        assert processor.has_fast_bfloat16(torch.device("cuda")) is answer
+    assert processor.has_fast_bfloat16(torch.device("cpu"))

@@ -9,7 +9,7 @@ import torch
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config.common import Device, DTypeName
 from factorctl.errors import ResourceError
-from factorctl.models.bfloat16 import has_fast_bfloat16
+from factorctl.processor import has_fast_bfloat16
 
 
 def torch_device(device: Device) -> torch.device:

@@ -14,9 +14,8 @@ from factorctl import __version__
 from factorctl.ffn.kernel.cpu import reason_without
 from factorctl.files.cache import cache_directory
 from factorctl.memory import available_memory
-from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.pipeline.common.provenance import library_versions
-from factorctl.processor import processor_name, usable_cores
+from factorctl.processor import has_fast_bfloat16, processor_name, usable_cores
 
 
 @dataclass(frozen=True)

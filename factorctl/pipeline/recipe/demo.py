@@ -17,12 +17,12 @@ import torch
 from factorctl.checkpoint.aliases import DEMO
 from factorctl.errors import ResourceError
 from factorctl.files.publishing import make_directory, sole_writer, write_file
-from factorctl.models.bfloat16 import has_fast_bfloat16
 from factorctl.models.loading import load, load_dense
 from factorctl.pipeline.common.dense_source import find_source
 from factorctl.pipeline.common.tokenizers import load_tokenizer
 from factorctl.pipeline.recipe.read import Recipe, parse_recipe
 from factorctl.pipeline.recipe.run import StageOutcome, run_recipe
+from factorctl.processor import has_fast_bfloat16
 from factorctl.progress import Progress, SilentProgress
 from factorctl.reporting.statistics import Estimate
 
