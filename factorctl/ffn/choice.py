@@ -16,7 +16,7 @@ import torch
 
 from factorctl.config.shape import FactorShape
 from factorctl.ffn import tuned as tuned_paths
-from factorctl.ffn.paths import CALL_COST_BYTES, PathName, Steps, can_group
+from factorctl.ffn.paths import PathName, Steps, serves_grouped
 from factorctl.processor import multiplies_tiles, processor_name
 
 SLOT_READS = 5.0
@@ -30,22 +30,13 @@ was never seen to pay. Up to 16 GFLOP `masked` was ahead (SmolLM2's layer, 4096 
 `grouped` took 0.5 ms more than dense, over which `masked`, not timed there, should take less. Beyond is untimed."""
 LEARNING_GROUPED_FROM_TOKENS = 449
 """The same under autograd, untimed: there `grouped` also keeps K/N of the activations, on which `finetune` counts."""
-SKIP_UP_TO_HIT = 0.9
-"""Expected share of the experts that some token chose, up to which `skip` leaves enough unread."""
-RANGE_COST = {8: 1.75, 4: 1.75, 2: 3.8}
-"""What a range of experts in `skip` costs, in calls of `single`, by bytes per weight. In 16 bits oneDNN looks up, or
-makes, a primitive for each width of a range."""
-LOOP_COST_FLOPS, LOOP_COST_FLOPS_16BIT = 13.5e6, 100e6
-"""What `loop` pays per expert on a CPU (calls, gather), as arithmetic done in that time."""
-LOOP_SLOWDOWN, LOOP_FULL_ROWS = 1.6, 64
-"""How much longer GEMMs of few rows take for the same arithmetic, and the rows per expert from which they do not."""
-FLOPS_PER_BYTE = 4.2
-"""Arithmetic done in the time that a byte of weights takes from memory, on two cores of a Zen 5 server."""
-MIN_SAVED_TOKENS_16BIT = 6
-"""bf16 GEMMs read weights, rather than compute, up to about as many tokens: nothing to save below."""
-MAX_SKIP_TOKENS = 1024
+GROUPED_ROWS = 8
+"""On a CPU, the rows per expert from which `grouped` is ahead of `masked`, whose few rows all cores share: between 1
+and 16 as measured, on one core and on two, with layers of SmolLM2 and TinyLlama."""
+GROUPED_COST_FLOPS_16BIT = 60e6
+"""On a CPU in 16 bits, the arithmetic of an expert's calls in `grouped`: oneDNN looks up a primitive for each shape."""
 KERNEL_ROWS, KERNEL_ROWS_OF_ALL = {4: 2048, 2: 1024}, {4: 8192, 2: 512}
-"""Tokens per expert up to which the compiled kernel was seen ahead of `loop`, and tokens up to which it was ahead of
+"""Tokens per expert up to which our kernel was seen ahead of torch's products, and tokens up to which it was ahead of
 one dense product, by bytes per weight: of MKL's in 32 bits (no more were measured), of oneDNN's in 16."""
 KERNEL_ROWS_BESIDE_AMX = 16
 """The same in 16 bits on a processor that multiplies tiles of bfloat16, which the kernel does not (an estimate)."""
@@ -62,9 +53,9 @@ class Site:
     shape: FactorShape
     cuda: bool = False
     can_group: bool = False
-    """Whether `grouped` runs at speed here: bf16, an SM80 GPU or later, aligned sizes."""
+    """Whether `grouped` runs at speed here: aligned sizes, and on a GPU bf16 and SM80 or later."""
     kernel: bool = False
-    """Whether the compiled CPU kernel serves here: without gradient, with an activation and a dtype that it knows."""
+    """Whether our CPU kernel serves here: without gradient, with an activation and a dtype that it knows."""
     learns: bool = False
     """Whether a backward pass will follow. Tuned ladders, timed without one, serve either way."""
 
@@ -96,10 +87,10 @@ def site_of(
 ) -> Site:
     """Look up the machine's side of a choice; whether the kernel serves and gradients are asked for is the layer's."""
     cuda = device.type == "cuda"
-    aligned = can_group(dtype, hidden_size, shape.expert_size, shape.shared_size)
-    fast = cuda and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
+    groups = serves_grouped(dtype, hidden_size, shape.expert_size, shape.shared_size)
+    fast = not cuda or (dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0))
     name = device_name(device, torch.get_num_threads())
-    return Site(name, dtype, hidden_size, shape, cuda, fast and aligned, kernel, learns)
+    return Site(name, dtype, hidden_size, shape, cuda, groups and fast, kernel, learns)
 
 
 def path_at(steps: Steps, tokens: int) -> PathName:
@@ -124,7 +115,7 @@ def _kernel_steps(site: Site) -> Steps:
 
 
 def kernel_tokens(dtype: torch.dtype, *, share: float | None = None) -> int:
-    """Up to how many tokens the kernel serves where each uses this share of the experts, K/N.
+    """Up to how many tokens our kernel serves where each uses this share of the experts, K/N.
 
     Args:
         share: None where every neuron runs for every token.
@@ -140,13 +131,21 @@ def _gpu_steps(site: Site) -> Steps:
     arithmetic enough.
     """
     slotted = _slot_tokens(site)
-    before_grouped = _before_grouped(site) if site.can_group else None
-    steps: Steps = ((slotted, "slot"),) if slotted else ()
-    if before_grouped is None:
-        return (*steps, (None, "masked"))
-    if before_grouped > slotted:
-        steps = (*steps, (before_grouped, "masked"))
-    return (*steps, (None, "grouped"))
+    first: Steps = ((slotted, "slot"),) if slotted else ()
+    return (*first, *_masked_then_grouped(site, slotted, _before_grouped_on_gpu(site)))
+
+
+def _cpu_steps(site: Site) -> Steps:
+    """`single` for one token, then `masked`, then `grouped`."""
+    return ((1, "single"), *_masked_then_grouped(site, 1, _before_grouped_on_cpu(site)))
+
+
+def _masked_then_grouped(site: Site, served: int, last_masked: int) -> Steps:
+    """What follows the first `served` tokens' path."""
+    if not site.can_group:
+        return ((None, "masked"),)
+    masked: Steps = ((last_masked, "masked"),) if last_masked > served else ()
+    return (*masked, (None, "grouped"))
 
 
 def _slot_tokens(site: Site) -> int:
@@ -157,86 +156,28 @@ def _slot_tokens(site: Site) -> int:
     return max(tokens, 1 if launches_pay else 0)
 
 
-def _before_grouped(site: Site) -> int:
+def _before_grouped_on_gpu(site: Site) -> int:
     """The last token count at which `grouped` saves less than it costs."""
     if site.learns:
         return LEARNING_GROUPED_FROM_TOKENS - 1
-    return int(GROUPED_COST_FLOPS / ((1 - site.shape.top_k / site.shape.num_experts) * _flops_per_token(site)))
+    return int(GROUPED_COST_FLOPS / _flops_saved_per_token(site))
 
 
-def _cpu_steps(site: Site) -> Steps:
-    """`single` for one token, `skip` while whole experts go unread, `masked`, which never costs much more than dense,
-    then `loop`.
-    """
-    before_loop = _before_loop_16bit(site) if site.dtype.itemsize < 4 else _before_loop(site)
-    skipping = next(t for t in range(1, MAX_SKIP_TOKENS) if not _skips(t + 1, site))
-    one: PathName = "single" if _single_pays(site) else "masked"
-    reaches: tuple[tuple[int, PathName], ...] = (
-        (1, one),
-        (min(skipping, before_loop), "skip"),
-        (before_loop, "masked"),
-    )
-    steps, reached = [], 0
-    for reach, path in reaches:
-        if reach > reached:
-            steps.append((reach, path))
-            reached = reach
-    return (*steps, (None, "loop"))
+def _before_grouped_on_cpu(site: Site) -> int:
+    """The same: too few rows for each expert, or in 16 bits too little saved."""
+    rows = GROUPED_ROWS * site.shape.num_experts / site.shape.top_k
+    if site.dtype.itemsize == 2:
+        rows = max(rows, site.shape.num_experts * GROUPED_COST_FLOPS_16BIT / _flops_saved_per_token(site))
+    return int(rows) - 1
 
 
-def _before_loop(site: Site) -> int:
-    """The last token count at which `loop` saves less than it costs.
-
-    With many tokens it saves arithmetic, T (1 - K/N) tokens' worth where each expert has rows enough; with a few, next
-    to large weights, it saves reading the experts that no token chose.
-    """
-    share = site.shape.top_k / site.shape.num_experts
-    cost_tokens = site.shape.num_experts * LOOP_COST_FLOPS / _flops_per_token(site)
-    enough = max(cost_tokens / (1 - share), LOOP_FULL_ROWS / share)
-    if LOOP_SLOWDOWN * share < 1:
-        enough = min(enough, cost_tokens / (1 - LOOP_SLOWDOWN * share))
-    return next((tokens for tokens in range(int(enough), 1, -1) if not _loop_spares_reading(tokens, site)), 1)
-
-
-def _loop_spares_reading(tokens: int, site: Site) -> bool:
-    num_experts, hit = site.shape.num_experts, _hit_share(tokens, site)
-    spared = (1 - hit) * num_experts * _expert_bytes(site)
-    return spared * FLOPS_PER_BYTE > hit * num_experts * LOOP_COST_FLOPS
-
-
-def _before_loop_16bit(site: Site) -> int:
-    cost = site.shape.num_experts * LOOP_COST_FLOPS_16BIT
-    saved_tokens = cost / _flops_per_token(site) + MIN_SAVED_TOKENS_16BIT
-    return max(1, int(saved_tokens / (1 - site.shape.top_k / site.shape.num_experts)))
-
-
-def _flops_per_token(site: Site) -> int:
-    """Of all routed experts."""
-    return 6 * site.hidden_size * site.shape.num_experts * site.shape.expert_size
-
-
-def _hit_share(tokens: int, site: Site) -> float:
-    """Expected share of the experts that some of `tokens` tokens chooses, if they choose at random."""
-    return 1.0 - (1 - site.shape.top_k / site.shape.num_experts) ** tokens
+def _flops_saved_per_token(site: Site) -> int:
+    """Of the experts that a token does not choose."""
+    return 6 * site.hidden_size * (site.shape.num_experts - site.shape.top_k) * site.shape.expert_size
 
 
 def _expert_bytes(site: Site) -> int:
     return 3 * site.shape.expert_size * site.hidden_size * site.dtype.itemsize
-
-
-def _single_pays(site: Site) -> bool:
-    """Whether reading K experts alone saves more than K experts' calls cost."""
-    unread = (site.shape.num_experts - site.shape.top_k) * _expert_bytes(site)
-    return unread > site.shape.top_k * CALL_COST_BYTES[site.dtype.itemsize]
-
-
-def _skips(tokens: int, site: Site) -> bool:
-    """Whether `tokens` tokens, choosing at random, leave enough experts unread for the calls that this takes."""
-    num_experts = site.shape.num_experts
-    hit = _hit_share(tokens, site)
-    ranges = num_experts * hit * (1 - hit)
-    unread, size = num_experts * (1 - hit) * _expert_bytes(site), site.dtype.itemsize
-    return hit <= SKIP_UP_TO_HIT and unread > RANGE_COST[size] * ranges * CALL_COST_BYTES[size]
 
 
 @functools.lru_cache(maxsize=512)

@@ -27,28 +27,28 @@ from factorctl.ffn import tuned as tuned_paths
 from factorctl.ffn.choice import kernel_tokens, path_at, steps_for
 from factorctl.ffn.few_token_linear import linear
 from factorctl.ffn.kernel import cpu as cpu_kernel
-from factorctl.ffn.kernel.cpu import CompiledFFN, FFNWeights, unseen_calls_matter
+from factorctl.ffn.kernel.cpu import FFNWeights, KernelFFN, unseen_calls_matter
 from factorctl.ffn.paths import (
+    GROUPED_DTYPES,
     ROUTED_PATHS,
     ExpertWeights,
     PathName,
     SharedHidden,
     Steps,
-    can_group,
     gated,
     hidden_of_all,
-    one_token,
+    serves_grouped,
 )
-from factorctl.ffn.routing import Routing, TokenRouting, gate_weights, route, route_on_host, unit_routing
+from factorctl.ffn.routing import Routing, gate_weights, route, unit_routing
 
 Chooser = Callable[[torch.Tensor], torch.Tensor]
 """FFN input [T, D] -> ids of the experts of each token, [T, K]."""
 
 
 class Plan(NamedTuple):
-    """How a layer runs: the ladder of its paths, and itself as the compiled kernel takes it, where that serves."""
+    """How a layer runs: the ladder of its paths, and itself as the CPU kernel takes it, where that serves."""
 
-    compiled: CompiledFFN | None
+    kernel: KernelFFN | None
     steps: Steps
 
 
@@ -82,7 +82,7 @@ class FactoredFFN(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.hidden_size = shape, hidden_size
-        self.gate, self.scale_a, self.top_k = gate, scale_a, shape.top_k
+        self.gate, self.scale_a = gate, scale_a
         self.activation_name, self.activation = activation, ACT2FN[activation]
         self.path: PathName | Literal["auto"] = "auto"
         self.chooser: Chooser | None = None
@@ -107,14 +107,23 @@ class FactoredFFN(nn.Module):
         return f"{self.shape.notation}, hidden_size={self.hidden_size}, gate={self.gate}, scale_a={self.scale_a:g}"
 
     @property
+    def top_k(self) -> int:
+        """K of its shape. Setting it exchanges the shape; the weights serve every K."""
+        return self.shape.top_k
+
+    @top_k.setter
+    def top_k(self, top_k: int) -> None:
+        self.shape = replace(self.shape, top_k=top_k)
+
+    @property
     def routes(self) -> bool:
         """Whether there is a choice between experts: 0 < K < N."""
-        return 0 < self.top_k < self.shape.num_experts
+        return self.shape.routes
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """The fields of its shape, with as many experts active as now."""
-        return self.shape.num_experts, self.top_k, self.shape.expert_size, self.shape.shared_size
+        """The fields of its shape."""
+        return self.shape.num_experts, self.shape.top_k, self.shape.expert_size, self.shape.shared_size
 
     @property
     def experts(self) -> ExpertWeights:
@@ -125,7 +134,7 @@ class FactoredFFN(nn.Module):
     def keep_experts_together(self) -> None:
         """Store `down` column after column, so that each expert's part of it is one block of memory.
 
-        Shape and values stay. The compiled kernel then streams an expert from end to end; what serves in its stead is
+        Shape and values stay. The kernel then streams an expert from end to end; what serves in its stead is
         faster with rows, and so is the dense layer.
         """
         if self.routes and self.down.is_cpu and self.down.dtype in cpu_kernel.DTYPES and cpu_kernel.is_available():
@@ -142,26 +151,29 @@ class FactoredFFN(nn.Module):
         ids_TK = self.chooser(x_TD)
         return Routing(ids_TK, gate_weights(logits_TN.gather(1, ids_TK), gate=self.gate, scale_a=self.scale_a))
 
-    def _choice_on_host(self, x_TD: torch.Tensor) -> TokenRouting | None:
-        """The routing of one token; None for more, under a chooser, and where a gradient must reach the gate."""
-        learns = torch.is_grad_enabled() and (self.router.requires_grad or x_TD.requires_grad)
-        if x_TD.shape[0] != 1 or self.chooser is not None or learns:
-            return None
-        logits_N = self.router_logits(x_TD).tolist()[0]
-        return route_on_host(logits_N, top_k=self.top_k, gate=self.gate, scale_a=self.scale_a)
-
     def shared_hidden(self, x_TD: torch.Tensor) -> torch.Tensor:
         """act(gate x) * (up x) of the shared neurons, [T, S]."""
         assert self.shared_gate_up is not None, "asked for shared neurons where S = 0"
         return gated(linear(x_TD, self.shared_gate_up, self.shared_gate_up_bias), self.activation)
 
+    def always_on(self, shared_TS: torch.Tensor | None) -> torch.Tensor | None:
+        """What every token gets whatever is routed: the shared neurons' output plus the down bias, [T, D]; None where
+        that is nothing.
+
+        Args:
+            shared_TS: what `shared_hidden` gives, where there are shared neurons.
+        """
+        if shared_TS is None:
+            return self.down_bias
+        return F.linear(shared_TS, self.down[:, : self.shape.shared_size], self.down_bias)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         plan = self._plan()
-        if plan.compiled is not None and not plan.compiled.takes(hidden_states):
+        if plan.kernel is not None and not plan.kernel.takes(hidden_states):
             plan = self._make_plan(None)
         path = self._path_in(plan, hidden_states.numel() // self.hidden_size)
-        if path == "kernel" and plan.compiled is not None:
-            y = self._by_kernel(hidden_states, plan.compiled)
+        if path == "kernel" and plan.kernel is not None:
+            y = self._by_kernel(hidden_states, plan.kernel)
         else:
             y = self._output(hidden_states.reshape(-1, self.hidden_size), path).view(hidden_states.shape)
         return y if self.down_bias is None else y + self.down_bias
@@ -174,12 +186,12 @@ class FactoredFFN(nn.Module):
         """
         return self._path_in(self._plan(), tokens)
 
-    def compiled(self) -> CompiledFFN | None:
-        """This layer as the compiled kernel takes it; None where that cannot serve."""
-        return self._plan().compiled
+    def kernel(self) -> KernelFFN | None:
+        """This layer as the CPU kernel takes it; None where that cannot serve."""
+        return self._plan().kernel
 
     def _path_in(self, plan: Plan, tokens: int) -> PathName:
-        return path_at(plan.steps, tokens) if self.path == "auto" else self._checked_path(self.path, plan.compiled)
+        return path_at(plan.steps, tokens) if self.path == "auto" else self._checked_path(self.path, plan.kernel)
 
     def _plan(self) -> Plan:
         """How to run in the present state: looked up once, then recognised in the fewest steps.
@@ -194,12 +206,12 @@ class FactoredFFN(nn.Module):
             return self._make_plan(None)
         state = (
             gate_up.data_ptr(), down.data_ptr(), router.data_ptr(), 0 if shared is None else shared.data_ptr(),
-            self.top_k, self.gate, self.scale_a, torch.get_num_threads(), tuned_paths.generation(),
+            self.shape, self.gate, self.scale_a, torch.get_num_threads(), tuned_paths.generation(),
             self._learns(), unseen_calls_matter(),
         )  # fmt: skip
         if state != self._known_plan[0]:
             weights = FFNWeights(gate_up, shared, down, router)
-            self._known_plan = state, self._make_plan(None if any(state[-2:]) else self._compile(weights))
+            self._known_plan = state, self._make_plan(None if any(state[-2:]) else self._for_kernel(weights))
         return self._known_plan[1]
 
     def _learns(self) -> bool:
@@ -207,39 +219,47 @@ class FactoredFFN(nn.Module):
         own = self._parameters.values()
         return torch.is_grad_enabled() and any(weight.requires_grad for weight in own if weight is not None)
 
-    def _make_plan(self, compiled: CompiledFFN | None) -> Plan:
-        weight, kernel = self.gate_up, compiled is not None
+    def _make_plan(self, kernel: KernelFFN | None) -> Plan:
+        weight = self.gate_up
         if self.routes:
-            steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, self.sizes, kernel, self._learns())
-            return Plan(compiled, steps)
-        first = ((kernel_tokens(weight.dtype), "kernel"),) if kernel else ()
-        return Plan(compiled, (*first, (None, "dense" if self.top_k else "masked")))
+            learns, sizes = self._learns(), self.sizes
+            steps: Steps = steps_for(weight.device, weight.dtype, self.hidden_size, sizes, kernel is not None, learns)
+            return Plan(kernel, steps)
+        first = () if kernel is None else ((kernel_tokens(weight.dtype), "kernel"),)
+        return Plan(kernel, (*first, (None, "dense" if self.top_k else "masked")))
 
-    def _compile(self, weights: FFNWeights) -> CompiledFFN | None:
+    def _for_kernel(self, weights: FFNWeights) -> KernelFFN | None:
         known = self.activation_name in cpu_kernel.ACTIVATIONS and self.gate_up_bias is None
         if not known or not weights.fit_the_kernel() or not cpu_kernel.is_available():
             return None
-        shape = replace(self.shape, top_k=self.top_k)
-        return CompiledFFN(weights, shape, activation=self.activation_name, gate=self.gate, scale_a=self.scale_a)
+        return KernelFFN(weights, self.shape, activation=self.activation_name, gate=self.gate, scale_a=self.scale_a)
 
-    def _by_kernel(self, x: torch.Tensor, compiled: CompiledFFN) -> torch.Tensor:
+    def _by_kernel(self, x: torch.Tensor, kernel: KernelFFN) -> torch.Tensor:
         if self.chooser is None or not self.routes:
-            return compiled(x)
-        return compiled(x, *self.route(x.reshape(-1, self.hidden_size)))
+            return kernel(x)
+        return kernel(x, *self.route(x.reshape(-1, self.hidden_size)))
 
-    def _checked_path(self, path: PathName, compiled: CompiledFFN | None) -> PathName:
-        if path == "kernel" and compiled is None:
+    def _checked_path(self, path: PathName, kernel: KernelFFN | None) -> PathName:
+        if path == "kernel" and kernel is None:
             raise UsageError(f"path 'kernel' cannot run here: {self._why_no_kernel()}", "choose 'masked'")
         if path == "dense" and self.top_k != self.shape.num_experts:
             raise UsageError(
                 f"path 'dense' runs all {self.shape.num_experts} experts, but top-k is {self.top_k}", "choose 'masked'"
             )
-        sizes = self.hidden_size, self.shape.expert_size, self.shape.shared_size
-        if path == "grouped" and not can_group(self.gate_up.dtype, *sizes):
+        if path == "grouped" and not self.serves_grouped:
+            sizes = self.hidden_size, self.shape.expert_size, self.shape.shared_size
+            dtypes = ", ".join(_named(dtype) for dtype in GROUPED_DTYPES)
             raise UsageError(
-                f"path 'grouped' needs rows of a multiple of 16 bytes; D, H, S are {sizes}", "choose 'masked'"
+                f"path 'grouped' takes {dtypes} in rows of a multiple of 16 bytes; D, H, S are {sizes} of "
+                f"{_named(self.gate_up.dtype)}",
+                "choose 'masked'",
             )
         return path
+
+    @property
+    def serves_grouped(self) -> bool:
+        """Whether the path `grouped` takes its dtype and sizes."""
+        return serves_grouped(self.gate_up.dtype, self.hidden_size, self.shape.expert_size, self.shape.shared_size)
 
     def _why_no_kernel(self) -> str:
         if reason := cpu_kernel.reason_without():
@@ -259,8 +279,6 @@ class FactoredFFN(nn.Module):
             return shared.output_TD()
         if self.top_k == self.shape.num_experts:
             routing = unit_routing(x_TD.shape[0], self.top_k, x_TD.device)
-        elif path == "single" and (choice := self._choice_on_host(x_TD)) is not None:
-            return one_token(x_TD, self.experts, choice, shared)
         else:
             routing = self.route(x_TD)
         return ROUTED_PATHS[path](x_TD, self.experts, routing, shared)
@@ -269,3 +287,7 @@ class FactoredFFN(nn.Module):
         """K = N: the dense FFN with permuted neurons, one GEMM into [T, F] and one out of it."""
         hidden = hidden_of_all(x_TD, self.experts).flatten(1)
         return linear(hidden if shared is None else torch.cat([shared.hidden_TS, hidden], dim=-1), self.down)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

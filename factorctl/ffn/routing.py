@@ -7,8 +7,6 @@ T tokens, N num_experts, K top_k. The factored FFN adds `s * sum_{e in C} p_e FF
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,27 +65,6 @@ def gate_weights(chosen_TK: torch.Tensor, *, gate: Gate, scale_a: float) -> torc
     if gate == "hard" or (top_k == 1 and not chosen_TK.requires_grad):
         return torch.full_like(chosen_TK, scale_a, dtype=torch.float32)
     return torch.softmax(chosen_TK, dim=-1, dtype=torch.float32) * (scale_a * top_k)
-
-
-class TokenRouting(NamedTuple):
-    """`Routing` of one token, on the host."""
-
-    ids: Sequence[int]
-    weights: Sequence[float | torch.Tensor]
-
-
-def route_on_host(logits: list[float], *, top_k: int, gate: Gate, scale_a: float) -> TokenRouting:
-    """`route` for one token without gradient: next to one token's weights, each call into torch shows.
-
-    Of equal logits, the lower expert wins.
-    """
-    ids = sorted(range(len(logits)), key=logits.__getitem__, reverse=True)[:top_k]
-    if gate == "hard" or top_k == 1:
-        return TokenRouting(ids, [scale_a] * top_k)
-    largest = logits[ids[0]]
-    powers = [math.exp(logits[expert] - largest) for expert in ids]
-    unit = scale_a * top_k / sum(powers)
-    return TokenRouting(ids, [power * unit for power in powers])
 
 
 def unit_routing(tokens: int, num_experts: int, device: torch.device) -> Routing:

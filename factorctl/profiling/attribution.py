@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 
-from factorctl.config.shape import FactorShape
-from factorctl.ffn.kernel.cpu import CompiledFFN, FFNWeights
+from factorctl.ffn.kernel.cpu import FFNWeights, KernelFFN
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.paths import PathName
 from factorctl.models.building import factored_ffns
@@ -85,8 +84,7 @@ def ffn_cost(model: PreTrainedModel, sizes: ModelSizes, text: RoutedText, tokens
         experts_hit=hits,
         weight_mbytes=(shape.shared_size + read * shape.expert_size) * neuron_bytes / 1e6,
         dense_weight_mbytes=shape.intermediate_size * neuron_bytes / 1e6,
-        executed_share=(shape.shared_size + _run_per_token(path, sizes, tokens, hits) * shape.expert_size)
-        / shape.intermediate_size,
+        executed_share=(shape.shared_size + experts_run_by(path, sizes) * shape.expert_size) / shape.intermediate_size,
     )
 
 
@@ -109,14 +107,10 @@ def _kernel_routing_ms(layers: Sequence[tuple[FactoredFFN, torch.Tensor]], clock
     return max(0.0, choosing_ms - obeying_ms)
 
 
-def _without_neurons(ffn: FactoredFFN) -> CompiledFFN:
+def _without_neurons(ffn: FactoredFFN) -> KernelFFN:
     weights = FFNWeights(ffn.gate_up, None, ffn.down, ffn.router)
-    shape = FactorShape(ffn.shape.num_experts, ffn.top_k, 0, 0)
-    return CompiledFFN(weights, shape, activation=ffn.activation_name, gate=ffn.gate, scale_a=ffn.scale_a)
-
-
-def _run_per_token(path: PathName, sizes: ModelSizes, tokens: int, hits: float) -> float:
-    return hits if path == "skip" else experts_run_by(path, sizes, tokens)
+    shape = replace(ffn.shape, expert_size=0, shared_size=0)
+    return KernelFFN(weights, shape, activation=ffn.activation_name, gate=ffn.gate, scale_a=ffn.scale_a)
 
 
 def streamed_layers(model: PreTrainedModel, text: RoutedText, tokens: int) -> list[tuple[FactoredFFN, torch.Tensor]]:

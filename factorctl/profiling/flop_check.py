@@ -2,14 +2,15 @@
 
 FlopCounterMode counts the matrix products that reach the dispatcher. It knows no `grouped_mm`, gives 0 for scaled dot
 product attention on CPUs and ignores causality elsewhere: the formula of the first is registered here, and attention
-runs in its eager form, whose core is full. The count runs on the `loop` path, which executes exactly what is active.
+runs in its eager form, whose core is full. The count runs on the `grouped` path, which executes exactly what is active,
+or on `masked`, which executes every expert, where sizes or dtype are not for `grouped`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,10 +51,12 @@ def check_flops(model: PreTrainedModel, sizes: ModelSizes, ids_BP: torch.Tensor)
     batch, tokens = ids_BP.shape
     worst = 0.0
     for top_k in {sizes.shape.top_k, sizes.shape.num_experts}:
-        routes = 0 < top_k < sizes.shape.num_experts
-        with _counting(model, top_k, "loop" if routes else "auto"):
+        active = sizes.with_top_k(top_k)
+        path = _path_to_count(model) if active.routes else "auto"
+        with _counting(model, top_k, path):
             counted = counted_flops(lambda: model(ids_BP, use_cache=False, logits_to_keep=1))
-        expected = count_flops(sizes.with_top_k(top_k), tokens, batch=batch, core="full").total
+        run = sizes.shape.num_experts if path == "masked" else top_k
+        expected = count_flops(active, tokens, batch=batch, core="full", experts_run=run).total
         difference = abs(counted - expected) / expected
         worst = max(worst, difference)
         if difference > TOLERANCE:
@@ -65,8 +68,12 @@ def check_flops(model: PreTrainedModel, sizes: ModelSizes, ids_BP: torch.Tensor)
     return worst
 
 
+def _path_to_count(model: PreTrainedModel) -> PathName:
+    return "grouped" if next(iter(factored_ffns(model))).serves_grouped else "masked"
+
+
 @contextmanager
-def _counting(model: PreTrainedModel, top_k: int, path: PathName | str) -> Iterator[None]:
+def _counting(model: PreTrainedModel, top_k: int, path: PathName | Literal["auto"]) -> Iterator[None]:
     """Eager attention and one path for every layer; all is put back afterwards."""
     attention = model.config._attn_implementation
     ffns = list(factored_ffns(model))
@@ -74,7 +81,7 @@ def _counting(model: PreTrainedModel, top_k: int, path: PathName | str) -> Itera
     model.set_attn_implementation("eager")
     try:
         for ffn in ffns:
-            ffn.top_k, ffn.path = top_k, path  # type: ignore[assignment]
+            ffn.top_k, ffn.path = top_k, path
         yield
     finally:
         model.set_attn_implementation(attention)

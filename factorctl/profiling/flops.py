@@ -4,8 +4,7 @@ Counted are matrix products: the FFN's three, the router, the four attention pro
 its product with v) and the head. Norms, activations, rotary embeddings and softmax are not; they are under 1%.
 
     active:   what the chosen experts need, 2 * 3 * D * (S + K*H) per token and layer.
-    executed: what the path that runs really multiplies. `masked` runs every expert: the dense FLOPs. `skip` runs every
-              expert that any of the T tokens chose, on all T tokens; uniform routing hits N (1 - (1 - K/N)^T) of them.
+    executed: what the path that runs really multiplies. `masked` runs every expert: the dense FLOPs.
 
 T tokens, D hidden_size, N num_experts, H expert_size, S shared_size, K top_k.
 """
@@ -85,15 +84,9 @@ def attended_pairs(tokens: int, context: int, core: Core) -> int:
     return tokens * context + tokens * (tokens + 1) // 2
 
 
-def experts_run_by(path: PathName, sizes: ModelSizes, tokens: int) -> float:
-    """Routed experts that `path` multiplies per token when `tokens` tokens are routed uniformly."""
-    if path in ("masked", "dense"):
-        return sizes.shape.num_experts
-    return (
-        expected_experts_hit(sizes.shape.num_experts, sizes.shape.top_k, tokens)
-        if path == "skip"
-        else sizes.shape.top_k
-    )
+def experts_run_by(path: PathName, sizes: ModelSizes) -> int:
+    """Routed experts that `path` multiplies per token."""
+    return sizes.shape.num_experts if path in ("masked", "dense") else sizes.shape.top_k
 
 
 def expected_experts_hit(num_experts: int, top_k: int, tokens: int) -> float:

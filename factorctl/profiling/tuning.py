@@ -33,16 +33,18 @@ def model_site(model: PreTrainedModel) -> Site:
     """What the choice of paths in this model depends on; all its layers are alike."""
     ffn = next(iter(factored_ffns(model)))
     weight = ffn.gate_up
-    kernel = ffn.compiled() is not None
+    kernel = ffn.kernel() is not None
     return site_of(weight.device, weight.dtype, ffn.hidden_size, ffn.shape, kernel=kernel)
 
 
 def candidates(site: Site, tokens: int) -> tuple[PathName, ...]:
     """Paths that may be chosen here: none that waits for the GPU, none that the sizes rule out."""
-    if not site.cuda:
-        kernel: tuple[PathName, ...] = ("kernel",) if site.kernel else ()
-        return (*kernel, "single", "skip", "loop", "masked") if tokens == 1 else (*kernel, "skip", "loop", "masked")
-    return ("slot", "masked", "grouped") if site.can_group else ("slot", "masked")
+    grouped: tuple[PathName, ...] = ("grouped",) if site.can_group else ()
+    if site.cuda:
+        return ("slot", "masked", *grouped)
+    kernel: tuple[PathName, ...] = ("kernel",) if site.kernel else ()
+    single: tuple[PathName, ...] = ("single",) if tokens == 1 else ()
+    return (*kernel, *single, "masked", *grouped)
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def _time_candidates(
 def ladder(timings: Mapping[int, Mapping[PathName, float]]) -> Steps:
     """The fastest path per token count as steps; a step ends halfway, geometrically, to where the next one won.
 
-    Example: skip at 1 to 8 tokens, loop from 16 on -> ((11, "skip"), (None, "loop")).
+    Example: masked at 1 to 8 tokens, grouped from 16 on -> ((11, "masked"), (None, "grouped")).
     """
     counts = sorted(timings)
     chosen = min(timings[counts[0]], key=timings[counts[0]].__getitem__)

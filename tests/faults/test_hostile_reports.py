@@ -114,7 +114,7 @@ def test_locks_of_recipes(sealed: bool, empty: Sandbox, tally: Tally) -> None:
 def test_tuned_paths(empty: Sandbox, tally: Tally) -> None:
     """A cache that cannot be read is said to be damaged, and the shipped paths are taken."""
     path = empty.inside / "paths.json"
-    steps = {"cpu | float32 | D32": ((5, "skip"), (None, "loop"))}
+    steps = {"cpu | float32 | D32": ((5, "masked"), (None, "grouped"))}
     write_tuned(path, steps)
 
     def read(content: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel as Python functions over tensors: without gradient, float32 or bfloat16.
+"""Our CPU kernel as Python functions over tensors: without gradient, float32 or bfloat16.
 
 It sees memory, not tensors: nothing here may be traced, differentiated or counted by torch's dispatcher, and whoever
 calls asks `can_run` first.
@@ -68,7 +68,7 @@ class FFNWeights(NamedTuple):
         )
 
 
-class CompiledFFN:
+class KernelFFN:
     """One FFN that the kernel computes: addresses and sizes, set once."""
 
     def __init__(
@@ -239,12 +239,12 @@ def _check() -> None:
         found = [(linear(x, gate_up[0]), x.double() @ gate_up[0].double().t())]
         for tokens, layout in itertools.product((1, 9, 40), (down, down.t().contiguous().t())):
             ids_T = torch.arange(tokens) % experts
-            compiled = CompiledFFN(
+            kernel = KernelFFN(
                 FFNWeights(gate_up, None, layout, None), FactorShape(experts, 1, size, 0), activation="relu"
             )
             gate, up = torch.einsum("tgd,td->tg", gate_up[ids_T].double(), x[:tokens].double()).chunk(2, dim=1)
             down_TDH = down.double().unflatten(1, (experts, size)).transpose(0, 1)[ids_T]
-            y = compiled(x[:tokens], ids_T[:, None], torch.ones(tokens, 1))
+            y = kernel(x[:tokens], ids_T[:, None], torch.ones(tokens, 1))
             found.append((y, torch.einsum("tdh,th->td", down_TDH, gate.relu() * up)))
         if any(not (y.double() - exact).norm() <= tolerance * exact.norm() for y, exact in found):
             raise NoKernelError(f"it computes wrong {dtype} products when compiled here")

@@ -234,12 +234,11 @@ def flops_report(subject: Subject, difference: float) -> FlopsReport:
     """Of one prompt as long as the longest asked for."""
     sizes, tokens = subject.sizes, max(subject.config.prompt)
     path = next(iter(factored_ffns(subject.model))).path_for(tokens)
-    run = subject.experts_hit(tokens) if path == "skip" else experts_run_by(path, sizes, tokens)
     return FlopsReport(
         tokens=tokens,
         dense=count_flops(sizes.dense, tokens).to_json(),
         model=count_flops(sizes, tokens).to_json(),
-        executed=count_flops(sizes, tokens, experts_run=run).to_json(),
+        executed=count_flops(sizes, tokens, experts_run=experts_run_by(path, sizes)).to_json(),
         counter_difference=difference,
     )
 

@@ -155,9 +155,9 @@ def test_a_chooser_decides_instead_of_the_router() -> None:
 @pytest.mark.parametrize("wrong", [-1, 4])
 def test_a_chooser_that_names_no_expert_is_refused(wrong: int) -> None:
     ffn = frozen(n=4, k=2, h=8)
-    compiled = ffn.compiled()
+    kernel = ffn.kernel()
     with pytest.raises(IndexError, match="none of the 4"):
-        compiled(tokens_for(ffn, 2), torch.tensor([[0, wrong], [1, 2]]), torch.ones(2, 2))
+        kernel(tokens_for(ffn, 2), torch.tensor([[0, wrong], [1, 2]]), torch.ones(2, 2))
 
 
 @needs_kernel
@@ -260,11 +260,11 @@ def test_exchanged_weights_are_noticed() -> None:
 
 @needs_kernel
 def test_shipped_ladders_begin_with_it_and_leave_many_rows_to_gemm_libraries() -> None:
-    site = Site("a cpu", torch.float32, 2048, FactorShape(4, 1, 1408, 0), kernel=True)
-    assert [path_at(shipped_steps(site), tokens) for tokens in (1, 16, 8192, 8193)] == ["kernel"] * 3 + ["loop"]
-    half = Site("a cpu", torch.bfloat16, 2048, FactorShape(4, 2, 1408, 0), kernel=True)
+    site = Site("a cpu", torch.float32, 2048, FactorShape(4, 1, 1408, 0), can_group=True, kernel=True)
+    assert [path_at(shipped_steps(site), tokens) for tokens in (1, 16, 8192, 8193)] == ["kernel"] * 3 + ["grouped"]
+    half = Site("a cpu", torch.bfloat16, 2048, FactorShape(4, 2, 1408, 0), can_group=True, kernel=True)
     assert path_at(shipped_steps(half), 1) == "kernel"
-    assert path_at(shipped_steps(half), 4096) == "loop"
+    assert path_at(shipped_steps(half), 4096) == "grouped"
     assert site.key != Site("a cpu", torch.float32, 2048, FactorShape(4, 1, 1408, 0)).key
 
 

@@ -18,13 +18,13 @@ from factorctl.ffn.choice import GROUPED_COST_FLOPS, Site, path_at, shipped_step
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.tuned import read_tuned, write_tuned
 
-CPU = Site("a cpu", torch.float32, 576, FactorShape(4, 1, 384, 0))
+CPU = Site("a cpu", torch.float32, 576, FactorShape(4, 1, 384, 0), can_group=True)
 REPORT = Path(__file__).parents[3] / "docs" / "benchmarks" / "2026-11-26-gpu-latency-h100.md"
 GPU = Site("a gpu", torch.bfloat16, 2048, FactorShape(4, 1, 1408, 0), cuda=True, can_group=True)
 
 
 def shipped_path_at_one(ffn: FactoredFFN) -> str:
-    site = replace(CPU, hidden_size=ffn.hidden_size, shape=replace(ffn.shape, top_k=ffn.top_k))
+    site = replace(CPU, hidden_size=ffn.hidden_size, shape=ffn.shape)
     return path_at(shipped_steps(site), 1)
 
 
@@ -36,48 +36,37 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tuned_paths.forget()
 
 
-def test_a_cpu_skips_for_few_tokens_masks_and_loops_for_many() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        steps = shipped_steps(replace(CPU, dtype=dtype))
-        assert [path_at(steps, tokens) for tokens in (1, 2, 12, 1024)] == ["single", "skip", "masked", "loop"]
+@pytest.mark.parametrize(
+    ("hidden_size", "n", "k", "h", "float32", "bfloat16"),
+    [(576, 4, 1, 384, 31, 59), (576, 4, 2, 384, 15, 89), (576, 64, 8, 24, 63, 825), (2048, 4, 2, 1408, 15, 15)],
+)
+def test_a_cpu_masks_until_experts_have_rows_enough_and_in_16_bits_until_that_saves_enough(
+    hidden_size: int, n: int, k: int, h: int, float32: int, bfloat16: int
+) -> None:
+    site = replace(CPU, hidden_size=hidden_size, shape=FactorShape(n, k, h, 0))
+    for dtype, last in ((torch.float32, float32), (torch.bfloat16, bfloat16)):
+        steps = shipped_steps(replace(site, dtype=dtype))
+        assert steps == ((1, "single"), (last, "masked"), (None, "grouped"))
 
 
-def test_one_token_masks_where_calls_for_small_experts_cost_more_than_they_save() -> None:
-    fine = replace(CPU, shape=FactorShape(64, 8, 24, 0))
-    assert path_at(shipped_steps(fine), 1) == "single"
-    assert path_at(shipped_steps(replace(fine, dtype=torch.bfloat16)), 1) == "masked"
+def test_a_cpu_masks_where_rows_are_not_for_grouped() -> None:
+    steps = shipped_steps(replace(CPU, can_group=False))
+    assert steps == ((1, "single"), (None, "masked"))
 
 
-def test_skipping_ends_where_hardly_an_expert_goes_unread() -> None:
-    def last_skip(num_experts: int, top_k: int, dtype: torch.dtype) -> int:
-        steps = shipped_steps(replace(CPU, dtype=dtype, shape=FactorShape(num_experts, top_k, 1536 // num_experts, 0)))
-        return max((t for t in range(2, 100) if path_at(steps, t) == "skip"), default=1)
-
-    assert [last_skip(n, k, torch.float32) for n, k in ((4, 2), (8, 2), (64, 8))] == [3, 4, 1]
-    assert [last_skip(n, k, torch.bfloat16) for n, k in ((4, 2), (8, 2), (64, 8))] == [1, 1, 1]
-    wide = replace(CPU, hidden_size=2048, dtype=torch.bfloat16, shape=FactorShape(4, 1, 1408, 0))
-    assert [path_at(shipped_steps(wide), tokens) for tokens in (1, 4, 8)] == ["single", "skip", "skip"]
-
-
-def test_large_layers_never_mask_on_a_cpu() -> None:
-    large = replace(CPU, hidden_size=4096, shape=FactorShape(8, 1, 1792, 0))
-    assert {path for _, path in shipped_steps(large)} == {"single", "loop"}
-
-
-def test_small_experts_and_fewer_bits_need_more_tokens_to_loop() -> None:
-    def first_loop(site: Site) -> int:
-        return next(t for t in range(1, 10_000) if path_at(shipped_steps(site), t) == "loop")
-
-    fine = replace(CPU, shape=FactorShape(64, 16, 24, 0))
-    assert first_loop(CPU) < first_loop(fine)
-    assert first_loop(CPU) < first_loop(replace(CPU, dtype=torch.bfloat16))
-
-
-def test_large_experts_loop_while_some_go_unread_or_each_has_rows_enough() -> None:
-    wide = replace(CPU, hidden_size=2048, shape=FactorShape(4, 2, 1408, 0))
-    assert [path_at(shipped_steps(wide), tokens) for tokens in (1, 2, 4)] == ["single", "loop", "loop"]
-    most = replace(wide, shape=FactorShape(4, 3, 1408, 0))
-    assert [path_at(shipped_steps(most), tokens) for tokens in (8, 85, 86)] == ["masked", "masked", "loop"]
+@pytest.mark.parametrize(
+    ("dtype", "hidden_size", "expected"),
+    [
+        (torch.float32, 16, True),
+        (torch.bfloat16, 16, True),
+        (torch.float32, 13, False),
+        (torch.bfloat16, 12, False),
+        (torch.float64, 16, False),
+    ],
+)
+def test_a_cpu_groups_rows_that_torch_takes(dtype: torch.dtype, hidden_size: int, expected: bool) -> None:
+    site = path_choice.site_of(torch.device("cpu"), dtype, hidden_size, FactorShape(4, 2, 8, 0))
+    assert site.can_group == expected
 
 
 def measured_on_a_gpu() -> list[tuple[Site, int, dict[str, float]]]:
@@ -166,16 +155,16 @@ def test_no_gpu_path_reads_the_routing_on_the_host() -> None:
 def test_tuned_steps_are_used_by_the_module(cache: Path) -> None:
     ffn = FactoredFFN(FactorShape(4, 2, 8, 0), 16, "silu")
     site = path_choice.site_of(torch.device("cpu"), torch.float32, 16, ffn.shape)
-    write_tuned(cache, {site.key: ((5, "masked"), (None, "loop"))})
-    assert [ffn.path_for(t) for t in (1, 5, 6)] == ["masked", "masked", "loop"]
+    write_tuned(cache, {site.key: ((5, "masked"), (None, "grouped"))})
+    assert [ffn.path_for(t) for t in (1, 5, 6)] == ["masked", "masked", "grouped"]
     ffn.top_k = 1  # another site: not tuned
     assert ffn.path_for(1) == shipped_path_at_one(ffn)
 
 
 def test_writing_keeps_other_sites_and_leaves_no_temporary_file(cache: Path) -> None:
     write_tuned(cache, {"one": ((None, "masked"),)})
-    write_tuned(cache, {"two": ((3, "skip"), (None, "loop"))})
-    assert read_tuned(cache) == {"one": ((None, "masked"),), "two": ((3, "skip"), (None, "loop"))}
+    write_tuned(cache, {"two": ((3, "masked"), (None, "grouped"))})
+    assert read_tuned(cache) == {"one": ((None, "masked"),), "two": ((3, "masked"), (None, "grouped"))}
     assert [file.name for file in cache.parent.iterdir()] == ["paths.json"]
 
 
@@ -187,9 +176,9 @@ def test_writing_keeps_other_sites_and_leaves_no_temporary_file(cache: Path) -> 
         json.dumps({"version": 0, "sites": {}}),
         json.dumps({"version": 1}),
         json.dumps({"version": 1, "sites": {"x": [[None, "teleport"]]}}),
-        json.dumps({"version": 1, "sites": {"x": [[4, "loop"]]}}),
+        json.dumps({"version": 1, "sites": {"x": [[4, "grouped"]]}}),
         json.dumps({"version": 1, "sites": {"x": []}}),
-        json.dumps({"version": 1, "sites": {"x": [["4", "loop"], [None, "loop"]]}}),
+        json.dumps({"version": 1, "sites": {"x": [["4", "grouped"], [None, "grouped"]]}}),
     ],
 )
 def test_a_damaged_cache_is_ignored_with_a_warning_and_replaced(cache: Path, content: str) -> None:

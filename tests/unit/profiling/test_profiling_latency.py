@@ -56,7 +56,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_one_long_prompt() -> None:
     model, _ = factored()
     whole = model(ids()).logits
     graph = GraphRuntime(model, 24, {"backend": "aot_eager"})
-    # `skip` reads the routing on the host; CUDA's paths do not, and only they are compiled.
+    # `single` reads the routing on the host; CUDA's paths do not, and only they are compiled.
     for ffn in factored_ffns(model):
         ffn.path = "masked"
     for runtime in (EagerRuntime(model), graph):
@@ -137,9 +137,9 @@ def test_ffn_cost_reports_path_and_bytes() -> None:
     model, sizes = factored(s=8)
     text = route_text(model, ids(1, 24))
     for ffn in factored_ffns(model):
-        ffn.path = "loop"
+        ffn.path = "single"
     cost = ffn_cost(model, sizes, text, 30, itemsize=4)
-    assert cost.path == "loop"
+    assert cost.path == "single"
     assert cost.dense_weight_mbytes == pytest.approx(48 * 3 * 32 * 4 / 1e6)
     assert cost.weight_mbytes <= cost.dense_weight_mbytes
     assert cost.executed_share == pytest.approx((8 + 2 * 10) / 48)
@@ -148,14 +148,14 @@ def test_ffn_cost_reports_path_and_bytes() -> None:
 
 def test_ladder_steps_between_the_counts_and_ignores_noise() -> None:
     timings = {
-        1: {"skip": 1.0, "loop": 2.0},
-        4: {"skip": 2.0, "loop": 1.99},
-        16: {"skip": 8.0, "loop": 4.0},
-        64: {"skip": 30.0, "loop": 9.0},
+        1: {"masked": 1.0, "grouped": 2.0},
+        4: {"masked": 2.0, "grouped": 1.99},
+        16: {"masked": 8.0, "grouped": 4.0},
+        64: {"masked": 30.0, "grouped": 9.0},
     }
-    assert ladder(timings) == ((8, "skip"), (None, "loop"))
-    assert ladder({1: {"masked": 1.0, "loop": 2.0}}) == ((None, "masked"),)
-    assert ladder({1: {"single": 1.0, "skip": 2.0}, 2: {"skip": 1.0}}) == ((1, "single"), (None, "skip"))
+    assert ladder(timings) == ((8, "masked"), (None, "grouped"))
+    assert ladder({1: {"masked": 1.0, "grouped": 2.0}}) == ((None, "masked"),)
+    assert ladder({1: {"single": 1.0, "masked": 2.0}, 2: {"masked": 1.0}}) == ((1, "single"), (None, "masked"))
 
 
 def test_timing_paths_puts_back_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,8 +164,9 @@ def test_timing_paths_puts_back_what_was_chosen(monkeypatch: pytest.MonkeyPatch)
     timings = time_paths(model, route_text(model, ids(1, 24)), SilentProgress())
     assert set(timings) == {1, 4}
     kernel = {"kernel"} if is_available() else set()
-    assert set(timings[1]) == {"single", "skip", "loop", "masked"} | kernel
-    assert set(timings[4]) == {"skip", "loop", "masked"} | kernel
+    grouped = {"grouped"} if next(iter(factored_ffns(model))).serves_grouped else set()
+    assert set(timings[1]) == {"single", "masked"} | grouped | kernel
+    assert set(timings[4]) == {"masked"} | grouped | kernel
     assert {ffn.path for ffn in factored_ffns(model)} == {"auto"}
 
 
