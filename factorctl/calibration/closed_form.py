@@ -34,8 +34,8 @@ def hidden_in_order(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
     """act(gate x) * (up x) of every neuron in storage order, shared ones first, [T, F]."""
     if tokens.hidden_TF is not None:
         return tokens.hidden_TF[:, ffn.neuron_ids.long()]
-    parts = [ffn.shared_hidden(tokens.x_TD)] if ffn.shape.shared_size else []
-    return torch.cat([*parts, hidden_of_all(tokens.x_TD, ffn.experts).flatten(1)], dim=1)
+    routed_TNH = hidden_of_all(tokens.x_TD, ffn.experts)
+    return torch.cat([ffn.shared_hidden(tokens.x_TD), routed_TNH.flatten(1)], dim=1)
 
 
 def weighted_hidden(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
@@ -65,18 +65,12 @@ def relative_error(ffn: FactoredFFN, tokens: Tokens) -> float:
     return float((wrong / max(1e-30, right)) ** 0.5)
 
 
-def always_on(ffn: FactoredFFN, hidden_TF: torch.Tensor) -> torch.Tensor:
-    """What every token gets: the shared neurons' output plus the down bias, [T, D]."""
-    s = ffn.shape.shared_size
-    return F.linear(hidden_TF[:, :s], ffn.down[:, :s], ffn.down_bias)
-
-
 def benefits(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
     """How much the squared error drops when expert e alone joins the shared neurons: 2<o_e, r> - ||o_e||^2, [T, N]."""
     hidden_TF = hidden_in_order(ffn, tokens)
-    rest_TD = tokens.t_TD - always_on(ffn, hidden_TF)
-    routed_TNH = hidden_TF[:, ffn.shape.shared_size :].unflatten(1, (ffn.shape.num_experts, -1))
-    return -par_distances(routed_TNH, ffn.experts.down_NDH, rest_TD, share=1.0)
+    shared_TS, routed_TR = hidden_TF.tensor_split([ffn.shape.shared_size], dim=1)
+    routed_TNH = routed_TR.unflatten(1, (ffn.shape.num_experts, -1))
+    return -par_distances(routed_TNH, ffn.experts.down_NDH, tokens.t_TD - ffn.always_on(shared_TS), share=1.0)
 
 
 def fit_router(ffn: FactoredFFN, tokens: Tokens, load_limit: float | None = None) -> None:
@@ -142,7 +136,7 @@ def fit_scale(ffn: FactoredFFN, tokens: Tokens) -> float:
     along = norm = 0.0
     for chunk in tokens.chunks():
         hidden_TF = weighted_hidden(ffn, chunk)
-        fixed_TD = always_on(ffn, hidden_TF)
+        fixed_TD = ffn.always_on(hidden_TF[:, : ffn.shape.shared_size])
         routed_TD = F.linear(hidden_TF, ffn.down, ffn.down_bias) - fixed_TD
         along += float((routed_TD * (chunk.t_TD - fixed_TD) * chunk.weight_T1).sum())
         norm += float((routed_TD.square() * chunk.weight_T1).sum())

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from factorctl.models.building import decoder_layers
+from factorctl.models.hooks import watched
 
 COLD_SHARE = 0.1
 """Share of the layers at either end that always run, at least one."""
@@ -111,24 +112,19 @@ def skipping_ffns(model: PreTrainedModel, *, post_ffn_norm: bool) -> Iterator[Sk
     """Let the FFNs of a dense model be skipped while the block runs; nothing is until a threshold is set."""
     layers = decoder_layers(model)
     state = SkipState(cold=max(1, round(COLD_SHARE * len(layers))), num_layers=len(layers))
-    handles = []
-    for layer, block in enumerate(layers):
-        behind = block.get_submodule("post_feedforward_layernorm") if post_ffn_norm else None
-        skipping = SkippingFFN(block.get_submodule("mlp"), behind, state, layer)
-        norm = block.get_submodule("pre_feedforward_layernorm" if post_ffn_norm else "post_attention_layernorm")
+    with ExitStack() as undone:
+        for layer, block in enumerate(layers):
+            behind = block.get_submodule("post_feedforward_layernorm") if post_ffn_norm else None
+            skipping = SkippingFFN(block.get_submodule("mlp"), behind, state, layer)
+            norm = block.get_submodule("pre_feedforward_layernorm" if post_ffn_norm else "post_attention_layernorm")
 
-        def note(_: nn.Module, inputs: tuple[torch.Tensor, ...], noting: SkippingFFN = skipping) -> None:
-            noting.residual_BLD = inputs[0]
+            def note(_: nn.Module, inputs: tuple[torch.Tensor, ...], noting: SkippingFFN = skipping) -> None:
+                noting.residual_BLD = inputs[0]
 
-        handles.append(norm.register_forward_pre_hook(note))
-        block.mlp = skipping
-    try:
+            undone.enter_context(watched([norm], before=note))
+            undone.callback(setattr, block, "mlp", skipping.ffn)
+            block.mlp = skipping
         yield state
-    finally:
-        for block in layers:
-            block.mlp = block.get_submodule("mlp").ffn
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ T tokens, D hidden_size, N num_experts, H expert_size, K top_k.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.paths import hidden_of_all
@@ -62,8 +61,7 @@ def distances_to_target(ffn: FactoredFFN, x_TD: torch.Tensor, t_TD: torch.Tensor
     """
     distances = []
     for x_CD, t_CD in zip(x_TD.split(LABEL_CHUNK_TOKENS), t_TD.split(LABEL_CHUNK_TOKENS), strict=True):
-        shared_CS = ffn.shared_hidden(x_CD) if ffn.shape.shared_size else None
-        distances.append(_distances(ffn, shared_CS, hidden_of_all(x_CD, ffn.experts), t_CD, share))
+        distances.append(_distances(ffn, ffn.shared_hidden(x_CD), hidden_of_all(x_CD, ffn.experts), t_CD, share))
     return torch.cat(distances)
 
 
@@ -73,18 +71,14 @@ def distances_of_hidden(ffn: FactoredFFN, hidden_TF: torch.Tensor, t_TD: torch.T
     distances, shared = [], ffn.shape.shared_size
     for hidden_CF, t_CD in zip(hidden_TF.split(LABEL_CHUNK_TOKENS), t_TD.split(LABEL_CHUNK_TOKENS), strict=True):
         routed_CNH = hidden_CF[:, shared:].unflatten(1, (ffn.shape.num_experts, ffn.shape.expert_size))
-        distances.append(_distances(ffn, hidden_CF[:, :shared] if shared else None, routed_CNH, t_CD, share))
+        distances.append(_distances(ffn, hidden_CF[:, :shared], routed_CNH, t_CD, share))
     return torch.cat(distances)
 
 
 def _distances(
-    ffn: FactoredFFN, shared_TS: torch.Tensor | None, routed_TNH: torch.Tensor, t_TD: torch.Tensor, share: float
+    ffn: FactoredFFN, shared_TS: torch.Tensor, routed_TNH: torch.Tensor, t_TD: torch.Tensor, share: float
 ) -> torch.Tensor:
-    if shared_TS is not None:
-        t_TD = t_TD - F.linear(shared_TS, ffn.down[:, : ffn.shape.shared_size])
-    if ffn.down_bias is not None:
-        t_TD = t_TD - ffn.down_bias
-    return par_distances(routed_TNH, ffn.experts.down_NDH, t_TD, share)
+    return par_distances(routed_TNH, ffn.experts.down_NDH, t_TD - ffn.always_on(shared_TS), share)
 
 
 def agreement(chosen_TK: torch.Tensor, labels_TK: torch.Tensor) -> torch.Tensor:

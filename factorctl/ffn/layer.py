@@ -153,18 +153,16 @@ class FactoredFFN(nn.Module):
 
     def shared_hidden(self, x_TD: torch.Tensor) -> torch.Tensor:
         """act(gate x) * (up x) of the shared neurons, [T, S]."""
-        assert self.shared_gate_up is not None, "asked for shared neurons where S = 0"
+        if self.shared_gate_up is None:
+            return x_TD[:, :0]
         return gated(linear(x_TD, self.shared_gate_up, self.shared_gate_up_bias), self.activation)
 
-    def always_on(self, shared_TS: torch.Tensor | None) -> torch.Tensor | None:
-        """What every token gets whatever is routed: the shared neurons' output plus the down bias, [T, D]; None where
-        that is nothing.
+    def always_on(self, shared_TS: torch.Tensor) -> torch.Tensor:
+        """What every token gets, whoever is chosen: the shared neurons' output plus the down bias, [T, D].
 
         Args:
-            shared_TS: what `shared_hidden` gives, where there are shared neurons.
+            shared_TS: as `shared_hidden` gives it.
         """
-        if shared_TS is None:
-            return self.down_bias
         return F.linear(shared_TS, self.down[:, : self.shape.shared_size], self.down_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -34,32 +34,27 @@ def slice_ffn(ffn: DenseFFN, partition: Partition, router_ND: torch.Tensor) -> F
 
 def unslice_ffn(tensors: FactoredTensors, shape: FactorShape) -> DenseFFN:
     """The dense FFN again, every neuron back in its source position: the inverse of `slice_ffn`."""
-    back_F = torch.argsort(tensors["neuron_ids"].long())
-    gate_F, up_F = _stored_order(tensors, "gate_up", shape)
-    biases = _stored_order(tensors, "gate_up_bias", shape) if "gate_up_bias" in tensors else None
-    return DenseFFN(
-        gate_FD=gate_F[back_F],
-        up_FD=up_F[back_F],
-        down_DF=tensors["down"][:, back_F],
-        gate_bias_F=None if biases is None else biases[0][back_F],
-        up_bias_F=None if biases is None else biases[1][back_F],
-        down_bias_D=tensors.get("down_bias"),
-    )
+    return stored_ffn(tensors, shape, shape.num_experts).select(torch.argsort(tensors["neuron_ids"].long()))
 
 
 def shared_ffn(tensors: FactoredTensors, shape: FactorShape) -> DenseFFN:
     """The shared neurons alone as a narrower dense FFN of width S: what runs at K = 0."""
-    s = shape.shared_size
-    gate_S, up_S = tensors["shared_gate_up"].split(s)
-    biases = tensors["shared_gate_up_bias"].split(s) if "shared_gate_up_bias" in tensors else (None, None)
-    return DenseFFN(gate_S, up_S, tensors["down"][:, :s], biases[0], biases[1], tensors.get("down_bias"))
+    return stored_ffn(tensors, shape, 0)
 
 
-def _stored_order(tensors: FactoredTensors, name: str, shape: FactorShape) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate and up rows [F, ...] in storage order: shared neurons first, then expert after expert."""
-    gate_NH, up_NH = tensors[name].split(shape.expert_size, dim=1)
-    gate, up = gate_NH.flatten(0, 1), up_NH.flatten(0, 1)
-    if shape.shared_size:
-        shared_gate, shared_up = tensors[f"shared_{name}"].split(shape.shared_size)
-        gate, up = torch.cat([shared_gate, gate]), torch.cat([shared_up, up])
+def stored_ffn(tensors: FactoredTensors, shape: FactorShape, experts: int) -> DenseFFN:
+    """The shared neurons and the first `experts` experts as a dense FFN, in storage order."""
+    gate_F, up_F = _unpacked(tensors, "gate_up", experts)
+    biased = "gate_up_bias" in tensors
+    gate_bias_F, up_bias_F = _unpacked(tensors, "gate_up_bias", experts) if biased else (None, None)
+    down_DF = tensors["down"][:, : shape.shared_size + experts * shape.expert_size]
+    return DenseFFN(gate_F, up_F, down_DF, gate_bias_F, up_bias_F, tensors.get("down_bias"))
+
+
+def _unpacked(tensors: FactoredTensors, name: str, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up rows [S + experts * H, ...]."""
+    gate, up = (half.flatten(0, 1) for half in tensors[name][:experts].chunk(2, dim=1))
+    if f"shared_{name}" in tensors:
+        shared_gate, shared_up = tensors[f"shared_{name}"].chunk(2)
+        return torch.cat([shared_gate, gate]), torch.cat([shared_up, up])
     return gate, up

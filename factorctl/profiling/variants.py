@@ -11,15 +11,18 @@ stock:  transformers' own model, its FFNs three linear layers: what users run to
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from factorctl.config.shape import FactorShape
+from factorctl.contracts import DenseFFN
+from factorctl.ffn.dense import dense_output
 from factorctl.ffn.layer import FactoredFFN
+from factorctl.ffn.slicing import stored_ffn
 from factorctl.models.building import decoder_layers, factored_ffns
 from factorctl.models.linears import use_stock_linears
 
@@ -32,38 +35,17 @@ class StockFFN(nn.Module):
 
     def __init__(self, ffn: FactoredFFN) -> None:
         super().__init__()
-        experts = ffn.shape.num_experts
-        self.gate_FD, self.up_FD, self.down_DF = dense_weights(ffn, experts)
-        biases = dense_biases(ffn, experts)
-        self.gate_bias = None if biases is None else biases[0]
-        self.up_bias = None if biases is None else biases[1]
-        self.down_bias, self.activation = ffn.down_bias, ffn.activation
+        self.dense, self.activation = dense_part(ffn, ffn.shape.num_experts), ffn.activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate = self.activation(F.linear(x, self.gate_FD, self.gate_bias))
-        return F.linear(gate * F.linear(x, self.up_FD, self.up_bias), self.down_DF, self.down_bias)
+        return dense_output(self.dense, self.activation, x)
 
 
-def dense_weights(ffn: FactoredFFN, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """gate, up and down of the shared neurons and the first `experts` experts, contiguous."""
-    size, width = ffn.shape.expert_size, ffn.hidden_size
-    gate_up = ffn.gate_up[:experts].detach().view(experts, 2, size, width)
-    gate, up = gate_up[:, 0].reshape(-1, width), gate_up[:, 1].reshape(-1, width)
-    if ffn.shared_gate_up is not None:
-        shared_gate, shared_up = ffn.shared_gate_up.detach().chunk(2)
-        gate, up = torch.cat([shared_gate, gate]), torch.cat([shared_up, up])
-    return gate, up, ffn.down.detach()[:, : ffn.shape.shared_size + experts * size].contiguous()
-
-
-def dense_biases(ffn: FactoredFFN, experts: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """gate and up biases in the order of `dense_weights`; None where the FFN has none."""
-    if ffn.gate_up_bias is None:
-        return None
-    gate, up = (part.flatten() for part in ffn.gate_up_bias[:experts].detach().view(experts, 2, -1).unbind(1))
-    if ffn.shared_gate_up_bias is None:
-        return gate, up
-    shared_gate, shared_up = ffn.shared_gate_up_bias.detach().chunk(2)
-    return torch.cat([shared_gate, gate]), torch.cat([shared_up, up])
+def dense_part(ffn: FactoredFFN, experts: int) -> DenseFFN:
+    """The shared neurons and the first `experts` experts as a dense FFN, `down` contiguous."""
+    tensors = {name: parameter.detach() for name, parameter in ffn.named_parameters()}
+    dense = stored_ffn(tensors, ffn.shape, experts)
+    return replace(dense, down_DF=dense.down_DF.contiguous())
 
 
 def with_all_experts(ffn: FactoredFFN, down_DF: torch.Tensor) -> FactoredFFN:
@@ -76,19 +58,18 @@ def with_all_experts(ffn: FactoredFFN, down_DF: torch.Tensor) -> FactoredFFN:
 
 def dense_as_wide_as(ffn: FactoredFFN, experts: int) -> FactoredFFN:
     """A dense FFN of the shared neurons and the first experts, in the factored one's runtime, weights copied."""
-    gate_FD, up_FD, down_DF = dense_weights(ffn, experts)
-    biases = dense_biases(ffn, experts)
+    dense = dense_part(ffn, experts)
     narrow = FactoredFFN(
-        FactorShape(1, 1, down_DF.shape[1], 0),
+        FactorShape(1, 1, dense.intermediate_size, 0),
         ffn.hidden_size,
         ffn.activation_name,
-        gate_up_bias=biases is not None,
+        gate_up_bias=dense.gate_bias_F is not None,
         device="meta",
     )
-    narrow.gate_up, narrow.down = _frozen(torch.cat([gate_FD, up_FD])[None]), _frozen(down_DF)
+    narrow.gate_up, narrow.down = _frozen(torch.cat([dense.gate_FD, dense.up_FD])[None]), _frozen(dense.down_DF)
     narrow.router = _frozen(ffn.router[:1].detach())
-    if biases is not None:
-        narrow.gate_up_bias = _frozen(torch.cat(biases)[None])
+    if dense.gate_bias_F is not None and dense.up_bias_F is not None:
+        narrow.gate_up_bias = _frozen(torch.cat([dense.gate_bias_F, dense.up_bias_F])[None])
     narrow.down_bias = ffn.down_bias
     return narrow
 
@@ -104,7 +85,7 @@ def make_variants(model: PreTrainedModel) -> dict[VariantName, PreTrainedModel]:
     anchors = zip(decoder_layers(dense), decoder_layers(narrow), decoder_layers(stock), ffns, strict=True)
     for dense_block, narrow_block, stock_block, ffn in anchors:
         narrow_block.mlp, stock_block.mlp = dense_as_wide_as(ffn, ffn.top_k), StockFFN(ffn)
-        dense_block.mlp = with_all_experts(ffn, stock_block.mlp.down_DF)
+        dense_block.mlp = with_all_experts(ffn, stock_block.mlp.dense.down_DF)
     use_stock_linears(stock)
     return {"model": model, "dense": dense, "narrow": narrow, "stock": stock}
 

@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from factorctl.ffn.routing import logit_spread
+from factorctl.models.hooks import watched
 from factorctl.training.distiller import Distiller
 from factorctl.training.twin_ffn import TwinFFN, twins
 
@@ -46,10 +47,8 @@ def to_unit_spread(
         x_TD = inputs[0].flatten(0, -2).to(twin.student.router.dtype)
         found[twin] = torch.stack([logit_spread(F.linear(x_TD, twin.student.router)), x_TD.abs().sum(1).median()])
 
-    hooks = [twin.register_forward_pre_hook(look) for twin in trained]
-    distiller(input_ids_BL, position_ids_BL)  # as a whole: a shared model is put together from the outside in
-    for hook in hooks:
-        hook.remove()
+    with watched(trained, before=look):
+        distiller(input_ids_BL, position_ids_BL)  # as a whole: a shared model is put together from the outside in
     if not trained:
         return
     sizes = accelerator.reduce(torch.stack([found[twin] for twin in trained]), reduction="mean").tolist()

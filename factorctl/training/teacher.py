@@ -18,7 +18,8 @@ from factorctl.config.finetune import TeacherStorage
 from factorctl.contracts import DenseFFN, Partition
 from factorctl.errors import ResourceError
 from factorctl.ffn.layer import FactoredFFN
-from factorctl.ffn.slicing import FactoredTensors, slice_ffn
+from factorctl.ffn.paths import gated
+from factorctl.ffn.slicing import FactoredTensors, slice_ffn, stored_ffn
 
 
 class Teacher(nn.Module, ABC):
@@ -67,9 +68,7 @@ class TeacherFFN(Teacher):
     def _gated(self, x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, groups: int) -> torch.Tensor:
         """act(gate x) * (up x) of rows that lie as gate, up, gate, up, ... in `groups` pairs."""
         pairs = F.linear(x, rows, None if bias is None else bias.flatten()).unflatten(-1, (groups, -1))
-        gate, up = pairs.chunk(2, dim=-1)
-        hidden: torch.Tensor = self.activation(gate) * up
-        return hidden.flatten(-2)
+        return gated(pairs, self.activation).flatten(-2)
 
 
 def dense_tensors(student: FactoredFFN, ffn: DenseFFN) -> FactoredTensors:
@@ -131,28 +130,15 @@ class QuantisedTeacher(Teacher):
 
     def __init__(self, student: FactoredFFN, tensors: FactoredTensors, storage: TeacherStorage) -> None:
         super().__init__()
-        h = student.shape.expert_size
-        gate = [tensors["gate_up"][:, :h].flatten(0, 1)]
-        up = [tensors["gate_up"][:, h:].flatten(0, 1)]
-        biased = "gate_up_bias" in tensors
-        gate_bias = [tensors["gate_up_bias"][:, :h].flatten()] if biased else []
-        up_bias = [tensors["gate_up_bias"][:, h:].flatten()] if biased else []
-        if "shared_gate_up" in tensors:
-            for rows, part in zip((gate, up), tensors["shared_gate_up"].chunk(2), strict=True):
-                rows.insert(0, part)
-            if biased:
-                for rows, part in zip((gate_bias, up_bias), tensors["shared_gate_up_bias"].chunk(2), strict=True):
-                    rows.insert(0, part)
-        device = student.down.device
-        joined_bias = torch.cat([*gate_bias, *up_bias]) if biased else None
+        dense, device = stored_ffn(tensors, student.shape, student.shape.num_experts), student.down.device
+        biases = [bias for bias in (dense.gate_bias_F, dense.up_bias_F) if bias is not None]
+        bias = torch.cat(biases) if biases else None
         self.activation = student.activation
-        self.gate_up = _bnb_linear(torch.cat([*gate, *up]), joined_bias, storage, device)
-        self.down = _bnb_linear(tensors["down"], tensors.get("down_bias"), storage, device)
+        self.gate_up = _bnb_linear(torch.cat([dense.gate_FD, dense.up_FD]), bias, storage, device)
+        self.down = _bnb_linear(dense.down_DF, dense.down_bias_D, storage, device)
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x.to(torch.bfloat16)).chunk(2, dim=-1)
-        hidden: torch.Tensor = self.activation(gate) * up
-        return hidden
+        return gated(self.gate_up(x.to(torch.bfloat16)), self.activation)
 
     def output(self, hidden: torch.Tensor) -> torch.Tensor:
         t: torch.Tensor = self.down(hidden)

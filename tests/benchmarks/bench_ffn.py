@@ -100,7 +100,9 @@ def measure(model: str, split: tuple[int, int], dtype: torch.dtype, counts: list
     stock = [StockFFN(ffn) for ffn in factored]
     rings: dict[str, Iterator[nn.Module]] = {
         "layer": cycle(factored),
-        "dense": cycle([with_all_experts(ffn, plain.down_DF) for ffn, plain in zip(factored, stock, strict=True)]),
+        "dense": cycle(
+            [with_all_experts(ffn, plain.dense.down_DF) for ffn, plain in zip(factored, stock, strict=True)]
+        ),
         "stock": cycle(stock),
         "narrow": cycle([dense_as_wide_as(ffn, split[1]) for ffn in factored]),
     }
