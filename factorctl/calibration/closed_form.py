@@ -130,7 +130,7 @@ def expert_load(logits_TN: torch.Tensor, top_k: int) -> list[float]:
 
 def fit_scale(ffn: FactoredFFN, tokens: Tokens) -> float:
     """The least-squares scalar a = <y, r> / <y, y>, y the routed output at a = 1 and r what it should be."""
-    if ffn.top_k in (0, ffn.shape.num_experts):
+    if not ffn.routes:
         return 1.0
     ffn.scale_a = 1.0
     along = norm = 0.0

@@ -81,13 +81,12 @@ def layer_fidelity(
         "relative_error": math.sqrt(float(wrong_T.double().sum()) / max(float(right_T.double().sum()), tiny)),
         "median_error": float((wrong_T / right_T.clamp_min(tiny)).sqrt().median()),
     }
-    num_experts, top_k = ffn.shape.num_experts, ffn.top_k
-    if not 0 < top_k < num_experts:
+    if not ffn.routes:
         return LayerFidelity(layer, **errors, agreement=None, load=[], load_entropy=None, router_entropy=None,
                              dead_experts=[])  # fmt: skip
     chosen_TK = ffn.route(x_TD).ids_TK
     labels_TK = par_labels(ffn, x_TD, t_TD.to(x_TD.dtype), 1 / ffn.scale_a)
-    load_N = expert_counts(chosen_TK, num_experts) / len(x_TD)
+    load_N = expert_counts(chosen_TK, ffn.shape.num_experts) / len(x_TD)
     return LayerFidelity(
         layer,
         **errors,
@@ -95,7 +94,7 @@ def layer_fidelity(
         load=[round(share, 6) for share in load_N.tolist()],
         load_entropy=_entropy(load_N / load_N.sum()),
         router_entropy=_entropy(ffn.router_logits(x_TD).float().softmax(-1)),
-        dead_experts=[expert for _, expert in dead_experts([load_N.tolist()], top_k)],
+        dead_experts=[expert for _, expert in dead_experts([load_N.tolist()], ffn.top_k)],
     )
 
 

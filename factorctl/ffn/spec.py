@@ -27,7 +27,7 @@ class FactoredSpec:
 
     def scale_a(self, layer: int) -> float:
         """The layer's `a`: routed outputs are summed times a (gate hard) or averaged by the gate times a*K."""
-        if self.scale == "sum" or self.shape.top_k in (0, self.shape.num_experts):
+        if self.scale == "sum" or not self.shape.routes:
             return 1.0
         if self.scale == "paper":
             return self.shape.num_experts / self.shape.top_k

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from factorctl.calibration.compressed_stream import CalibrationStream
+from factorctl.calibration.layer_fit import LayerFit
 from factorctl.calibration.stream import LayerwiseModel
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.shape import MAX_EXPERTS, FactorShape
 from factorctl.contracts import Stat
 from factorctl.ffn.slicing import FactoredTensors
@@ -52,10 +52,10 @@ def static_model(
     dense, reader = read_dense_model(source), CheckpointReader(source)
     left_out = dense.intermediate_size - active_neurons
     spec = FactoredSpec(FactorShape(1, 0, left_out, active_neurons), "softmax", "sum")
-    config = FactorizeConfig(model=str(source), num_experts=1, top_k=0, router="random", refit=refit)
     strategy, _ = get_strategy("contiguous")
     stream = CalibrationStream(LayerwiseModel(dense, reader, ids_BL, device), compressed=refit)
-    factory = LayerFactory(dense, spec, config, strategy, reader, frozenset({Stat.IMPORTANCE}), stream)
+    needs = frozenset({Stat.IMPORTANCE})
+    factory = LayerFactory(dense, spec, strategy, reader, needs, fit=LayerFit(refit=refit), stream=stream)
     title = "Pruning by importance, with refit" if refit else "Pruning by importance"
     tensors = _factored_layers(factory, dense, title, progress)
     return assembled(dense, spec, reader, tensors, dtype=dtype, device=device)
@@ -73,9 +73,8 @@ def moefication_model(
     dense, reader = read_dense_model(source), CheckpointReader(source)
     shape = fine_shape(dense.intermediate_size, active_neurons, MOEFICATION_EXPERT_SIZE)
     spec = FactoredSpec(shape, "hard", "sum")
-    config = FactorizeConfig(model=str(source), num_experts=shape.num_experts, router="random", gate="hard", seed=seed)
     strategy, _ = get_strategy("clustered")
-    factory = LayerFactory(dense, spec, config, strategy, reader, frozenset())
+    factory = LayerFactory(dense, spec, strategy, reader, frozenset(), seed)
     tensors = _factored_layers(factory, dense, "Clustering for MoEfication", progress)
     for layer in tensors:
         centres_ND = layer["gate_up"][:, : shape.expert_size].float().mean(1)

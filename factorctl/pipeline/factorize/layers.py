@@ -6,7 +6,8 @@ T tokens, D hidden_size, F intermediate_size, N num_experts, S shared_size.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from factorctl.calibration.closed_form import expert_load, near_ties, relative_e
 from factorctl.calibration.compressed_stream import CalibrationStream
 from factorctl.calibration.layer_fit import LayerFit
 from factorctl.checkpoint.reader import CheckpointReader, all_finite
-from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.common import DTypeName
 from factorctl.contracts import (
     DenseFFN,
     LayerStats,
@@ -35,7 +36,7 @@ from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.building import filled_ffn
 from factorctl.models.families import DenseModel
 from factorctl.models.identity import check_identity
-from factorctl.pipeline.common.devices import torch_dtype
+from factorctl.pipeline.common.devices import storage_dtype
 
 SAMPLE_TOKENS = 32
 """Tokens on which the identity of a layer is checked."""
@@ -53,17 +54,24 @@ class FactoredLayer:
 
 @dataclass
 class LayerFactory:
-    """Factors the layers of one model, in order, with the choices of one `FactorizeConfig`.
+    """Factors the layers of one model, in order.
 
-    `stream` is None where no option needs calibration.
+    Args:
+        needs: the statistics that the partition asks for.
+        dtype: what the layers are stored in; `auto` keeps the source's.
+        fit: the closed-form steps that are taken behind a compressed `stream`.
+        stream: None where nothing needs calibration.
     """
 
     dense: DenseModel
     spec: FactoredSpec
-    config: FactorizeConfig
     strategy: PartitionStrategy
     reader: CheckpointReader
     needs: frozenset[Stat]
+    seed: int = 0
+    dtype: DTypeName = "auto"
+    strategy_options: Mapping[str, str] = field(default_factory=dict)
+    fit: LayerFit = field(default_factory=LayerFit)
     stream: CalibrationStream | None = None
 
     @torch.no_grad()
@@ -73,9 +81,7 @@ class LayerFactory:
         ffn = self._stored(layer, source)
         stats = self._observe(layer, source, ffn)
         partition = self._partition(layer, ffn, stats)
-        router_ND = random_router(
-            self.spec.shape.num_experts, self.dense.hidden_size, seed=self.config.seed, layer=layer
-        )
+        router_ND = random_router(self.spec.shape.num_experts, self.dense.hidden_size, seed=self.seed, layer=layer)
         tensors = slice_ffn(ffn, partition, router_ND.to(ffn.gate_FD.dtype))
         record: dict[str, Any] = {
             "permutation_sha256": hashlib.sha256(tensors["neuron_ids"].numpy().tobytes()).hexdigest(),
@@ -110,17 +116,10 @@ class LayerFactory:
         assert self.stream is not None
         ffn, tokens = self._module(layer, tensors), self.stream.tokens
         fitting, heldout = tokens.split(round(len(tokens) * (1 - HELDOUT_SHARE)))
-        steps = LayerFit(
-            router=self.config.router == "analytic",
-            scale=self.spec.scale == "fitted",
-            refit=self.config.refit,
-            dtype=tensors["down"].dtype,
-            load_limit=self.config.load_limit,
-        )
-        refit = steps.apply(ffn, fitting, heldout)
-        if steps.router:
+        refit = self.fit.apply(ffn, fitting, heldout, tensors["down"].dtype)
+        if self.fit.router:
             self._write_back(tensors, "router", ffn)
-        if steps.scale:
+        if self.fit.scale:
             record["fitted_a"] = ffn.scale_a
         if refit is not None:
             record["refit"] = asdict(refit)
@@ -134,12 +133,13 @@ class LayerFactory:
 
     def _stored(self, layer: int, source: DenseFFN) -> DenseFFN:
         """The dense FFN in the dtype in which it will be stored."""
-        if self.config.dtype == "auto" or torch_dtype(self.config.dtype) == source.gate_FD.dtype:
+        dtype = storage_dtype(self.dtype, source.gate_FD.dtype)
+        if dtype == source.gate_FD.dtype:
             return source
-        cast = cast_ffn(source, torch_dtype(self.config.dtype))
+        cast = cast_ffn(source, dtype)
         if not all(all_finite(tensor) for tensor in (cast.gate_FD, cast.up_FD, cast.down_DF)):
             raise UsageError(
-                f"layer {layer}: FFN weights have values beyond the range of {self.config.dtype}",
+                f"layer {layer}: FFN weights have values beyond the range of {self.dtype}",
                 "choose --dtype bfloat16 or auto",
             )
         return cast
@@ -150,8 +150,8 @@ class LayerFactory:
         spec = PartitionSpec(
             shape.num_experts,
             layer,
-            self.config.seed,
-            self.config.strategy_options,
+            self.seed,
+            self.strategy_options,
             top_k=shape.top_k,
             shared_size=0 if chosen_here else shape.shared_size,
         )

@@ -107,7 +107,7 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
         batch=batch,
         sharded=sharded,
         device=device,
-        compute_dtype=compute_dtype(config, device),
+        compute_dtype=training_dtype(config, device),
         teacher=find_teacher(config, checkpoint, progress),
         memory={},
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -202,7 +202,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def compute_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
+def training_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on GPUs that have it, float32 elsewhere."""
     if config.precision != "auto":
         return torch.bfloat16 if config.precision == "bfloat16" else torch.float32

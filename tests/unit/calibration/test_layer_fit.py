@@ -12,7 +12,7 @@ from factorctl.calibration import layer_fit
 from factorctl.calibration.closed_form import RefitResult, fit_router, refit_down, relative_error
 from factorctl.calibration.layer_fit import LayerFit
 
-ALL = LayerFit(router=True, scale=True, refit=True, dtype=torch.float32)
+ALL = LayerFit(router=True, scale=True, refit=True)
 
 
 def test_two_turns_are_at_least_as_good_as_one() -> None:
@@ -74,7 +74,7 @@ def test_where_nothing_is_routed_one_turn_is_enough(top_k: int, monkeypatch: pyt
 def test_what_is_fitted_is_rounded_to_what_will_be_stored() -> None:
     ffn = make_ffn(shared=5)
     fitting, heldout = make_tokens(ffn, 1200).split(1000)
-    replace(ALL, dtype=torch.bfloat16).apply(ffn, fitting, heldout)
+    ALL.apply(ffn, fitting, heldout, torch.bfloat16)
     assert torch.equal(ffn.router, ffn.router.bfloat16().float())
 
 
@@ -82,5 +82,5 @@ def test_without_steps_the_layer_stays_as_it_is() -> None:
     ffn = make_ffn(shared=5)
     before = {name: value.clone() for name, value in ffn.named_parameters()}
     fitting, heldout = make_tokens(ffn, 600).split(500)
-    assert LayerFit(router=False, scale=False, refit=False, dtype=torch.float32).apply(ffn, fitting, heldout) is None
+    assert LayerFit().apply(ffn, fitting, heldout) is None
     assert all(torch.equal(value, before[name]) for name, value in ffn.named_parameters())
