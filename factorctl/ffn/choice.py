@@ -21,20 +21,27 @@ from factorctl.processor import multiplies_tiles, processor_name
 
 SLOT_READS = 5.0
 """What a chosen expert's weights cost in `slot`, which copies them, in readings by `masked`; eager, on an H100 in bf16.
-From TinyLlama's layer less its dense one, where the factor is 4.5 to 6. Compiled, which copies nothing, is untimed."""
+From TinyLlama's layer less its dense one, where the factor is 4.5 to 6. UNTIMED: compiled, which copies nothing."""
 SLOT_SAVED_BYTES = 8e6
 """What fewer launches save `slot` for one token with one expert, as bytes read in that time: 3.7 us on an H100."""
 GROUPED_COST_FLOPS = 250e9
 """On a GPU, the arithmetic of a layer that `grouped` must save to pay for its sort, gathers and launches. A bound: it
 was never seen to pay. Up to 16 GFLOP `masked` was ahead (SmolLM2's layer, 4096 tokens). At 212 (TinyLlama's, 1R4E1K)
-`grouped` took 0.5 ms more than dense, over which `masked`, not timed there, should take less. Beyond is untimed."""
+`grouped` took 0.5 ms more than dense, over which `masked` should take less. UNTIMED: `masked` there, and all beyond."""
 LEARNING_GROUPED_FROM_TOKENS = 449
-"""The same under autograd, untimed: there `grouped` also keeps K/N of the activations, on which `finetune` counts."""
+"""The same under autograd. UNTIMED: there `grouped` also keeps K/N of the activations, on which `finetune` counts."""
+SINGLE_CALL_BYTES = 1 << 20
+"""On a CPU, what one more expert of one more token costs `single` besides its weights, as bytes read in that time."""
+FEW_ROWS_READING = {8: 1.3, 4: 1.3, 2: 1.0}
+"""By how much `masked` takes longer for a few tokens than to read its weights, by bytes per weight."""
 GROUPED_ROWS = 8
-"""On a CPU, the rows per expert from which `grouped` is ahead of `masked`, whose few rows all cores share: between 1
-and 16 as measured, on one core and on two, with layers of SmolLM2 and TinyLlama."""
-GROUPED_COST_FLOPS_16BIT = 60e6
-"""On a CPU in 16 bits, the arithmetic of an expert's calls in `grouped`: oneDNN looks up a primitive for each shape."""
+"""On a CPU, the rows per expert from which `grouped` pays in 32 bits whatever it saves."""
+GROUPED_CALL_FLOPS = {8: 6e6, 4: 6e6, 2: 60e6}
+"""What an expert costs `grouped` on a CPU besides its products, as arithmetic done in that time, by bytes per weight.
+In 16 bits oneDNN looks up a primitive for each shape."""
+GROUPED_SLOWDOWN = {8: 2.0, 4: 2.0, 2: 1.0}
+"""How much longer the same arithmetic takes in an expert's few rows, which MKL leaves to one core. Between what was
+measured on one core and on two."""
 KERNEL_ROWS, KERNEL_ROWS_OF_ALL = {4: 2048, 2: 1024}, {4: 8192, 2: 512}
 """Tokens per expert up to which our kernel was seen ahead of torch's products, and tokens up to which it was ahead of
 one dense product, by bytes per weight: of MKL's in 32 bits (no more were measured), of oneDNN's in 16."""
@@ -136,8 +143,10 @@ def _gpu_steps(site: Site) -> Steps:
 
 
 def _cpu_steps(site: Site) -> Steps:
-    """`single` for one token, then `masked`, then `grouped`."""
-    return ((1, "single"), *_masked_then_grouped(site, 1, _before_grouped_on_cpu(site)))
+    """`single` while it reads less than `masked`, then that, then `grouped`."""
+    alone = _single_tokens(site)
+    first: Steps = ((alone, "single"),) if alone else ()
+    return (*first, *_masked_then_grouped(site, alone, _before_grouped_on_cpu(site)))
 
 
 def _masked_then_grouped(site: Site, served: int, last_masked: int) -> Steps:
@@ -160,20 +169,24 @@ def _before_grouped_on_gpu(site: Site) -> int:
     """The last token count at which `grouped` saves less than it costs."""
     if site.learns:
         return LEARNING_GROUPED_FROM_TOKENS - 1
-    return int(GROUPED_COST_FLOPS / _flops_saved_per_token(site))
+    saved = 6 * site.hidden_size * (site.shape.num_experts - site.shape.top_k) * site.shape.expert_size
+    return int(GROUPED_COST_FLOPS / saved)
+
+
+def _single_tokens(site: Site) -> int:
+    """Up to how many tokens `single` pays; 0 where for none."""
+    reading = FEW_ROWS_READING[site.dtype.itemsize] * site.shape.num_experts * _expert_bytes(site)
+    return math.ceil(reading / (site.shape.top_k * (_expert_bytes(site) + SINGLE_CALL_BYTES))) - 1
 
 
 def _before_grouped_on_cpu(site: Site) -> int:
-    """The same: too few rows for each expert, or in 16 bits too little saved."""
-    rows = GROUPED_ROWS * site.shape.num_experts / site.shape.top_k
-    if site.dtype.itemsize == 2:
-        rows = max(rows, site.shape.num_experts * GROUPED_COST_FLOPS_16BIT / _flops_saved_per_token(site))
-    return int(rows) - 1
-
-
-def _flops_saved_per_token(site: Site) -> int:
-    """Of the experts that a token does not choose."""
-    return 6 * site.hidden_size * (site.shape.num_experts - site.shape.top_k) * site.shape.expert_size
+    """The last token count at which `grouped` saves less than it costs."""
+    size, num_experts = site.dtype.itemsize, site.shape.num_experts
+    share = site.shape.top_k / num_experts
+    saved_share = 1 - GROUPED_SLOWDOWN[size] * share
+    expert_flops = 6 * site.hidden_size * site.shape.expert_size
+    tokens = GROUPED_CALL_FLOPS[size] / (saved_share * expert_flops) if saved_share > 0 else math.inf
+    return int(tokens if size == 2 else min(tokens, GROUPED_ROWS / share))
 
 
 def _expert_bytes(site: Site) -> int:

@@ -187,7 +187,7 @@ def slot(
     """A matrix-vector product per (token, expert) pair with gathered weights: for T*K far below N on a GPU.
 
     Eager, the gather copies the experts' weights. Inductor fuses it into the products only with
-    `coordinate_descent_tuning`, which `max-autotune` sets and `reduce-overhead` does not.
+    `coordinate_descent_tuning`, which `max-autotune` sets and `reduce-overhead` does not. UNTIMED: compiled.
     """
     ids_P = routing.ids_TK.flatten()
     x_PD = x_TD.repeat_interleave(routing.ids_TK.shape[1], dim=0)

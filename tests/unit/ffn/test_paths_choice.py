@@ -38,20 +38,35 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     ("hidden_size", "n", "k", "h", "float32", "bfloat16"),
-    [(576, 4, 1, 384, 31, 59), (576, 4, 2, 384, 15, 89), (576, 64, 8, 24, 63, 825), (2048, 4, 2, 1408, 15, 15)],
+    [
+        (576, 4, 1, 384, (3, 9), (2, 60)),
+        (576, 4, 2, 384, (1, 16), (1, 90)),
+        (576, 8, 3, 144, (1, 21), (0, 192)),
+        (576, 64, 8, 24, (1, 64), (0, 826)),
+        (2048, 4, 1, 1408, (5, 5), (3, 4)),
+        (2048, 4, 2, 1408, (2, 16), (1, 6)),
+        (2048, 64, 8, 88, (7, 7), (4, 63)),
+    ],
 )
-def test_a_cpu_masks_until_experts_have_rows_enough_and_in_16_bits_until_that_saves_enough(
-    hidden_size: int, n: int, k: int, h: int, float32: int, bfloat16: int
+def test_a_cpu_serves_tokens_alone_then_all_experts_then_each_expert_its_own(
+    hidden_size: int, n: int, k: int, h: int, float32: tuple[int, int], bfloat16: tuple[int, int]
 ) -> None:
     site = replace(CPU, hidden_size=hidden_size, shape=FactorShape(n, k, h, 0))
-    for dtype, last in ((torch.float32, float32), (torch.bfloat16, bfloat16)):
+    for dtype, (alone, masked) in ((torch.float32, float32), (torch.bfloat16, bfloat16)):
         steps = shipped_steps(replace(site, dtype=dtype))
-        assert steps == ((1, "single"), (last, "masked"), (None, "grouped"))
+        served = [path_at(steps, tokens) for tokens in range(1, masked + 2)]
+        assert served == ["single"] * alone + ["masked"] * (masked - alone) + ["grouped"]
+
+
+def test_no_choice_is_left_without_an_end() -> None:
+    most = replace(CPU, shape=FactorShape(4, 3, 384, 0))
+    assert shipped_steps(most) == ((1, "single"), (10, "masked"), (None, "grouped"))
+    assert shipped_steps(replace(most, dtype=torch.bfloat16))[-1] == (None, "grouped")
 
 
 def test_a_cpu_masks_where_rows_are_not_for_grouped() -> None:
     steps = shipped_steps(replace(CPU, can_group=False))
-    assert steps == ((1, "single"), (None, "masked"))
+    assert steps == ((3, "single"), (None, "masked"))
 
 
 @pytest.mark.parametrize(
