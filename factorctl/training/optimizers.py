@@ -14,7 +14,7 @@ from factorctl.config.finetune import TrainedPart
 from factorctl.errors import UsageError
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.training.muon import Muon, blocks_of
-from factorctl.training.presets import LossWeights, Recipe
+from factorctl.training.presets import LossWeights, TrainingRecipe
 
 MIN_8BIT_SIZE = 4096
 """Smaller tensors keep a float32 state in `adamw-8bit`; routers always do."""
@@ -75,7 +75,7 @@ def is_router(name: str) -> bool:
     return name.endswith((".router", ".sharpness"))
 
 
-def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, recipe: TrainingRecipe) -> list[torch.optim.Optimizer]:
     """One optimiser for the experts, or two with `muon`, and one for the routers, of those that are trained.
 
     Two, because 8-bit AdamW may not take the routers: they are small and decide much, so their state stays float32.
@@ -110,7 +110,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
 
 
 def _optimizer(
-    parameters: list[Any], recipe: Recipe, lr: float, weight_decay: float, *, eight_bit: bool
+    parameters: list[Any], recipe: TrainingRecipe, lr: float, weight_decay: float, *, eight_bit: bool
 ) -> torch.optim.Optimizer:
     if recipe.optimizer == "adamw-8bit" and eight_bit:
         made = _adamw_8bit()(

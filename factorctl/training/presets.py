@@ -34,7 +34,7 @@ class LossWeights:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """Everything about the training that a preset decides."""
 
     weights: LossWeights
@@ -73,11 +73,11 @@ class Recipe:
     """Whether `lr` is for half of the FFN's neurons, and in inverse proportion to the share that is active."""
 
 
-PRESETS: Mapping[PresetName, Recipe] = {
+PRESETS: Mapping[PresetName, TrainingRecipe] = {
     # FactorLLM as published: PAR beside the language-model loss (weight .05 in the released code), hard gate, N/K,
     # Adam with its schedule of 500 warm-up steps in 10,000 and batches of 1 x 1024 tokens. The released code clips
     # before the backward pass, that is not at all.
-    "factorllm": Recipe(
+    "factorllm": TrainingRecipe(
         weights=LossWeights(lm=1.0, par=0.05),
         optimizer="adam",
         lr=4e-5,
@@ -95,7 +95,7 @@ PRESETS: Mapping[PresetName, Recipe] = {
     # without it, what distillation tells the gates leads the routers away from the teacher's choice, and perplexity
     # ends far higher. Routers that step ten times as fast (3) lower PAR's loss further, but a run of few steps unlearns
     # the choice that calibration fitted, and ends above where it began.
-    "default": Recipe(
+    "default": TrainingRecipe(
         weights=LossWeights(lm=0.5, par=5.0, kd=1.0, mse=0.0, balance=0.5, z=0.0),
         optimizer="adamw",
         lr=5e-4,
@@ -116,7 +116,7 @@ PRESETS: Mapping[PresetName, Recipe] = {
 }
 
 
-def recipe_of(config: FinetuneConfig, active_ffn_fraction: float) -> Recipe:
+def recipe_of(config: FinetuneConfig, active_ffn_fraction: float) -> TrainingRecipe:
     """The preset with what `config` overrides, for a model with such a share of its FFN neurons active.
 
     Raises:
@@ -146,7 +146,7 @@ def recipe_of(config: FinetuneConfig, active_ffn_fraction: float) -> Recipe:
     return recipe
 
 
-def batch_tokens_of(recipe: Recipe, tokens: int, block_length: int) -> int:
+def batch_tokens_of(recipe: TrainingRecipe, tokens: int, block_length: int) -> int:
     """Tokens of one optimiser step: as given, or in proportion to the budget and at least a sequence."""
     return recipe.batch_tokens or max(block_length, min(32_768, max(1024, tokens // 256)))
 
@@ -164,7 +164,7 @@ def _weights(preset: LossWeights, given: Mapping[str, float]) -> LossWeights:
     return weights
 
 
-def _check_numbers(recipe: Recipe) -> None:
+def _check_numbers(recipe: TrainingRecipe) -> None:
     limits: dict[str, Any] = {
         "--lr": recipe.lr,
         "--router-lr": recipe.router_lr,

@@ -28,7 +28,7 @@ from factorctl.models.building import empty_factored_model
 from factorctl.models.families import dense_model
 from factorctl.training.distiller import Distiller
 from factorctl.training.optimizers import choose_trained, make_optimizers
-from factorctl.training.presets import LossWeights, Recipe, recipe_of
+from factorctl.training.presets import LossWeights, TrainingRecipe, recipe_of
 from factorctl.training.teacher import own_tensors, teacher_ffn
 from factorctl.training.twin_ffn import TwinFFN, TwinOptions
 
@@ -68,7 +68,7 @@ def make_distiller(
     num_experts: int,
     top_k: int,
     shared: float,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     dtype: torch.dtype,
     device: str,
     layers: int = LAYERS,

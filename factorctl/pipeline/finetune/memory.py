@@ -14,7 +14,7 @@ from factorctl.memory import PROCESS_BYTES, free_memory, require_memory
 from factorctl.models.building import decoder_layers, factored_ffns
 from factorctl.training.head_losses import chunk_tokens
 from factorctl.training.optimizers import is_router
-from factorctl.training.presets import Recipe
+from factorctl.training.presets import TrainingRecipe
 
 if TYPE_CHECKING:
     from factorctl.pipeline.finetune.plan import FinetunePlan
@@ -59,7 +59,7 @@ def _teacher_bytes(plan: FinetunePlan, model: PreTrainedModel, experts: int) -> 
     return int(copied * width)
 
 
-def _state_width(recipe: Recipe) -> int:
+def _state_width(recipe: TrainingRecipe) -> int:
     """Bytes that the optimiser keeps per trained value: two moments, two in 8 bits, or Muon's one."""
     return {"adamw-8bit": 2, "muon": 4}.get(recipe.optimizer, 8)
 

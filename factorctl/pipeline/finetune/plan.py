@@ -28,7 +28,7 @@ from factorctl.progress import Progress
 from factorctl.training.accelerate_settings import refuse_other_trainers
 from factorctl.training.batches import BatchPlan, plan_batches
 from factorctl.training.optimizers import choose_trained
-from factorctl.training.presets import PRESETS, Recipe, batch_tokens_of, recipe_of
+from factorctl.training.presets import PRESETS, TrainingRecipe, batch_tokens_of, recipe_of
 from factorctl.training.sharding import sharding_asked_for
 from factorctl.training.teacher import require_cuda_for
 
@@ -44,7 +44,7 @@ class FinetunePlan:
     checkpoint: NativeCheckpoint
     spec: FactoredSpec
     """K, gate and scale of the result."""
-    recipe: Recipe
+    recipe: TrainingRecipe
     data: DataSpec
     batch: BatchPlan
     sharded: bool
@@ -162,7 +162,7 @@ def _check_lengths(config: FinetuneConfig, checkpoint: NativeCheckpoint) -> None
         )
 
 
-def _check_processes(sharded: bool, config: FinetuneConfig, recipe: Recipe) -> None:
+def _check_processes(sharded: bool, config: FinetuneConfig, recipe: TrainingRecipe) -> None:
     if world_size() > 1 and config.router_refresh:
         raise UsageError(
             "--router-refresh needs a process of its own: what layers collect for a fit is not added up over several",
