@@ -16,7 +16,7 @@ import torch
 
 from factorctl.config.shape import FactorShape
 from factorctl.ffn import tuned as tuned_paths
-from factorctl.ffn.paths import PathName, Steps, serves_grouped
+from factorctl.ffn.paths import PathName, Step, Steps, serves_grouped
 from factorctl.processor import multiplies_tiles, processor_name
 
 SLOT_READS = 5.0
@@ -30,18 +30,15 @@ was never seen to pay. Up to 16 GFLOP `masked` was ahead (SmolLM2's layer, 4096 
 `grouped` took 0.5 ms more than dense, over which `masked` should take less. UNTIMED: `masked` there, and all beyond."""
 LEARNING_GROUPED_FROM_TOKENS = 449
 """The same under autograd. UNTIMED: there `grouped` also keeps K/N of the activations, on which `finetune` counts."""
-SINGLE_CALL_BYTES = 1 << 20
-"""On a CPU, what one more expert of one more token costs `single` besides its weights, as bytes read in that time."""
-FEW_ROWS_READING = {8: 1.3, 4: 1.3, 2: 1.0}
-"""By how much `masked` takes longer for a few tokens than to read its weights, by bytes per weight."""
-GROUPED_ROWS = 8
-"""On a CPU, the rows per expert from which `grouped` pays in 32 bits whatever it saves."""
-GROUPED_CALL_FLOPS = {8: 6e6, 4: 6e6, 2: 60e6}
-"""What an expert costs `grouped` on a CPU besides its products, as arithmetic done in that time, by bytes per weight.
-In 16 bits oneDNN looks up a primitive for each shape."""
-GROUPED_SLOWDOWN = {8: 2.0, 4: 2.0, 2: 1.0}
-"""How much longer the same arithmetic takes in an expert's few rows, which MKL leaves to one core. Between what was
-measured on one core and on two."""
+LOOP_CALL_BYTES = 1 << 20
+"""What an expert costs `loop` on a CPU besides its weights, as bytes read in that time."""
+GROUPED_ROWS = 32
+"""On a CPU in 32 bits, the rows per expert up to which `grouped` leaves cores idle: MKL gives so few to one of them."""
+EXPERT_CALL_FLOPS = {8: 6e6, 4: 6e6, 2: 60e6}
+"""What an expert costs on a CPU besides its products, as arithmetic done in that time, by bytes per weight. In 16 bits
+oneDNN looks up a primitive for each shape."""
+FEW_ROWS_SLOWDOWN = {8: 1.6, 4: 1.6, 2: 1.0}
+"""How much longer an expert's few rows take for the same arithmetic; between what one core and two took."""
 KERNEL_ROWS, KERNEL_ROWS_OF_ALL = {4: 2048, 2: 1024}, {4: 8192, 2: 512}
 """Tokens per expert up to which our kernel was seen ahead of torch's products, and tokens up to which it was ahead of
 one dense product, by bytes per weight: of MKL's in 32 bits (no more were measured), of oneDNN's in 16."""
@@ -137,24 +134,34 @@ def _gpu_steps(site: Site) -> Steps:
     """`slot` while copying the chosen experts costs less than reading all, then `masked`, then `grouped` once it saves
     arithmetic enough.
     """
-    slotted = _slot_tokens(site)
-    first: Steps = ((slotted, "slot"),) if slotted else ()
-    return (*first, *_masked_then_grouped(site, slotted, _before_grouped_on_gpu(site)))
+    slot: Step = (_slot_tokens(site), "slot")
+    if not site.can_group:
+        return _climbing(slot, (None, "masked"))
+    return _climbing(slot, (_before_grouped_on_gpu(site), "masked"), (None, "grouped"))
 
 
 def _cpu_steps(site: Site) -> Steps:
-    """`single` while it reads less than `masked`, then that, then `grouped`."""
-    alone = _single_tokens(site)
-    first: Steps = ((alone, "single"),) if alone else ()
-    return (*first, *_masked_then_grouped(site, alone, _before_grouped_on_cpu(site)))
-
-
-def _masked_then_grouped(site: Site, served: int, last_masked: int) -> Steps:
-    """What follows the first `served` tokens' path."""
+    """`loop` while it reads less than `masked`, then that, until experts of their own save more arithmetic than their
+    calls cost: `loop` while their rows are few, then `grouped`. Where a layer learns, `loop` would build N gradients.
+    """
+    loop: Step = (0 if site.learns else _loop_tokens(site), "loop")
     if not site.can_group:
-        return ((None, "masked"),)
-    masked: Steps = ((last_masked, "masked"),) if last_masked > served else ()
-    return (*masked, (None, "grouped"))
+        return _climbing(loop, (None, "masked"))
+    rows = 0 if site.learns or site.dtype.itemsize == 2 else _tokens_of_full_rows(site)
+    return _climbing(loop, (_last_masked_on_cpu(site), "masked"), (rows, "loop"), (None, "grouped"))
+
+
+def _climbing(*steps: Step) -> Steps:
+    """The steps that reach further than those before them."""
+    ladder: list[Step] = []
+    reached = 0
+    for limit, path in steps:
+        if limit is None or limit > reached:
+            if ladder and ladder[-1][1] == path:
+                ladder.pop()
+            ladder.append((limit, path))
+            reached = limit or 0
+    return tuple(ladder)
 
 
 def _slot_tokens(site: Site) -> int:
@@ -173,20 +180,24 @@ def _before_grouped_on_gpu(site: Site) -> int:
     return int(GROUPED_COST_FLOPS / saved)
 
 
-def _single_tokens(site: Site) -> int:
-    """Up to how many tokens `single` pays; 0 where for none."""
-    reading = FEW_ROWS_READING[site.dtype.itemsize] * site.shape.num_experts * _expert_bytes(site)
-    return math.ceil(reading / (site.shape.top_k * (_expert_bytes(site) + SINGLE_CALL_BYTES))) - 1
+def _loop_tokens(site: Site) -> int:
+    """Up to how many tokens, which choose at random, `loop` pays; 0 where for none."""
+    pays_until_hit = _expert_bytes(site) / (_expert_bytes(site) + LOOP_CALL_BYTES)
+    unchosen = 1 - site.shape.top_k / site.shape.num_experts
+    return math.ceil(math.log(1 - pays_until_hit, unchosen)) - 1
 
 
-def _before_grouped_on_cpu(site: Site) -> int:
-    """The last token count at which `grouped` saves less than it costs."""
-    size, num_experts = site.dtype.itemsize, site.shape.num_experts
-    share = site.shape.top_k / num_experts
-    saved_share = 1 - GROUPED_SLOWDOWN[size] * share
+def _last_masked_on_cpu(site: Site) -> int:
+    """The last token count at which experts of their own save less than they cost."""
+    size = site.dtype.itemsize
+    saved_share = 1 - FEW_ROWS_SLOWDOWN[size] * site.shape.top_k / site.shape.num_experts
     expert_flops = 6 * site.hidden_size * site.shape.expert_size
-    tokens = GROUPED_CALL_FLOPS[size] / (saved_share * expert_flops) if saved_share > 0 else math.inf
-    return int(tokens if size == 2 else min(tokens, GROUPED_ROWS / share))
+    tokens = EXPERT_CALL_FLOPS[size] / (saved_share * expert_flops) if saved_share > 0 else math.inf
+    return int(tokens if size == 2 else min(tokens, _tokens_of_full_rows(site)))
+
+
+def _tokens_of_full_rows(site: Site) -> int:
+    return GROUPED_ROWS * site.shape.num_experts // site.shape.top_k
 
 
 def _expert_bytes(site: Site) -> int:

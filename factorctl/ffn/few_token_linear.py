@@ -4,7 +4,8 @@ Without gradient that is our own kernel of `factorctl.ffn.kernel`. What follows 
 
 MKL's float32 product x W^T of few rows runs on one core and leaves the others idle: a layer that waits for memory then
 takes twice as long as it need. So the weight's rows are cut into bands, a band to each core, by one batched product:
-for one or two tokens from the left, W x^T, which MKL streams at the memory's speed, for more from the right.
+for one or two tokens from the left, W x^T, which MKL streams at the memory's speed where the weight is contiguous, for
+more from the right.
 
 Microseconds on 2 cores of a Zen 5 server, weights from memory, `F.linear` / bands:
 
@@ -75,6 +76,6 @@ def bands_for(x: torch.Tensor, weight_OI: torch.Tensor) -> int:
 def in_bands(x_TI: torch.Tensor, weight_OI: torch.Tensor, bands: int) -> torch.Tensor:
     """x W^T, [T, O], in bands of W's rows; they are views, nothing is copied but the result."""
     weight_BOI = weight_OI.unflatten(0, (bands, -1))
-    if len(x_TI) <= MAX_TOKENS_FROM_LEFT:
+    if len(x_TI) <= MAX_TOKENS_FROM_LEFT and weight_OI.is_contiguous():
         return torch.bmm(weight_BOI, x_TI.t().expand(bands, -1, -1)).flatten(0, 1).t().contiguous()
     return torch.bmm(x_TI.expand(bands, -1, -1), weight_BOI.transpose(1, 2)).transpose(0, 1).flatten(1)

@@ -5,12 +5,12 @@
 | `kernel`  | all in one call of our own, routing included     | CPU, without gradient: few to many tokens |
 | `dense`   | every expert with unit weight, two GEMMs         | K = N                                     |
 | `masked`  | the dense GEMMs, unchosen neurons set to zero    | GPU; few tokens on a CPU; the oracle      |
-| `grouped` | one small FFN per expert over its own tokens     | many tokens; training                     |
-| `single`  | the chosen experts of one token after another    | CPU, one token                            |
+| `loop`    | one small FFN per expert over its own tokens     | CPU, one token or a few                   |
+| `grouped` | the same in two grouped GEMMs                    | many tokens; training                     |
 | `slot`    | the weights of each (token, expert) pair, gathered | GPU, few of many experts                |
 
 `kernel` is `factorctl.ffn.kernel.cpu`; where no compiler made it, and under autograd, the others serve.
-`single` reads the routing on the host and therefore stays on CPUs; the rest never synchronise with a GPU. Weights are
+`loop` reads the routing on the host and therefore stays on CPUs; the rest never synchronise with a GPU. Weights are
 read through views of one expert-contiguous copy. transformers' experts functions `batched_mm` and `grouped_mm` hold
 the ideas of `slot` and `grouped`, but know no shared prefix and count on module attributes that change between
 releases; exported checkpoints run on them.
@@ -21,6 +21,7 @@ G = 2H rows of a gate|up pair, R = N*H routed neurons, P = T*K (token, expert) p
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -31,7 +32,7 @@ from factorctl.ffn.few_token_linear import linear
 from factorctl.ffn.routing import Routing, group_by_expert, scatter_weights
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-PathName = Literal["kernel", "dense", "masked", "single", "grouped", "slot"]
+PathName = Literal["kernel", "dense", "masked", "loop", "grouped", "slot"]
 
 Step = tuple[int | None, PathName]
 """Up to how many tokens, None for however many, and the path that serves them. A plain pair: torch.compile in torch
@@ -118,26 +119,32 @@ def masked(
     return linear(torch.cat([shared.hidden_TS, hidden_TR], dim=1), shared.down_DF)
 
 
-def single(
+def loop(
     x_TD: torch.Tensor, experts: ExpertWeights, routing: Routing, shared: SharedHidden | None = None
 ) -> torch.Tensor:
-    """Token by token, each of its experts as a dense FFN: for one token on a CPU, whose cores share every product."""
+    """One small FFN after another over the tokens that chose it: for few tokens on a CPU, whose cores share a product.
+
+    Reads the routing on the host, and would build a gradient of the full size for every expert.
+    """
     y_TD = torch.zeros_like(x_TD) if shared is None else shared.output_TD()
-    tokens = zip(x_TD.split(1), routing.ids_TK.tolist(), routing.weights_TK, strict=True) if len(x_TD) else ()
-    rows = [_experts_of_one(*own, experts) for own in tokens]
-    return y_TD + torch.cat(rows) if rows else y_TD
-
-
-def _experts_of_one(
-    x_1D: torch.Tensor, ids_K: list[int], weights_K: torch.Tensor, experts: ExpertWeights
-) -> torch.Tensor:
-    y_1D: torch.Tensor | None = None
-    for expert, weight in zip(ids_K, weights_K, strict=True):
+    pairs: defaultdict[int, list[int]] = defaultdict(list)
+    for pair, expert in enumerate(routing.ids_TK.flatten().tolist()):
+        pairs[expert].append(pair)
+    weights_P, top_k = routing.weights_TK.flatten().to(experts.down_DR.dtype), routing.ids_TK.shape[1]
+    for expert in sorted(pairs):
         one = experts.only(expert)
-        own_1D = linear(hidden_of_all(x_1D, one).flatten(1) * weight, one.down_DR)
-        y_1D = own_1D if y_1D is None else y_1D + own_1D
-    assert y_1D is not None, "routed without experts"
-    return y_1D
+        if len(x_TD) == 1:  # decoding: every call shows next to one token's products
+            y_TD = y_TD + _one_expert(x_TD, one, weights_P[pairs[expert][0]])
+            continue
+        pairs_E = torch.tensor(pairs[expert], device=x_TD.device)
+        tokens_E = pairs_E // top_k
+        own_ED = _one_expert(x_TD.index_select(0, tokens_E), one, weights_P[pairs_E])
+        y_TD = y_TD.index_add(0, tokens_E, own_ED.to(y_TD.dtype))
+    return y_TD
+
+
+def _one_expert(x_ED: torch.Tensor, one: ExpertWeights, weights_E: torch.Tensor) -> torch.Tensor:
+    return linear(hidden_of_all(x_ED, one).flatten(1) * weights_E.unsqueeze(-1), one.down_DR)
 
 
 def grouped(
@@ -220,6 +227,6 @@ RoutedPath = Callable[[torch.Tensor, ExpertWeights, Routing, SharedHidden | None
 ROUTED_PATHS: dict[PathName, RoutedPath] = {
     "masked": masked,
     "grouped": grouped,
-    "single": single,
+    "loop": loop,
     "slot": slot,
 }

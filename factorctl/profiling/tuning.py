@@ -37,14 +37,13 @@ def model_site(model: PreTrainedModel) -> Site:
     return site_of(weight.device, weight.dtype, ffn.hidden_size, ffn.shape, kernel=kernel)
 
 
-def candidates(site: Site, tokens: int) -> tuple[PathName, ...]:
+def candidates(site: Site) -> tuple[PathName, ...]:
     """Paths that may be chosen here: none that waits for the GPU, none that the sizes rule out."""
     grouped: tuple[PathName, ...] = ("grouped",) if site.can_group else ()
     if site.cuda:
         return ("slot", "masked", *grouped)
     kernel: tuple[PathName, ...] = ("kernel",) if site.kernel else ()
-    single: tuple[PathName, ...] = ("single",) if tokens == 1 else ()
-    return (*kernel, *single, "masked", *grouped)
+    return (*kernel, "loop", "masked", *grouped)
 
 
 @torch.no_grad()
@@ -54,7 +53,7 @@ def time_paths(model: PreTrainedModel, text: RoutedText, progress: Progress) -> 
     timings: Timings = {}
     with progress.stage("Timing execution paths", total=len(TOKEN_COUNTS), unit="token counts") as task:
         for tokens in TOKEN_COUNTS:
-            timings[tokens] = _time_candidates(streamed_layers(model, text, tokens), candidates(site, tokens))
+            timings[tokens] = _time_candidates(streamed_layers(model, text, tokens), candidates(site))
             task.advance(tokens=tokens)
     return timings
 

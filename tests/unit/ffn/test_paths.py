@@ -203,7 +203,7 @@ def test_inference_mode_and_batched_input(path: str) -> None:
     assert error(batched.view(12, -1), expected) < 1e-5
 
 
-@pytest.mark.parametrize("path", ["masked", "single", "grouped", "slot"])
+@pytest.mark.parametrize("path", ["masked", "loop", "grouped", "slot"])
 def test_autocast_trains_float32_weights(path: str) -> None:
     ffn = make_ffn(n=4, k=2, h=8, s=8)
     ffn.path = path
@@ -224,7 +224,7 @@ def test_paths_meant_for_gpus_never_look_at_a_value(path: str) -> None:
         ffn = FactoredFFN(FactorShape(4, 2, 8, 8), 16, "silu", dtype=torch.bfloat16)
         ffn.path = path
         x_TD = torch.empty(9, 16, dtype=torch.bfloat16)
-        if path == "single":
+        if path == "loop":
             with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
                 ffn(x_TD)
             return

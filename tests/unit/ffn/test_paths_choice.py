@@ -16,6 +16,7 @@ from factorctl.ffn import layer as factored_ffn
 from factorctl.ffn import tuned as tuned_paths
 from factorctl.ffn.choice import GROUPED_COST_FLOPS, Site, path_at, shipped_steps
 from factorctl.ffn.layer import FactoredFFN
+from factorctl.ffn.paths import Steps
 from factorctl.ffn.tuned import read_tuned, write_tuned
 
 CPU = Site("a cpu", torch.float32, 576, FactorShape(4, 1, 384, 0), can_group=True)
@@ -39,34 +40,29 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("hidden_size", "n", "k", "h", "float32", "bfloat16"),
     [
-        (576, 4, 1, 384, (3, 9), (2, 60)),
-        (576, 4, 2, 384, (1, 16), (1, 90)),
-        (576, 8, 3, 144, (1, 21), (0, 192)),
-        (576, 64, 8, 24, (1, 64), (0, 826)),
-        (2048, 4, 1, 1408, (5, 5), (3, 4)),
-        (2048, 4, 2, 1408, (2, 16), (1, 6)),
-        (2048, 64, 8, 88, (7, 7), (4, 63)),
+        (576, 4, 1, 384, ((4, "loop"), (7, "masked"), (128, "loop")), ((2, "loop"), (60, "masked"))),
+        (576, 4, 2, 384, ((1, "loop"), (22, "masked"), (64, "loop")), ((1, "loop"), (90, "masked"))),
+        (576, 4, 3, 384, ((42, "masked"),), ((180, "masked"),)),
+        (576, 64, 8, 24, ((1, "loop"), (90, "masked"), (256, "loop")), ((826, "masked"),)),
+        (2048, 4, 1, 1408, ((128, "loop"),), ((9, "loop"),)),
+        (2048, 4, 2, 1408, ((64, "loop"),), ((4, "loop"), (6, "masked"))),
+        (2048, 64, 8, 88, ((256, "loop"),), ((5, "loop"), (63, "masked"))),
     ],
 )
-def test_a_cpu_serves_tokens_alone_then_all_experts_then_each_expert_its_own(
-    hidden_size: int, n: int, k: int, h: int, float32: tuple[int, int], bfloat16: tuple[int, int]
+def test_a_cpu_reads_the_experts_chosen_then_all_then_gives_each_its_own_tokens(
+    hidden_size: int, n: int, k: int, h: int, float32: Steps, bfloat16: Steps
 ) -> None:
     site = replace(CPU, hidden_size=hidden_size, shape=FactorShape(n, k, h, 0))
-    for dtype, (alone, masked) in ((torch.float32, float32), (torch.bfloat16, bfloat16)):
-        steps = shipped_steps(replace(site, dtype=dtype))
-        served = [path_at(steps, tokens) for tokens in range(1, masked + 2)]
-        assert served == ["single"] * alone + ["masked"] * (masked - alone) + ["grouped"]
+    assert shipped_steps(site) == (*float32, (None, "grouped"))
+    assert shipped_steps(replace(site, dtype=torch.bfloat16)) == (*bfloat16, (None, "grouped"))
 
 
-def test_no_choice_is_left_without_an_end() -> None:
-    most = replace(CPU, shape=FactorShape(4, 3, 384, 0))
-    assert shipped_steps(most) == ((1, "single"), (10, "masked"), (None, "grouped"))
-    assert shipped_steps(replace(most, dtype=torch.bfloat16))[-1] == (None, "grouped")
+def test_a_cpu_that_learns_never_loops() -> None:
+    assert shipped_steps(replace(CPU, learns=True)) == ((7, "masked"), (None, "grouped"))
 
 
 def test_a_cpu_masks_where_rows_are_not_for_grouped() -> None:
-    steps = shipped_steps(replace(CPU, can_group=False))
-    assert steps == ((3, "single"), (None, "masked"))
+    assert shipped_steps(replace(CPU, can_group=False)) == ((4, "loop"), (None, "masked"))
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_shared_neurons_are_counted_once_and_k_0_has_no_router() -> None:
 
 
 def test_executed_experts_by_path() -> None:
-    assert [experts_run_by(path, TINYLLAMA) for path in ("masked", "dense", "grouped", "single")] == [4, 4, 2, 2]
+    assert [experts_run_by(path, TINYLLAMA) for path in ("masked", "dense", "grouped", "loop")] == [4, 4, 2, 2]
     assert expected_experts_hit(4, 2, 8) == pytest.approx(4 * (1 - 0.5**8))
 
 
@@ -110,7 +110,7 @@ def test_grouped_mm_is_counted() -> None:
     assert counted_flops(lambda: F.grouped_mm(x_PD, weight_NHD.transpose(1, 2), offs=ends_N)) == 2 * 32 * 16 * 8
 
 
-@pytest.mark.parametrize(("path", "experts"), [("single", 2), ("grouped", 2), ("masked", 4)])
+@pytest.mark.parametrize(("path", "experts"), [("loop", 2), ("grouped", 2), ("masked", 4)])
 def test_each_path_executes_what_is_claimed(path: str, experts: int) -> None:
     ffn = FactoredFFN(FactorShape(4, 2, 8, 0), 16, "silu", dtype=torch.bfloat16)
     for parameter in ffn.parameters():

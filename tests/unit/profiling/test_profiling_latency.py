@@ -56,7 +56,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_one_long_prompt() -> None:
     model, _ = factored()
     whole = model(ids()).logits
     graph = GraphRuntime(model, 24, {"backend": "aot_eager"})
-    # `single` reads the routing on the host; CUDA's paths do not, and only they are compiled.
+    # `loop` reads the routing on the host; CUDA's paths do not, and only they are compiled.
     for ffn in factored_ffns(model):
         ffn.path = "masked"
     for runtime in (EagerRuntime(model), graph):
@@ -137,9 +137,9 @@ def test_ffn_cost_reports_path_and_bytes() -> None:
     model, sizes = factored(s=8)
     text = route_text(model, ids(1, 24))
     for ffn in factored_ffns(model):
-        ffn.path = "single"
+        ffn.path = "loop"
     cost = ffn_cost(model, sizes, text, 30, itemsize=4)
-    assert cost.path == "single"
+    assert cost.path == "loop"
     assert cost.dense_weight_mbytes == pytest.approx(48 * 3 * 32 * 4 / 1e6)
     assert cost.weight_mbytes <= cost.dense_weight_mbytes
     assert cost.executed_share == pytest.approx((8 + 2 * 10) / 48)
@@ -155,7 +155,7 @@ def test_ladder_steps_between_the_counts_and_ignores_noise() -> None:
     }
     assert ladder(timings) == ((8, "masked"), (None, "grouped"))
     assert ladder({1: {"masked": 1.0, "grouped": 2.0}}) == ((None, "masked"),)
-    assert ladder({1: {"single": 1.0, "masked": 2.0}, 2: {"masked": 1.0}}) == ((1, "single"), (None, "masked"))
+    assert ladder({1: {"loop": 1.0, "masked": 2.0}, 2: {"masked": 1.0}}) == ((1, "loop"), (None, "masked"))
 
 
 def test_timing_paths_puts_back_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +165,8 @@ def test_timing_paths_puts_back_what_was_chosen(monkeypatch: pytest.MonkeyPatch)
     assert set(timings) == {1, 4}
     kernel = {"kernel"} if is_available() else set()
     grouped = {"grouped"} if next(iter(factored_ffns(model))).serves_grouped else set()
-    assert set(timings[1]) == {"single", "masked"} | grouped | kernel
-    assert set(timings[4]) == {"masked"} | grouped | kernel
+    assert set(timings[1]) == {"loop", "masked"} | grouped | kernel
+    assert set(timings[4]) == {"loop", "masked"} | grouped | kernel
     assert {ffn.path for ffn in factored_ffns(model)} == {"auto"}
 
 
