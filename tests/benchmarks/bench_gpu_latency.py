@@ -114,7 +114,7 @@ def ffn_rows(size: tuple[int, int], split: tuple[int, int], counts: list[int], d
     layers = make_layers(size, split, device)
     stock = [StockFFN(ffn) for ffn in layers]
     anchors = {
-        "dense": [with_all_experts(ffn, plain.down_DF) for ffn, plain in zip(layers, stock, strict=True)],
+        "dense": [with_all_experts(ffn, plain.dense.down_DF) for ffn, plain in zip(layers, stock, strict=True)],
         "narrow": [dense_as_wide_as(ffn, split[1]) for ffn in layers],
         "stock": stock,
     }
