@@ -39,13 +39,16 @@ def hidden_in_order(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
 
 
 def weighted_hidden(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
-    """What W_down multiplies, [T, F] in storage order: its rows times W_down^T are the layer's output without bias."""
+    """What the columns of W_down that run multiply, [T, R] in storage order: their product is the output without bias.
+
+    All R = F of them may run, but where K = 0: there the S shared ones alone do.
+    """
     hidden_TF = hidden_in_order(ffn, tokens)
     if ffn.top_k == ffn.shape.num_experts:
         return hidden_TF
     shared_TS, routed_TR = hidden_TF.tensor_split([ffn.shape.shared_size], dim=1)
     if ffn.top_k == 0:
-        return torch.cat([shared_TS, torch.zeros_like(routed_TR)], dim=1)
+        return shared_TS
     weights_TN = scatter_weights(ffn.route(tokens.x_TD), ffn.shape.num_experts)
     routed_TNH = routed_TR.unflatten(1, (ffn.shape.num_experts, -1)) * weights_TN.unsqueeze(-1)
     return torch.cat([shared_TS, routed_TNH.flatten(1)], dim=1)
@@ -53,7 +56,8 @@ def weighted_hidden(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
 
 def output(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
     """The factored FFN's output, [T, D], from activations that are there already."""
-    return F.linear(weighted_hidden(ffn, tokens), ffn.down, ffn.down_bias)
+    hidden_TR = weighted_hidden(ffn, tokens)
+    return F.linear(hidden_TR, ffn.down[:, : hidden_TR.shape[1]], ffn.down_bias)
 
 
 def relative_error(ffn: FactoredFFN, tokens: Tokens) -> float:
@@ -166,24 +170,28 @@ def refit_down(
 
     Z [T, F] holds the shared neurons' activations and the routed ones times their gate weight, zero where an expert
     was not chosen. The damping with the least error on held-out tokens wins; if none lowers it, the layer keeps its
-    values. Candidates are rounded to `dtype`, in which the result will be stored, before they are judged.
+    values. Candidates are rounded to `dtype`, in which the result will be stored, before they are judged. At K = 0 the
+    columns that never run stay as they are, and the damping still counts by the mean square of all F activations.
 
     Args:
         around_DF: W0; None takes the layer's present values.
     """
-    moments = RidgeMoments(ffn.shape.intermediate_size, ffn.hidden_size, tokens.x_TD.device)
+    running = ffn.shape.intermediate_size if ffn.top_k else ffn.shape.shared_size
+    moments = RidgeMoments(running, ffn.hidden_size, tokens.x_TD.device)
     for chunk in tokens.chunks():
         target_TD = chunk.t_TD if ffn.down_bias is None else chunk.t_TD - ffn.down_bias
         root_T1 = chunk.weight_T1.sqrt()
         moments.add(weighted_hidden(ffn, chunk) * root_T1, target_TD * root_T1)
-    present_DF = ffn.down.detach().clone()
-    pulled_to_FD = (present_DF if around_DF is None else around_DF).T
+    down_DR = ffn.down[:, :running]
+    present_DR = down_DR.detach().clone()
+    pulled_to_RD = (present_DR if around_DF is None else around_DF[:, :running]).T
     before = relative_error(ffn, heldout)
-    best_error, best_damping, best_DF = before, 0.0, present_DF
+    best_error, best_damping, best_DR = before, 0.0, present_DR
     for damping in REFIT_DAMPINGS:
-        ffn.down.copy_(moments.solve(damping, around_IO=pulled_to_FD).T.to(dtype))
+        pull = damping * running / ffn.shape.intermediate_size
+        down_DR.copy_(moments.solve(pull, around_IO=pulled_to_RD).T.to(dtype))
         error = relative_error(ffn, heldout)
         if error < best_error:
-            best_error, best_damping, best_DF = error, damping, ffn.down.detach().clone()
-    ffn.down.copy_(best_DF)
+            best_error, best_damping, best_DR = error, damping, down_DR.detach().clone()
+    down_DR.copy_(best_DR)
     return RefitResult(before, best_error, best_damping, kept=best_error < before)
