@@ -1,4 +1,4 @@
-"""Counts of tokens and bytes as people write them: 64K, 40M, 1.5B; 500MB, 2GB."""
+"""Counts of tokens and bytes, and times, as people write them: 64K, 40M, 1.5B; 500MB, 2GB; 90s, 10m."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from factorctl.errors import UsageError
 
 _TOKENS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SECONDS = {"": 1, "S": 1, "M": 60, "H": 3600}
 
 
 def parse_token_count(text: str, option: str = "--tokens") -> int:
@@ -39,6 +40,21 @@ def parse_byte_count(text: str, option: str) -> int:
     if size is None or round(size) <= 0:
         raise UsageError(f"{option} {text!r} is no size", "for example 500MB or 2GB")
     return round(size)
+
+
+def parse_duration(text: str, option: str = "--time") -> float:
+    """The seconds that `text` means: 90, 90s, 10m or 1.5h.
+
+    >>> parse_duration("1.5h")
+    5400.0
+
+    Raises:
+        UsageError: for anything that is not a time above 0, naming `option`.
+    """
+    seconds = _parsed(text, r"([SMH]?)", _SECONDS)
+    if not seconds:
+        raise UsageError(f"{option} '{text}' is no time", "write for example 90s, 10m or 1.5h")
+    return float(seconds)
 
 
 def show_token_count(count: int) -> str:

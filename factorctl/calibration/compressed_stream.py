@@ -44,6 +44,11 @@ class CalibrationStream:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def residual_TD(self) -> torch.Tensor:
+        """The residual stream behind the layer that was left last, tokens in order."""
+        return self._hidden_BLD.flatten(0, 1)
+
     def enter(self, layer: int, source: DenseFFN, stored: DenseFFN) -> None:
         """Run the layer up to its FFN, and its dense FFN for the targets.
 

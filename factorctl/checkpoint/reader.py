@@ -81,9 +81,14 @@ class CheckpointReader:
     @classmethod
     def of_file(cls, path: Path) -> CheckpointReader:
         """The tensors of one safetensors file alone."""
+        return cls.of_entries(path.parent, _read_header(path))
+
+    @classmethod
+    def of_entries(cls, directory: Path, entries: Iterable[TensorEntry]) -> CheckpointReader:
+        """Tensors that are known already, or of a checkpoint that has yet to be written: sizes without values."""
         reader = cls.__new__(cls)
-        reader.directory = path.parent
-        reader.entries = {entry.name: entry for entry in _read_header(path)}
+        reader.directory = directory
+        reader.entries = {entry.name: entry for entry in entries}
         return reader
 
     @property

@@ -13,12 +13,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from factorctl import __version__
-from factorctl.cli import evaluate, export, factorize, finetune, inspect, profile, run, trial
+from factorctl.cli import evaluate, export, factorize, finetune, frontier, inspect, profile, run, trial
 from factorctl.cli.command import command
 from factorctl.config.evaluate import EvalConfig
 from factorctl.config.export import ExportConfig
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.frontier import FrontierConfig
 from factorctl.config.profile import ProfileConfig
 from factorctl.config.trial import TryConfig
 from factorctl.errors import ExitCode, FactorctlError
@@ -47,6 +48,7 @@ COMMANDS: Sequence[tuple[str, Callable[..., None], str]] = (
     ),
     ("try", command(TryConfig, trial.try_), "Let the dense and the factored model continue the same prompt."),
     ("export", command(ExportConfig, export.export), "Turn a checkpoint into what unmodified stock engines run."),
+    ("frontier", command(FrontierConfig, frontier.frontier), "Try splits, measure them, and choose one for a budget."),
     ("run", run.run, "Run a recipe's stages, redoing only what changed."),
     ("demo", run.demo, "Take a small real model through every stage."),
     ("inspect", inspect.inspect, "Say what a checkpoint is, what it was made from and how."),

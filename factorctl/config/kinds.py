@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin
 
 from factorctl.errors import UsageError, did_you_mean
-from factorctl.quantities import parse_byte_count, parse_token_count, show_byte_count, show_token_count
+from factorctl.quantities import (
+    parse_byte_count,
+    parse_duration,
+    parse_token_count,
+    show_byte_count,
+    show_token_count,
+)
 
 T = TypeVar("T")
 
@@ -204,6 +210,7 @@ SWITCH = Switch()
 TOKENS = Single("<tokens>", "a number of tokens", parse_token_count, show_token_count, (int,))
 TOKENS_OR_0 = Single("<tokens>", "a number of tokens", _tokens_or_0, show_token_count, (int,))
 SIZE = Single("<size>", "a number of bytes", parse_byte_count, show_byte_count, (int,))
+TIME = Single("<time>", "a time", parse_duration, _shortest, (int, float))
 AUTO_OR_WHOLE = Single("<int|auto>", "a whole number or auto", _auto_or_whole, native=(int,))
 
 

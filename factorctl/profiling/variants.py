@@ -78,6 +78,14 @@ def _frozen(weight: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=False)
 
 
+def make_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """The `dense` anchor alone, for where speed is all that is asked."""
+    dense = _sharing_copy(model)
+    for block, ffn in zip(decoder_layers(dense), factored_ffns(model), strict=True):
+        block.mlp = with_all_experts(ffn, ffn.down.detach().contiguous())
+    return dense
+
+
 def make_variants(model: PreTrainedModel) -> dict[VariantName, PreTrainedModel]:
     """The model and its anchors; attention, embeddings and head are the same tensors in all four."""
     dense, narrow, stock = _sharing_copy(model), _sharing_copy(model), _sharing_copy(model)

@@ -18,7 +18,9 @@ from factorctl.checkpoint.manifest import MANIFEST_NAME
 from factorctl.files.strict_json import SEAL, dump_json
 
 LOCK_NAME = "recipe.lock.json"
-REPORTS = {"results.json", "eval.md", "profile.json", "report.html", "metrics.jsonl", "try.json", LOCK_NAME}
+REPORTS = {
+    "results.json", "eval.md", "profile.json", "frontier.json", "report.html", "metrics.jsonl", "try.json", LOCK_NAME,
+}  # fmt: skip
 """Files that may say how a run went."""
 CIRCUMSTANCES = (
     "seconds", "tokens_per_second", "peak_rss_bytes", "peak_memory_bytes", "memory_bytes", "computed", "reused",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from comparing import LOCK_NAME
 
-PIECES = {"factorize": 13, "factorize, calibrated": 31, "finetune": 53, "export gguf": 7, "run": 400}
+PIECES = {"factorize": 13, "factorize, calibrated": 31, "finetune": 53, "frontier": 60, "export gguf": 7, "run": 400}
 CALLS = {
     "factorize": 3,
     "factorize, calibrated": 8,
@@ -15,10 +15,11 @@ CALLS = {
     "export bnb-4bit": 16,
     "eval": 14,
     "profile": 10,
+    "frontier": 30,
     "run": 150,
 }
 """By default every n-th piece of a file and every n-th other call."""
-MOMENTS = {"finetune": 6, "eval": 4, "profile": 5, "export bnb-4bit": 4, "run": 4, "demo": 4}
+MOMENTS = {"finetune": 6, "eval": 4, "profile": 5, "frontier": 3, "export bnb-4bit": 4, "run": 4, "demo": 4}
 """How many moments of a run signals are sent at by default; 8 where nothing is said."""
 OWN = {"run": LOCK_NAME}
 """Of a verb that calls others, the file that is its own."""

@@ -17,6 +17,8 @@ from factorctl.exporting.stock.writer import SafetensorsWriter
 from factorctl.files.publishing import write_file
 from factorctl.pipeline.evaluate import run as evaluate_pipeline
 from factorctl.pipeline.finetune import run as finetune_pipeline
+from factorctl.pipeline.frontier import measure as frontier_measure
+from factorctl.pipeline.frontier import run as frontier_pipeline
 from factorctl.pipeline.profile import run as profile_pipeline
 from factorctl.pipeline.recipe import demo as demo_pipeline
 from factorctl.pipeline.recipe.run import RunResult, StageOutcome
@@ -46,6 +48,8 @@ def without_engines() -> Iterator[None]:
             mock.patch.object(evaluate_pipeline, "draw_fidelity", return_value=PICTURE),
             mock.patch.multiple(profile_pipeline, **PROFILE),
             mock.patch.object(transformers_engine, "synchronised_clock", return_value=lambda: 0.0),
+            mock.patch.object(frontier_measure, "measure_regime", _samples),
+            mock.patch.object(frontier_pipeline, "draw_frontier", return_value=PICTURE),
             mock.patch.multiple(demo_pipeline, NAME=OUT, run_recipe=_finished_run, _sample=_sample),
             mock.patch.object(os, "getloadavg", return_value=(0.0, 0.0, 0.0)),
             mock.patch.object(gc, "collect"),

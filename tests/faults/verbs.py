@@ -87,6 +87,17 @@ ROWS: dict[str, Row] = {
         places=("--device", "cpu", "--out", "{out}/try.json", "--workspace", "{workspace}"),
         repeats=True,
     ),
+    "frontier": Row(
+        "frontier",
+        "source",
+        (
+            *("{source}", "--experts", 2, "--calibration", "{text}", "--calibration-tokens", 512, "--data-tokens", 100),
+            *("--prompt", 16, "--rounds", 3, "--speed-up", 0.5),
+        ),
+        ("--seed", 1),
+        overwrite=(),
+        repeats=True,
+    ),
     "export hf": Row("export", "base", ("{base}", "--to", "hf"), ("--dtype", "bfloat16")),
     "export gguf": Row("export", "base", ("{base}", "--to", "gguf"), ("--quant", "q8_0")),
     "export dense": Row("export", "base", ("{base}", "--to", "dense"), ("--dtype", "bfloat16")),

@@ -31,6 +31,10 @@ SHORTENED = {
     "factorize": ["--calibration-tokens", "1K"],
     "finetune": ["--block-length", "32", "--batch-tokens", "128", "--heldout-tokens", "256", "--max-epochs", "50"],
     "eval": ["--data-tokens", "1K", "--calibration-tokens", "1K", "--limit", "2"],
+    "frontier": [
+        *("--experts", "2", "--calibration", "notes.jsonl", "--calibration-tokens", "512", "--data-tokens", "256"),
+        *("--prompt", "16", "--rounds", "1"),
+    ],
     "profile": ["--rounds", "1", "--decode-tokens", "1", "--seconds", "1"],
     "try": ["--max-new-tokens", "4"],
 }

@@ -9,7 +9,6 @@ D hidden_size, F intermediate_size, A active neurons, N num_experts, K top_k, H 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,9 +23,8 @@ from factorctl.config.shape import MAX_EXPERTS, FactorShape
 from factorctl.contracts import Stat
 from factorctl.ffn.slicing import FactoredTensors
 from factorctl.ffn.spec import FactoredSpec
-from factorctl.models.building import empty_dense_model, empty_factored_model
-from factorctl.models.families import DenseModel, ffn_prefix, read_dense_model
-from factorctl.models.filling import adopt, check_names, expected_tensors, stored_tensors
+from factorctl.models.assembling import assembled
+from factorctl.models.families import DenseModel, read_dense_model
 from factorctl.partitions import get_strategy
 from factorctl.pipeline.factorize.layers import LayerFactory
 from factorctl.progress import Progress
@@ -100,32 +98,3 @@ def _factored_layers(factory: LayerFactory, dense: DenseModel, title: str, progr
             layers.append(factory.factor(layer).tensors)
             task.advance(layer=layer)
     return layers
-
-
-def assembled(
-    dense: DenseModel,
-    spec: FactoredSpec,
-    reader: CheckpointReader,
-    layers: list[FactoredTensors],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> PreTrainedModel:
-    """A factored model in memory: its FFNs from `layers`, which are used up, everything else as in the dense source."""
-    model = empty_factored_model(dense, spec)
-    replaced = {name for layer in range(dense.num_layers) for name in dense.ffn_tensor_names(layer).values()}
-    kept = [name for name in stored_tensors(empty_dense_model(dense), reader) if name not in replaced]
-    state = {name: _placed(reader.read(name), dtype, device) for name in kept}
-    for layer in range(dense.num_layers):
-        tensors: Mapping[str, torch.Tensor] = layers[layer]
-        state |= {f"{ffn_prefix(layer)}.{name}": _placed(tensor, dtype, device) for name, tensor in tensors.items()}
-        layers[layer] = {}
-    check_names(
-        expected_tensors(model), {name: tuple(tensor.shape) for name, tensor in state.items()}, reader.directory
-    )
-    adopt(model, state, device)
-    return model
-
-
-def _placed(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)

@@ -17,6 +17,7 @@ from factorctl.calibration.compressed_stream import CalibrationStream
 from factorctl.calibration.layer_fit import LayerFit
 from factorctl.checkpoint.reader import CheckpointReader, all_finite
 from factorctl.config.common import DTypeName
+from factorctl.config.factorize import FactorizeConfig
 from factorctl.contracts import (
     DenseFFN,
     LayerStats,
@@ -74,13 +75,30 @@ class LayerFactory:
     fit: LayerFit = field(default_factory=LayerFit)
     stream: CalibrationStream | None = None
 
+    @classmethod
+    def of(
+        cls,
+        config: FactorizeConfig,
+        dense: DenseModel,
+        spec: FactoredSpec,
+        strategy: PartitionStrategy,
+        reader: CheckpointReader,
+        needs: frozenset[Stat],
+        stream: CalibrationStream | None = None,
+    ) -> LayerFactory:
+        """With the seed, the dtype, the strategy's options and the steps that a factorization was asked for."""
+        fit = LayerFit(config.router == "analytic", spec.scale == "fitted", config.refit, config.load_limit)
+        return cls(
+            dense, spec, strategy, reader, needs, config.seed, config.dtype, config.strategy_options, fit, stream
+        )
+
     @torch.no_grad()
     def factor(self, layer: int) -> FactoredLayer:
         """Partition, slice, prove the identity, then take the closed-form steps that were asked for."""
         source = self.dense.read_ffn(layer, self.reader.read)
-        ffn = self._stored(layer, source)
+        ffn = as_stored(layer, source, self.dtype)
         stats = self._observe(layer, source, ffn)
-        partition = self._partition(layer, ffn, stats)
+        partition = self.partition(layer, ffn, stats)
         router_ND = random_router(self.spec.shape.num_experts, self.dense.hidden_size, seed=self.seed, layer=layer)
         tensors = slice_ffn(ffn, partition, router_ND.to(ffn.gate_FD.dtype))
         record: dict[str, Any] = {
@@ -100,7 +118,7 @@ class LayerFactory:
             return
         with torch.no_grad():
             source = self.dense.read_ffn(layer, self.reader.read)
-            self.stream.enter(layer, source, self._stored(layer, source))
+            self.stream.enter(layer, source, as_stored(layer, source, self.dtype))
             ffn = self._module(layer, finished)
             ffn.scale_a = record.get("fitted_a", ffn.scale_a)
             self.stream.leave(layer, ffn)
@@ -131,20 +149,7 @@ class LayerFactory:
             record["expert_load"] = expert_load(logits_TN, ffn.top_k)
         return ffn
 
-    def _stored(self, layer: int, source: DenseFFN) -> DenseFFN:
-        """The dense FFN in the dtype in which it will be stored."""
-        dtype = storage_dtype(self.dtype, source.gate_FD.dtype)
-        if dtype == source.gate_FD.dtype:
-            return source
-        cast = cast_ffn(source, dtype)
-        if not all(all_finite(tensor) for tensor in (cast.gate_FD, cast.up_FD, cast.down_DF)):
-            raise UsageError(
-                f"layer {layer}: FFN weights have values beyond the range of {self.dtype}",
-                "choose --dtype bfloat16 or auto",
-            )
-        return cast
-
-    def _partition(self, layer: int, ffn: DenseFFN, stats: LayerStats | None) -> Partition:
+    def partition(self, layer: int, ffn: DenseFFN, stats: LayerStats | None) -> Partition:
         """Shared neurons by importance, unless the strategy chooses them, the others by the strategy; validated."""
         shape, chosen_here = self.spec.shape, self.spec.shape.shared_size and not chooses_shared(self.strategy)
         spec = PartitionSpec(
@@ -191,3 +196,20 @@ class LayerFactory:
         parameter = ffn.get_parameter(name)
         tensors[name] = parameter.detach().to("cpu", tensors[name].dtype).clone()
         parameter.copy_(tensors[name])
+
+
+def as_stored(layer: int, source: DenseFFN, dtype: DTypeName) -> DenseFFN:
+    """The dense FFN in the dtype in which it will be stored.
+
+    Raises:
+        UsageError: it has values beyond that dtype's range.
+    """
+    stored = storage_dtype(dtype, source.gate_FD.dtype)
+    if stored == source.gate_FD.dtype:
+        return source
+    cast = cast_ffn(source, stored)
+    if not all(all_finite(tensor) for tensor in (cast.gate_FD, cast.up_FD, cast.down_DF)):
+        raise UsageError(
+            f"layer {layer}: FFN weights have values beyond the range of {dtype}", "choose --dtype bfloat16 or auto"
+        )
+    return cast

@@ -10,7 +10,6 @@ import torch
 
 from factorctl import __version__
 from factorctl.calibration.compressed_stream import CalibrationStream
-from factorctl.calibration.layer_fit import LayerFit
 from factorctl.calibration.stream import LayerwiseModel
 from factorctl.checkpoint.builder import ArtefactBuilder, building
 from factorctl.checkpoint.manifest import Manifest
@@ -137,22 +136,6 @@ def _fingerprint(plan: FactorizePlan, source: dict[str, Any], blocks: TokenBlock
     )
 
 
-def _layer_factory(plan: FactorizePlan, reader: CheckpointReader) -> LayerFactory:
-    config = plan.config
-    fit = LayerFit(config.router == "analytic", plan.spec.scale == "fitted", config.refit, config.load_limit)
-    return LayerFactory(
-        plan.dense,
-        plan.spec,
-        plan.strategy,
-        reader,
-        plan.needs,
-        seed=config.seed,
-        dtype=config.dtype,
-        strategy_options=config.strategy_options,
-        fit=fit,
-    )
-
-
 def _write_layers(
     plan: FactorizePlan,
     builder: ArtefactBuilder,
@@ -161,7 +144,7 @@ def _write_layers(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     reader = CheckpointReader(plan.source.path)
-    factory = _layer_factory(plan, reader)
+    factory = LayerFactory.of(plan.config, plan.dense, plan.spec, plan.strategy, reader, plan.needs)
     layers = range(plan.dense.num_layers)
     if blocks is not None and any(builder.finished(layer + 1) is None for layer in layers):
         ids_BL = torch.from_numpy(blocks.train.astype("int64"))

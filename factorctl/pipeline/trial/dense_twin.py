@@ -12,8 +12,8 @@ from factorctl.config.shape import FactorShape
 from factorctl.contracts import Partition
 from factorctl.ffn.slicing import slice_ffn
 from factorctl.ffn.spec import FactoredSpec
+from factorctl.models.assembling import assembled
 from factorctl.models.families import read_dense_model
-from factorctl.pipeline.evaluate.control_models import assembled
 
 
 def dense_twin(source: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

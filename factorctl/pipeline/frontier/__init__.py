@@ -1,0 +1,1 @@
+"""`factorctl frontier`."""
