@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from factorctl.config.common import CHECKPOINT, OVERWRITE, CommonConfig
 from factorctl.config.kinds import AUTO_OR_WHOLE, SIZE
 from factorctl.config.option import Option
 
 ExportTarget = Literal["hf", "gguf", "dense", "bnb-4bit", "bnb-8bit"]
-Arch = Literal["auto", "mixtral", "granite-moe-shared", "granite-moe-hybrid", "qwen2-moe", "qwen3-moe", "glm4-moe"]
+
+if TYPE_CHECKING:
+    Arch = str
+else:
+    # Each file there is an architecture. Their names are all that a command line needs, and importing them takes torch.
+    _FILES = (Path(__file__).parents[1] / "exporting" / "stock" / "architectures").glob("[a-z]*.py")
+    Arch = Literal[("auto", *sorted(path.stem.replace("_", "-") for path in _FILES))]
 
 
 @dataclass(frozen=True)

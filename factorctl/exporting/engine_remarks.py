@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from factorctl.config.export import ExportConfig
-from factorctl.exporting.engines import Flaw, engines_that_run, flaws
+from factorctl.exporting.engines import Flaw, as_served
 from factorctl.exporting.forms import Form
-from factorctl.exporting.stock.architectures import (
-    ARCHITECTURES,
-    Architecture,
-    architecture_for,
-    as_served,
-    becomes_mixture,
-    blockers,
-)
+from factorctl.exporting.stock.architecture import Architecture
+from factorctl.exporting.stock.architectures import architectures
+from factorctl.exporting.stock.choice import architecture_for, becomes_mixture, blockers
 from factorctl.models.loading import NativeCheckpoint
 
 
@@ -39,7 +34,7 @@ def engine_remarks(checkpoint: NativeCheckpoint, config: ExportConfig) -> list[s
     if config.target != "hf" or not becomes_mixture(config.target, spec):
         return []
     arch = architecture_for(dense, spec, config.arch)
-    wrong = [flaw for flaw in flaws(as_served(arch, dense, spec, untied=config.untie_lm_head)) if flaw.is_silent]
+    wrong = [flaw for flaw in arch.flaws_in(as_served(dense, spec, untied=config.untie_lm_head)) if flaw.is_silent]
     return [
         f"{flaw.engine} runs this {arch.class_name} wrongly without a word, for it {flaw.does}; "
         + _instead(checkpoint, config, arch, flaw)
@@ -52,13 +47,13 @@ def _instead(checkpoint: NativeCheckpoint, config: ExportConfig, arch: Architect
     dense, spec = checkpoint.dense, checkpoint.spec
 
     def is_right(other: Architecture, *, untied: bool) -> bool:
-        return flaw.engine in engines_that_run(as_served(other, dense, spec, untied=untied))
+        return flaw.engine in other.engines_that_run(as_served(dense, spec, untied=untied))
 
     if is_right(arch, untied=True):
         return "with --untie-lm-head it is right"
     fitting = [
         row.option
-        for row in ARCHITECTURES
+        for row in architectures()
         if is_right(row, untied=config.untie_lm_head)
         and not blockers(dense, spec, config.target, exact=config.exact, arch=row.option)
     ]

@@ -13,20 +13,20 @@ from factorctl.config.export import ExportConfig
 from factorctl.exporting.check.comparison import Fidelity
 from factorctl.exporting.features import features_of
 from factorctl.exporting.gguf.tensors import PLAIN_QUANTS, GgufLayout, chosen_quant
-from factorctl.exporting.stock.architectures import (
-    Architecture,
-    SharedPlace,
+from factorctl.exporting.stock.architecture import Architecture
+from factorctl.exporting.stock.bnb import BnbLayout, quantization_config
+from factorctl.exporting.stock.choice import (
     architecture_for,
     becomes_mixture,
     blockers,
     gguf_architecture,
+    graph_of,
     needs_router_scaling,
 )
-from factorctl.exporting.stock.bnb import BnbLayout, quantization_config
 from factorctl.exporting.stock.config import stock_config
 from factorctl.exporting.stock.dense import DenseLayout, dense_config
 from factorctl.exporting.stock.folding import Folding, folded_scale, is_power_of_two
-from factorctl.exporting.stock.padding import FRIENDLY, StockSizes, filled_up, sizes_in, sizes_of
+from factorctl.exporting.stock.padding import FRIENDLY, StockSizes, filled_up, sizes_of
 from factorctl.exporting.stock.shards import Layout
 from factorctl.exporting.stock.tensors import NativeUnits, StockLayout
 from factorctl.ffn.paths import can_group
@@ -114,7 +114,7 @@ def _stock_form(
 ) -> Form:
     dense, spec = checkpoint.dense, checkpoint.spec
     arch, dtype = architecture_for(dense, spec, config.arch), stored_dtype(config, reader)
-    sizes = sizes_in(arch, spec.shape, _multiple(checkpoint, config, arch, dtype))
+    sizes = arch.sizes(spec.shape, _multiple(checkpoint, config, arch, dtype))
     folding = Folding(spec, arch.shared, cast_to(config), tuple(shifts), sizes)
     own_head = _has_own_head(arch, config)
     tied = bool(dense.config.tie_word_embeddings) and not own_head
@@ -145,21 +145,20 @@ def _gguf_form(
 ) -> Form:
     dense, spec = checkpoint.dense, checkpoint.spec
     arch, quant = gguf_architecture(dense, spec), chosen_quant(config.quant, stored_dtype(config, reader))
-    place: SharedPlace = "copied" if arch == "qwen3moe" else "own"
     in_blocks = quant not in PLAIN_QUANTS.values()
     multiple = (FRIENDLY if in_blocks else 1) if config.pad_experts == "auto" else config.pad_experts
-    sizes = filled_up(sizes_of(spec.shape, place), multiple)
-    folding = Folding(spec, place, cast_to(config), tuple(shifts), sizes)
+    sizes = filled_up(sizes_of(spec.shape, arch.shared), multiple)
+    folding = Folding(spec, arch.shared, cast_to(config), tuple(shifts), sizes)
     return Form(
         container="gguf",
-        architecture=arch,
-        layout=GgufLayout(_native_units(checkpoint, reader), arch, folding, config.untie_lm_head),
+        architecture=graph_of(arch).name,
+        layout=GgufLayout(_native_units(checkpoint, reader), graph_of(arch), folding, config.untie_lm_head),
         config={},
         dtype=quant,
         top_k=spec.shape.top_k,
         fidelity=_gguf_fidelity(quant, fidelity_of_experts(checkpoint, config, reader), reader),
         sizes=sizes,
-        unpadded=sizes_of(spec.shape, place),
+        unpadded=sizes_of(spec.shape, arch.shared),
     )
 
 
@@ -230,10 +229,11 @@ def remarks(checkpoint: NativeCheckpoint, config: ExportConfig) -> list[str]:
     if is_mixture and config.target.startswith("bnb"):
         engines = "" if blockers(dense, spec, "gguf") else "; for engines, --to gguf"
         notes.append(f"transformers alone cannot load quantised experts: load with factorctl.load{engines}")
-    if is_mixture and shape.shared_size and _copies_shared(checkpoint, config):
+    arch = _mixture_for(checkpoint, config) if is_mixture else None
+    if arch is not None and arch.shared == "copied" and shape.shared_size:
         active = shape.top_k * (shape.shared_size + shape.expert_size) / shape.active_neurons
         notes.append(
-            f"Qwen3-MoE has no shared expert: the {shape.shared_size} shared neurons are copied into each of the "
+            f"{arch.title} has no shared expert: the {shape.shared_size} shared neurons are copied into each of the "
             f"{shape.num_experts} experts, exactly, at {active:.2f} times the active neurons"
         )
     if config.target == "gguf" and features.window:
@@ -246,10 +246,10 @@ def remarks(checkpoint: NativeCheckpoint, config: ExportConfig) -> list[str]:
     return notes
 
 
-def _copies_shared(checkpoint: NativeCheckpoint, config: ExportConfig) -> bool:
+def _mixture_for(checkpoint: NativeCheckpoint, config: ExportConfig) -> Architecture:
     if config.target == "gguf":
-        return gguf_architecture(checkpoint.dense, checkpoint.spec) == "qwen3moe"
-    return architecture_for(checkpoint.dense, checkpoint.spec, config.arch).shared == "copied"
+        return gguf_architecture(checkpoint.dense, checkpoint.spec)
+    return architecture_for(checkpoint.dense, checkpoint.spec, config.arch)
 
 
 def groups_experts(checkpoint: NativeCheckpoint, form: Form, dtype: torch.dtype) -> bool:

@@ -1,7 +1,7 @@
 """A GGUF file read back as the native model: hyperparameters, and tensors dequantised under their native names.
 
 Written against llama.cpp's graphs, not against the code that writes the file: what either of the two has wrong does not
-cancel. Beside each value goes how far storing it may have moved it.
+cancel. Both take from the architecture's file how its graph rotates and where shared neurons lie. Beside each value goes how far storing it may have moved it.
 
 N num_experts, H expert_size, S shared_size, D hidden_size, F = S + N*H.
 """
@@ -21,7 +21,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.errors import FactorctlError
 from factorctl.exporting.features import Features, features_of
+from factorctl.exporting.stock.choice import gguf_architecture, graph_of
 from factorctl.exporting.stock.folding import folded_scale
+from factorctl.exporting.stock.padding import StockSizes
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.families import DenseModel, ffn_prefix, layer_prefix
 
@@ -56,7 +58,8 @@ class GgufValues:
         reader = GGUFReader(path)
         self.fields = {name: field.contents() for name, field in reader.fields.items()}
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.arch = str(self.fields["general.architecture"])
+        self.arch = gguf_architecture(dense, spec)
+        self.graph = graph_of(self.arch)
 
     def read(self, name: str) -> torch.Tensor:
         """The value in the file, a hard gate's router as it is there.
@@ -72,10 +75,11 @@ class GgufValues:
             GgufValueError: one is another, or off by more than a step of what it is stored as.
         """
         for key, wanted_value in self._hyperparameters().items():
-            found = self.fields.get(f"{self.arch}.{key}")
+            found = self.fields.get(f"{self.graph.name}.{key}")
             if found is None or abs(float(found) - wanted_value) > 1e-6 * abs(wanted_value):
                 raise GgufValueError(
-                    f"the file says {self.arch}.{key} = {found}; the model has {wanted_value}", "nothing was published"
+                    f"the file says {self.graph.name}.{key} = {found}; the model has {wanted_value}",
+                    "nothing was published",
                 )
         self._check_frequencies()
         for layer in range(self.dense.num_layers):
@@ -109,9 +113,16 @@ class GgufValues:
         }
         if rope["rope_type"] == "linear":
             wanted["rope.scaling.factor"] = rope["factor"]
-        if self.arch == "granitemoe":
-            wanted |= {"attention.scale": size**-0.5, "logit_scale": 1, "residual_scale": 1, "embedding_scale": 1}
+        wanted |= self.graph.metadata(self.dense, self._sizes())
+        neutral = {"attention.scale": size**-0.5, "logit_scale": 1, "residual_scale": 1, "embedding_scale": 1}
+        wanted |= {key: value for key, value in neutral.items() if key in wanted}
         return {key: float(value) for key, value in wanted.items()}
+
+    def _sizes(self) -> StockSizes:
+        """Neurons of an expert and of the shared MLP, as the file's own tensors have them."""
+        expert, shared = (f"blk.0.ffn_up_{kind}.weight" for kind in ("exps", "shexp"))
+        has_shared = shared in self.tensors
+        return StockSizes(_shape(self._tensor(expert))[-2], _shape(self._tensor(shared))[-2] if has_shared else 0)
 
     def _check_frequencies(self) -> None:
         """llama3's scaling of RoPE as transformers computes it, against the divisors in the file."""
@@ -129,7 +140,7 @@ class GgufValues:
 
         Zero there is not in every type's reach, where a block holds neurons of both kinds; a row of zeros always is.
         """
-        shape, copied = self.spec.shape, self.arch == "qwen3moe"
+        shape, copied = self.spec.shape, self.arch.shared == "copied"
         own = {"exps": shape.expert_size + (shape.shared_size if copied else 0)}
         if shape.shared_size and not copied:
             own["shexp"] = shape.shared_size
@@ -141,7 +152,7 @@ class GgufValues:
     def _check_copies(self, layer: int) -> None:
         """Shared neurons that are copied into every expert are the same in all of them."""
         size = self.spec.shape.shared_size
-        if self.arch != "qwen3moe" or not size:
+        if self.arch.shared != "copied" or not size:
             return
         for kind, dim in (("gate", 1), ("up", 1), ("down", 2)):
             name = f"blk.{layer}.ffn_{kind}_exps.weight"
@@ -177,12 +188,12 @@ class GgufValues:
             return leaf(f"{block}{NAMES[stem]}.{kind}")
         features, letter = features_of(self.dense), stem[len("self_attn.")]
         stored = leaf(f"{block}attn_{letter}.{kind}")
-        return stored if self.arch == "qwen3moe" else stored[_halves(features, letter)]
+        return stored[_halves(features, letter)] if self.graph.rotates_neighbours else stored
 
     def _ffn(self, part: str, name: str, layer: int, block: str, leaf: Leaf) -> torch.Tensor:
-        """One parameter of `FactoredFFN`. Shared neurons stand apart, or before each expert's own (qwen3moe)."""
+        """One parameter of `FactoredFFN`. Shared neurons stand apart, or before each expert's own."""
         shape = self.spec.shape
-        s, copied = shape.shared_size, self.arch == "qwen3moe"
+        s, copied = shape.shared_size, self.arch.shared == "copied"
         start = s if copied else 0
         own = slice(start, start + shape.expert_size)  # what lies behind is padding
         if part == "router" and shape.top_k < shape.num_experts:

@@ -12,7 +12,7 @@ import torch
 
 from factorctl.exporting.forms import cast_to
 from factorctl.exporting.jobs import ExportJob
-from factorctl.exporting.stock.architectures import becomes_mixture
+from factorctl.exporting.stock.choice import becomes_mixture
 from factorctl.exporting.stock.folding import folded_scale
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.families import ReadTensor, ffn_prefix

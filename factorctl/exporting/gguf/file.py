@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, RopeScalingType
 
 from factorctl.checkpoint.reader import CheckpointReader, all_finite
 from factorctl.errors import UsageError
@@ -52,7 +52,7 @@ def write_gguf(
     Raises:
         UsageError: a value does not fit the storage type.
     """
-    writer = GGUFWriter(None, layout.arch)
+    writer = GGUFWriter(None, layout.graph.name)
     add_metadata(writer, layout.native.dense, spec, layout, quant=quant)
     identity.add_to(writer)
     tokenizer.add_to(writer)
@@ -83,7 +83,7 @@ def _write_unit(writer: GGUFWriter, layout: GgufLayout, unit: int, reader: Check
 
 def add_metadata(writer: GGUFWriter, dense: DenseModel, spec: FactoredSpec, layout: GgufLayout, *, quant: str) -> None:
     """Sizes, RoPE and experts under the keys that llama.cpp reads."""
-    features, shape, sizes = features_of(dense), spec.shape, layout.folding.sizes
+    features, shape = features_of(dense), spec.shape
     writer.add_file_type(file_type(quant))
     if quant not in PLAIN_QUANTS.values():
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -99,13 +99,9 @@ def add_metadata(writer: GGUFWriter, dense: DenseModel, spec: FactoredSpec, layo
     _add_rope(writer, features)
     writer.add_expert_count(shape.num_experts)
     writer.add_expert_used_count(shape.top_k)
-    if layout.arch == "qwen3moe":
-        writer.add_feed_forward_length(dense.intermediate_size)
-        writer.add_expert_feed_forward_length(sizes.expert)
-    else:
-        writer.add_feed_forward_length(sizes.expert)
-    if layout.arch == "granitemoe":
-        _add_granite(writer, features, sizes.shared)
+    for key, value in layout.graph.metadata(dense, layout.folding.sizes).items():
+        kind = GGUFValueType.UINT32 if isinstance(value, int) else GGUFValueType.FLOAT32
+        writer.add_key_value(f"{layout.graph.name}.{key}", value, kind)
 
 
 def gguf_context(features: Features) -> int:
@@ -119,11 +115,3 @@ def _add_rope(writer: GGUFWriter, features: Features) -> None:
     if features.rope_type == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(features.rope["factor"]))
-
-
-def _add_granite(writer: GGUFWriter, features: Features, shared_size: int) -> None:
-    writer.add_expert_shared_feed_forward_length(shared_size)
-    writer.add_logit_scale(1.0)
-    writer.add_residual_scale(1.0)
-    writer.add_embedding_scale(1.0)
-    writer.add_attention_scale(features.head_dim**-0.5)

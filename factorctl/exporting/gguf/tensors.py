@@ -16,8 +16,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from factorctl.errors import UsageError, did_you_mean
 from factorctl.exporting.features import Features, features_of
 from factorctl.exporting.gguf.llama_quantizer import ALIASES, MIXED, likely_type
+from factorctl.exporting.stock.architecture import GgufGraph, Tensors
 from factorctl.exporting.stock.folding import Folding, StockFFN
-from factorctl.exporting.stock.tensors import NativeUnits, Tensors, split_qkv, with_head
+from factorctl.exporting.stock.tensors import NativeUnits, split_qkv, with_head
 from factorctl.models.families import ReadTensor, layer_prefix
 
 QUANTS = {
@@ -77,7 +78,7 @@ class GgufLayout:
     """The units of a GGUF file, in the dtype of the checkpoint; `storage_type` says what they are stored as."""
 
     native: NativeUnits
-    arch: str
+    graph: GgufGraph
     folding: Folding
     untie: bool = False
 
@@ -100,9 +101,9 @@ class GgufLayout:
         return tensors | _experts(self.folding.stock_ffn(layer, self.native.ffn(layer, read)), f"blk.{layer}.")
 
     def _rotated(self, name: str, tensor: torch.Tensor, features: Features) -> torch.Tensor:
-        """q and k with each head's rows interleaved where the architecture rotates neighbouring pairs."""
+        """q and k with each head's rows interleaved where the graph rotates neighbouring pairs."""
         heads = {"q_proj": features.num_heads, "k_proj": features.num_kv_heads}.get(name.split(".")[-2])
-        if heads is None or self.arch == "qwen3moe":
+        if heads is None or not self.graph.rotates_neighbours:
             return tensor
         rows = tensor.shape[0] // heads
         return tensor.reshape(heads, 2, rows // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from factorctl.exporting.stock.architecture import Tensors
 from factorctl.exporting.stock.dense import DenseLayout
-from factorctl.exporting.stock.tensors import StockLayout, Tensors
+from factorctl.exporting.stock.tensors import StockLayout
 from factorctl.models.families import ReadTensor
 from factorctl.models.quantised.storage import Bits, is_quantised, quantised
 

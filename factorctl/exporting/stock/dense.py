@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from factorctl.contracts import DenseFFN
-from factorctl.exporting.stock.tensors import NativeUnits, Tensors, with_head
+from factorctl.exporting.stock.architecture import Tensors
+from factorctl.exporting.stock.tensors import NativeUnits, with_head
 from factorctl.ffn.slicing import shared_ffn, unslice_ffn
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.families import ReadTensor

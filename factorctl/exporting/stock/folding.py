@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from factorctl.exporting.stock.architectures import SharedPlace
-from factorctl.exporting.stock.padding import StockSizes, padded, sizes_of
+from factorctl.exporting.stock.padding import SharedPlace, StockSizes, padded, sizes_of
 from factorctl.ffn.slicing import FactoredTensors, shared_ffn
 from factorctl.ffn.spec import FactoredSpec
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from factorctl.config.shape import FactorShape
-from factorctl.exporting.stock.architectures import Architecture, SharedPlace
 
+SharedPlace = Literal["none", "own", "gated", "copied"]
+"""Where shared neurons live: nowhere; in an ungated MLP of their own; in one behind a sigmoid gate (held at 1/2 by
+zero weights, its down-projection doubled); or copied into every expert, which is exact because the gates sum to one."""
 FRIENDLY = 32
 """What `--pad-experts auto` fills up to: a block of GGUF's storage types, and 16 bytes of any dtype."""
 LEAST_SHARED = 16
@@ -39,17 +42,10 @@ def sizes_of(shape: FactorShape, shared: SharedPlace) -> StockSizes:
 
 def filled_up(own: StockSizes, multiple: int) -> StockSizes:
     """`own`, each a multiple of `multiple`."""
-    return StockSizes(_rounded_up(own.expert, multiple), _rounded_up(own.shared, multiple))
+    return StockSizes(rounded_up(own.expert, multiple), rounded_up(own.shared, multiple))
 
 
-def sizes_in(arch: Architecture, shape: FactorShape, multiple: int) -> StockSizes:
-    """The sizes in a stock architecture, each a multiple of `multiple`."""
-    sizes = filled_up(sizes_of(shape, arch.shared), multiple)
-    shared = max(sizes.shared, LEAST_SHARED) if arch.shared in ("own", "gated") else sizes.shared
-    return StockSizes(sizes.expert, _rounded_up(shared, sizes.expert) if arch.counts_shared_experts else shared)
-
-
-def _rounded_up(size: int, multiple: int) -> int:
+def rounded_up(size: int, multiple: int) -> int:
     return math.ceil(size / multiple) * multiple
 
 

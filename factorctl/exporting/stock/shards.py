@@ -15,7 +15,7 @@ import torch
 from factorctl.checkpoint.builder import ArtefactBuilder
 from factorctl.checkpoint.reader import CheckpointReader, all_finite
 from factorctl.errors import UsageError
-from factorctl.exporting.stock.tensors import Tensors
+from factorctl.exporting.stock.architecture import Tensors
 from factorctl.models.families import ReadTensor
 from factorctl.progress import Progress
 

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from factorctl.exporting.features import Features, features_of
-from factorctl.exporting.stock.architectures import GLM4, HYBRID, MIXTRAL, QWEN2, Architecture
+from factorctl.exporting.stock.architecture import Architecture, Tensors
 from factorctl.exporting.stock.folding import Folding, StockFFN
 from factorctl.ffn.slicing import FactoredTensors
 from factorctl.models.families import DenseModel, ReadTensor, ffn_prefix, layer_prefix
-
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,9 @@ def split_qkv(tensors: Tensors, features: Features) -> Tensors:
 
 def absent_biases(around: Tensors, arch: Architecture, features: Features, layer: int) -> Tensors:
     """Biases of zero for the attention projections that have them in `arch` and not in the source."""
-    if arch.biases == "none" or (features.biases == "none" and arch is not QWEN2):
+    if arch.biases == "none" or (features.biases == "none" and not arch.always_biased):
         return {}
-    letters = "qkvo" if arch is HYBRID else "qkv"
+    letters = "qkvo" if arch.biases == "query-key-value-output" else "qkv"
     stems = [f"{layer_prefix(layer)}self_attn.{letter}_proj" for letter in letters]
     return {
         f"{stem}.bias": around[f"{stem}.weight"].new_zeros(around[f"{stem}.weight"].shape[0])
@@ -110,71 +108,16 @@ def absent_biases(around: Tensors, arch: Architecture, features: Features, layer
 
 def ffn_tensors(ffn: StockFFN, arch: Architecture, layer: int) -> Tensors:
     """The FFN of one layer under the names of `arch`."""
-    if arch.is_granite:
-        return _granite(ffn, layer_prefix(layer))
-    if arch is MIXTRAL:
-        return _per_expert(ffn, f"{layer_prefix(layer)}block_sparse_moe.", gate="w1", up="w3", down="w2")
-    prefix = f"{ffn_prefix(layer)}."
-    tensors = _per_expert(ffn, prefix, gate="gate_proj", up="up_proj", down="down_proj")
-    return tensors | _beside_experts(ffn, arch, prefix)
+    prefix = layer_prefix(layer)
+    return arch.experts(ffn, prefix) | arch.beside(ffn, prefix)
 
 
 def fused_ffn_tensors(ffn: StockFFN, arch: Architecture, layer: int) -> Tensors:
     """The FFN of one layer under the names that transformers 5 gives its parameters in memory."""
-    block = f"{layer_prefix(layer)}block_sparse_moe." if arch.is_granite else f"{ffn_prefix(layer)}."
+    block = f"{layer_prefix(layer)}{arch.block}."
     tensors = {
-        f"{block}{'router' if arch.is_granite else 'gate'}.weight": ffn.router_ND,
+        f"{block}{arch.router}.weight": ffn.router_ND,
         f"{block}experts.gate_up_proj": torch.cat([ffn.gate_NHD, ffn.up_NHD], dim=1),
         f"{block}experts.down_proj": ffn.down_NDH,
     }
-    return tensors | (
-        _granite_shared(ffn, layer_prefix(layer)) if arch.is_granite else _beside_experts(ffn, arch, block)
-    )
-
-
-def _beside_experts(ffn: StockFFN, arch: Architecture, prefix: str) -> Tensors:
-    """The shared expert and what belongs to the gates, in the architectures whose FFN is called `mlp`."""
-    if arch is QWEN2:  # a sigmoid gate of zero weights, which is 1/2; `folding` doubled the down-projection
-        gate = {f"{prefix}shared_expert_gate.weight": torch.zeros_like(ffn.router_ND[:1])}
-        return gate | _shared_expert(ffn, f"{prefix}shared_expert.")
-    if arch is GLM4:
-        bias = {f"{prefix}gate.e_score_correction_bias": torch.zeros_like(ffn.router_ND[:, 0], dtype=torch.float32)}
-        return bias | _shared_expert(ffn, f"{prefix}shared_experts.")
-    return {}
-
-
-def _per_expert(ffn: StockFFN, prefix: str, *, gate: str, up: str, down: str) -> Tensors:
-    tensors = {f"{prefix}gate.weight": ffn.router_ND}
-    for stem, stacked in ((gate, ffn.gate_NHD), (up, ffn.up_NHD), (down, ffn.down_NDH)):
-        tensors |= {f"{prefix}experts.{expert}.{stem}.weight": part for expert, part in enumerate(stacked.unbind())}
-    return tensors
-
-
-def _granite(ffn: StockFFN, prefix: str) -> Tensors:
-    return {
-        f"{prefix}block_sparse_moe.router.layer.weight": ffn.router_ND,
-        f"{prefix}block_sparse_moe.input_linear.weight": torch.cat([ffn.gate_NHD, ffn.up_NHD], dim=1),
-        f"{prefix}block_sparse_moe.output_linear.weight": ffn.down_NDH,
-        **_granite_shared(ffn, prefix),
-    }
-
-
-def _granite_shared(ffn: StockFFN, prefix: str) -> Tensors:
-    gate_SD, up_SD, down_DS = _shared(ffn)
-    return {
-        f"{prefix}shared_mlp.input_linear.weight": torch.cat([gate_SD, up_SD]),
-        f"{prefix}shared_mlp.output_linear.weight": down_DS,
-    }
-
-
-def _shared_expert(ffn: StockFFN, prefix: str) -> Tensors:
-    names = [f"{prefix}{stem}.weight" for stem in ("gate_proj", "up_proj", "down_proj")]
-    return dict(zip(names, _shared(ffn), strict=True))
-
-
-def _shared(ffn: StockFFN) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gate, up and down of the shared MLP, which `folding` made where nothing was shared."""
-    assert ffn.shared_gate_SD is not None
-    assert ffn.shared_up_SD is not None
-    assert ffn.shared_down_DS is not None
-    return ffn.shared_gate_SD, ffn.shared_up_SD, ffn.shared_down_DS
+    return tensors | arch.beside(ffn, layer_prefix(layer))

@@ -15,7 +15,7 @@ from factorctl.exporting.engine_remarks import engine_remarks, padding_remarks
 from factorctl.exporting.forms import EMBEDDING, form_for, remarks
 from factorctl.exporting.gguf.writer import GgufWriter
 from factorctl.exporting.jobs import ExportJob, Writer
-from factorctl.exporting.stock.architectures import refuse_blocked
+from factorctl.exporting.stock.choice import refuse_blocked
 from factorctl.exporting.stock.writer import SafetensorsWriter
 from factorctl.files.publishing import refuse_existing, require_disk_space
 from factorctl.memory import PROCESS_BYTES, available_memory, require_memory

@@ -28,7 +28,7 @@ from factorctl.exporting.jobs import ExportJob, Verified
 from factorctl.exporting.origin import base_name, licence_of
 from factorctl.exporting.push import prepare_push, push
 from factorctl.exporting.reports import evaluation_results, report_tables
-from factorctl.exporting.stock.architectures import architecture_for, becomes_mixture, needs_router_scaling
+from factorctl.exporting.stock.choice import architecture_for, becomes_mixture, needs_router_scaling
 from factorctl.exporting.stock.folding import scale_rounding
 from factorctl.exporting.stock.writer import SafetensorsWriter
 from factorctl.files.hashing import hash_value

@@ -12,8 +12,8 @@ from support.tiny import CASES, COMMON
 from factorctl.config.export import Arch, ExportTarget
 from factorctl.config.shape import FactorShape
 from factorctl.errors import UsageError
-from factorctl.exporting.engines import LOADS, engines_that_run, flaws
-from factorctl.exporting.stock.architectures import architecture_for, as_served, blockers, refuse_blocked
+from factorctl.exporting.engines import Engine, as_served
+from factorctl.exporting.stock.choice import architecture_for, blockers, refuse_blocked
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.families import DenseModel, dense_model
 
@@ -149,7 +149,7 @@ def test_auto_takes_what_most_engines_run_right(dense: DenseModel, spec: Factore
 def test_the_hybrid_runs_in_more_engines_than_granite_moe_shared() -> None:
     dense = model("llama")
     hybrid, shared = (
-        engines_that_run(as_served(architecture_for(dense, SHARED, arch), dense, SHARED))
+        architecture_for(dense, SHARED, arch).engines_that_run(as_served(dense, SHARED))
         for arch in ("granite-moe-hybrid", "granite-moe-shared")
     )
     assert {"mlx-lm 0.32", "OpenVINO (optimum-intel 2.2)"} <= set(hybrid) - set(shared)
@@ -178,13 +178,13 @@ WRONG: list[tuple[str, DenseModel, FactoredSpec, Arch, bool]] = [
 def test_engines_that_run_it_wrongly_are_known(
     engine: str, dense: DenseModel, spec: FactoredSpec, arch: Arch, is_wrong: bool
 ) -> None:
-    found = flaws(as_served(architecture_for(dense, spec, arch), dense, spec))
+    found = architecture_for(dense, spec, arch).flaws_in(as_served(dense, spec))
     assert any(flaw.engine.startswith(engine) and flaw.is_silent for flaw in found) is is_wrong
 
 
 def test_every_engine_is_in_the_table_of_the_docs() -> None:
     table = (Path(__file__).parents[3] / "docs" / "serve.md").read_text()
-    assert [engine for engine in LOADS if f"| {engine} " not in table] == []
+    assert [engine for engine in Engine if f"| {engine} " not in table] == []
 
 
 def test_few_bits_are_not_promised_where_gguf_is_refused_too() -> None:

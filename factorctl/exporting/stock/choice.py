@@ -1,74 +1,19 @@
-"""Which stock architecture holds a factored checkpoint, and what each target cannot hold, by field and value.
-
-One row per architecture. Their routers are free of biases and give the chosen K gates that sum to one; they differ in
-what stands around them. Sources, read unless marked as run: transformers 5.23 `models/*/modeling_*.py` (run), vLLM
-`model_executor/models/*.py`, mlx-lm 0.32 `models/*.py` (run), llama.cpp `src/models/*.cpp` (run through xllamacpp).
-"""
+"""Which stock architecture holds a factored checkpoint, and what each target cannot hold, by field and value."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
-from factorctl.config.export import Arch, ExportTarget
-from factorctl.errors import UsageError
-from factorctl.exporting.engines import Served, engines_that_run
+from factorctl.config.export import ExportTarget
+from factorctl.errors import UsageError, did_you_mean
+from factorctl.exporting.engines import as_served
 from factorctl.exporting.features import Biases, Features, features_of
+from factorctl.exporting.stock.architecture import Architecture, GgufGraph
+from factorctl.exporting.stock.architectures import architectures
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.families import DenseModel
-
-SharedPlace = Literal["none", "own", "gated", "copied"]
-"""Where shared neurons live: nowhere; in an ungated MLP of their own; in one behind a sigmoid gate (held at 1/2 by
-zero weights, its down-projection doubled); or copied into every expert, which is exact because the gates sum to one."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One stock mixture-of-experts architecture."""
-
-    option: Arch
-    model_type: str
-    class_name: str
-    shared: SharedPlace
-    biases: Biases = "none"
-    """The most attention biases that it can hold; what a source lacks of them is zero."""
-    qk_norm: Literal["none", "optional", "always"] = "none"
-    reads_head_dim: bool = False
-    """Whether vLLM takes head_dim from the config; else it computes hidden_size / num_attention_heads."""
-    has_window: bool = False
-    """Whether it can attend within one sliding window in all layers."""
-    scores: Literal["softmax", "sigmoid"] = "softmax"
-    """What of the router's logits is normalised over the K chosen ones."""
-    counts_shared_experts: bool = False
-    """Whether the shared MLP has to be as large as a whole number of experts."""
-    ties_head: bool = True
-    """Whether vLLM takes the embeddings for the head; else the head is always stored."""
-
-    @property
-    def is_granite(self) -> bool:
-        return self.model_type.startswith("granite")
-
-
-MIXTRAL = Architecture("mixtral", "mixtral", "MixtralForCausalLM", "none", reads_head_dim=True, has_window=True)
-GRANITE = Architecture("granite-moe-shared", "granitemoeshared", "GraniteMoeSharedForCausalLM", "own")
-HYBRID = Architecture(
-    "granite-moe-hybrid", "granitemoehybrid", "GraniteMoeHybridForCausalLM", "own", biases="query-key-value-output"
-)
-QWEN2 = Architecture("qwen2-moe", "qwen2_moe", "Qwen2MoeForCausalLM", "gated", biases="query-key-value")
-QWEN3 = Architecture("qwen3-moe", "qwen3_moe", "Qwen3MoeForCausalLM", "copied", qk_norm="always", reads_head_dim=True)
-GLM4 = Architecture(
-    "glm4-moe",
-    "glm4_moe",
-    "Glm4MoeForCausalLM",
-    "own",
-    biases="query-key-value",
-    qk_norm="optional",
-    reads_head_dim=True,
-    scores="sigmoid",
-    counts_shared_experts=True,
-    ties_head=False,
-)
-ARCHITECTURES = (MIXTRAL, HYBRID, GRANITE, QWEN2, QWEN3, GLM4)
 
 HF_ROPE_TYPES = frozenset({"default", "linear", "dynamic", "yarn", "llama3"})
 GGUF_ROPE_TYPES = frozenset({"default", "linear", "llama3"})
@@ -87,46 +32,52 @@ class Blocker:
         return f"{self.field} = {self.value!r}: {self.reason}"
 
 
-def architecture_for(dense: DenseModel, spec: FactoredSpec, arch: Arch = "auto") -> Architecture:
+def architecture_for(dense: DenseModel, spec: FactoredSpec, arch: str = "auto") -> Architecture:
     """The stock transformers architecture to write; `blockers` says whether it fits.
 
     `auto` is the family's own, else of those for its split the one that most engines run right; where it does not fit,
     any other that does.
+
+    Raises:
+        UsageError: there is no such `arch`.
     """
     if arch != "auto":
-        return next(row for row in ARCHITECTURES if row.option == arch)
-    own = {"qwen2": (QWEN2,), "qwen3": (QWEN3,)}.get(dense.family.model_type)
-    usual = own or ((HYBRID, GRANITE) if spec.shape.shared_size else (MIXTRAL,))
-    features = features_of(dense)
+        return _named(arch)
+    usual, features = _usual(architectures(), dense, spec), features_of(dense)
     fitting = [row for row in usual if not _hf_blockers(row, spec, features)]
-    fitting = fitting or [row for row in ARCHITECTURES if not _hf_blockers(row, spec, features)]
-    if not fitting:
-        return usual[0]
-    return max(fitting, key=lambda row: len(engines_that_run(as_served(row, dense, spec))))
+    fitting = fitting or [row for row in architectures() if not _hf_blockers(row, spec, features)]
+    served = as_served(dense, spec)
+    return max(fitting or usual, key=lambda row: len(row.engines_that_run(served)))
 
 
-def as_served(arch: Architecture, dense: DenseModel, spec: FactoredSpec, *, untied: bool = False) -> Served:
-    """What an engine makes its decisions on."""
-    features = features_of(dense)
-    return Served(
-        model_type=arch.model_type,
-        rope_type=features.rope_type,
-        window=features.window,
-        top_k=spec.shape.top_k,
-        num_experts=spec.shape.num_experts,
-        tied=bool(dense.config.tie_word_embeddings) and arch.ties_head and not untied,
-    )
+def _named(option: str) -> Architecture:
+    rows = {row.option: row for row in architectures()}
+    if option not in rows:
+        raise UsageError(f"--arch {option} is not known", did_you_mean(option, ["auto", *rows]))
+    return rows[option]
 
 
-def gguf_architecture(dense: DenseModel, spec: FactoredSpec) -> str:
-    """llama.cpp's `qwen2moe` never renormalises its gates: Qwen2 goes to `llama` or `granitemoe`, with q/k/v biases."""
-    if dense.family.model_type == "qwen3":
-        return "qwen3moe"
-    return "granitemoe" if spec.shape.shared_size else "llama"
+def gguf_architecture(dense: DenseModel, spec: FactoredSpec) -> Architecture:
+    """The architecture whose graph a GGUF takes: the family's own, else the first for its split."""
+    with_graph = [row for row in architectures() if row.gguf is not None]
+    return _usual(with_graph, dense, spec)[0]
+
+
+def graph_of(arch: Architecture) -> GgufGraph:
+    """The graph of an architecture that has one."""
+    assert arch.gguf is not None
+    return arch.gguf
+
+
+def _usual(rows: Sequence[Architecture], dense: DenseModel, spec: FactoredSpec) -> list[Architecture]:
+    """The family's own, else those with a place for shared neurons where there are some, and without where not."""
+    own = [row for row in rows if dense.family.model_type in row.families]
+    place = "own" if spec.shape.shared_size else "none"
+    return own or [row for row in rows if row.shared == place and not row.families]
 
 
 def refuse_blocked(
-    dense: DenseModel, spec: FactoredSpec, target: ExportTarget, *, exact: bool, arch: Arch = "auto"
+    dense: DenseModel, spec: FactoredSpec, target: ExportTarget, *, exact: bool, arch: str = "auto"
 ) -> None:
     """Refuse a target that cannot hold the model, naming field, value and the forms that can.
 
@@ -140,20 +91,20 @@ def refuse_blocked(
     able = [name for name in get_args(ExportTarget) if not blockers(dense, spec, name, exact=exact)]
     others = [
         f"--arch {row.option}"
-        for row in ARCHITECTURES
+        for row in architectures()
         if arch not in ("auto", row.option) and not blockers(dense, spec, target, exact=exact, arch=row.option)
     ]
     few_bits = "; few bits for engines: --to gguf --quant q8_0" if target[:3] == "bnb" and "gguf" in able else ""
-    architectures = f"architectures that can: {', '.join(others)}; " if others else ""
+    rows = f"architectures that can: {', '.join(others)}; " if others else ""
     targets = f"targets that can: {', '.join('--to ' + name for name in able)}; the native checkpoint can as well"
     raise UsageError(
         f"{named} cannot hold this model: " + "; ".join(str(blocker) for blocker in found),
-        f"{architectures}{targets}{few_bits}",
+        f"{rows}{targets}{few_bits}",
     )
 
 
 def blockers(
-    dense: DenseModel, spec: FactoredSpec, target: ExportTarget, *, exact: bool = False, arch: Arch = "auto"
+    dense: DenseModel, spec: FactoredSpec, target: ExportTarget, *, exact: bool = False, arch: str = "auto"
 ) -> list[Blocker]:
     """What stands in the way of `target`; empty means that it can be written."""
     if not becomes_mixture(target, spec):
@@ -192,10 +143,10 @@ def _hf_blockers(arch: Architecture, spec: FactoredSpec, features: Features) -> 
 
 
 def _attention_blockers(arch: Architecture, features: Features) -> list[Blocker]:
-    found, name, most = [], arch.class_name, get_args(Biases)
-    if most.index(features.biases) > most.index(arch.biases):
-        field = "attention_bias" if features.biases == most[-1] else "q_proj.bias"
-        found.append(Blocker(field, True, f"engines would drop biases silently, which {name} has no place for"))
+    found, name = [], arch.class_name
+    if _has_more_biases(features.biases, arch.biases):
+        reason = f"engines would drop biases silently, which {name} has no place for"
+        found.append(Blocker(_bias_field(features.biases), True, reason))
     if features.rope_type not in HF_ROPE_TYPES:
         found.append(Blocker("rope_type", features.rope_type, f"known here: {', '.join(sorted(HF_ROPE_TYPES))}"))
     if not arch.reads_head_dim and features.head_dim != features.usual_head_dim:
@@ -210,6 +161,15 @@ def _attention_blockers(arch: Architecture, features: Features) -> list[Blocker]
     return found
 
 
+def _has_more_biases(these: Biases, held: Biases) -> bool:
+    amounts = get_args(Biases)
+    return bool(amounts.index(these) > amounts.index(held))
+
+
+def _bias_field(biases: Biases) -> str:
+    return "attention_bias" if biases == "query-key-value-output" else "q_proj.bias"
+
+
 def _routing_blockers(arch: Architecture, spec: FactoredSpec) -> list[Blocker]:
     found, shape, name = [], spec.shape, arch.class_name
     if arch.shared == "none" and shape.shared_size:
@@ -221,14 +181,15 @@ def _routing_blockers(arch: Architecture, spec: FactoredSpec) -> list[Blocker]:
 
 
 def _gguf_blockers(dense: DenseModel, spec: FactoredSpec, features: Features) -> list[Blocker]:
-    arch, rope_type, found = gguf_architecture(dense, spec), features.rope_type, []
-    if features.biases == "query-key-value-output" and arch == "qwen3moe":
-        reason = "llama.cpp's qwen3moe has no bias on attention's output, and does not load a file with one"
-        found.append(Blocker("attention_bias", True, reason))
+    graph, rope_type, found = graph_of(gguf_architecture(dense, spec)), features.rope_type, []
+    if _has_more_biases(features.biases, graph.biases):
+        where = "on attention's output" if graph.biases != "none" else "in attention"
+        reason = f"llama.cpp's {graph.name} has no bias {where}, and does not load a file with one"
+        found.append(Blocker(_bias_field(features.biases), True, reason))
     if rope_type not in GGUF_ROPE_TYPES:
         found.append(Blocker("rope_type", rope_type, f"known here: {', '.join(sorted(GGUF_ROPE_TYPES))}"))
-    elif rope_type == "llama3" and arch == "qwen3moe":
-        found.append(Blocker("rope_type", rope_type, "llama.cpp's qwen3moe reads no rope_freqs"))
+    elif rope_type == "llama3" and not graph.reads_rope_factors:
+        found.append(Blocker("rope_type", rope_type, f"llama.cpp's {graph.name} reads no rope_freqs"))
     if dense.num_layers > LLAMA_CPP_MAX_LAYERS:
         reason = f"llama.cpp stops above {LLAMA_CPP_MAX_LAYERS}"
         found.append(Blocker("num_hidden_layers", dense.num_layers, reason))
