@@ -10,7 +10,7 @@ B sequences padded to L tokens, T tokens of all sequences, N num_experts, K top_
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.building import decoder_layers, empty_factored_model, factored_ffns
 from factorctl.models.families import DenseModel, ReadTensor, layer_prefix
 from factorctl.models.filling import expected_tensors
+from factorctl.models.hooks import watched
 
 DTYPE = torch.float64
 
@@ -188,7 +189,5 @@ def _routing_of(ffns: Sequence[FactoredFFN], real_BL: torch.Tensor) -> Iterator[
         noise_T = x_TD.norm(dim=-1) * spread / router_ND.shape[1] ** 0.5
         seen.append(LayerRouting(logits_TN.cpu(), ids_TK.cpu(), noise_T.cpu()))
 
-    with ExitStack() as hooks:
-        for ffn in ffns:
-            hooks.callback(ffn.register_forward_pre_hook(record).remove)
+    with watched(ffns, before=record):
         yield seen
