@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,13 +138,12 @@ def build_distiller(plan: FinetunePlan, progress: Progress) -> Distiller:
     _read_into(model, reader, [name for name in names if not name.startswith("model.layers.")], "", plan)
     model.tie_weights()
     _prepare_layers(plan, model)
-    blocks, students = decoder_layers(model), list(factored_ffns(model))
+    blocks, students, teacher_of = decoder_layers(model), list(factored_ffns(model)), _teacher_tensors(plan)
     with progress.stage("Loading the model", total=len(blocks), unit="layer") as task:
         for layer, (block, student) in enumerate(zip(blocks, students, strict=True)):
             prefix = layer_prefix(layer)
             _read_into(block, reader, [name for name in names if name.startswith(prefix)], prefix, plan)
-            tensors = _teacher_tensors(plan, layer, student)
-            teacher = teacher_ffn(student, tensors, plan.config.teacher_quant, plan.compute_dtype)
+            teacher = teacher_ffn(student, teacher_of(layer, student), plan.config.teacher_quant, plan.compute_dtype)
             block.mlp = TwinFFN(student, teacher, options)
             if mesh is not None:
                 shard(block, mesh)
@@ -194,11 +194,12 @@ def _compile(plan: FinetunePlan, model: PreTrainedModel) -> None:
         block.compile()
 
 
-def _teacher_tensors(plan: FinetunePlan, layer: int, student: FactoredFFN) -> FactoredTensors:
+def _teacher_tensors(plan: FinetunePlan) -> Callable[[int, FactoredFFN], FactoredTensors]:
+    """From a layer and its student to the dense values, the source's headers read once."""
     if plan.teacher is None:
-        return own_tensors(student)
-    dense = read_dense_model(plan.teacher.path)
-    return dense_tensors(student, dense.read_ffn(layer, CheckpointReader(plan.teacher.path).read))
+        return lambda _, student: own_tensors(student)
+    dense, reader = read_dense_model(plan.teacher.path), CheckpointReader(plan.teacher.path)
+    return lambda layer, student: dense_tensors(student, dense.read_ffn(layer, reader.read))
 
 
 def _switch_off_dropout(model: nn.Module) -> None:
