@@ -26,13 +26,13 @@ from factorctl.data.shapes import shapes_of_schema
 from factorctl.data.spec import COMPRESSIONS, format_suffix
 from factorctl.data.text_field import choose_text_field, read_row, read_rows
 from factorctl.errors import IntegrityError, UsageError
+from factorctl.files.first_bytes import first_bytes, refuse_pointer
 
 PIECE_CHARACTERS = 32_768
 """A .txt document ends at the first blank line after this many characters, at any line after twice as many."""
 _PARQUET_BATCH_ROWS = 256
 _PARQUET_MAGIC = b"PAR1"
 _COMPRESSION_MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_file(path: Path, name: str, account: SourceAccount, text_field: str | None) -> Iterator[Document]:
@@ -147,15 +147,11 @@ def _first_bytes(path: Path) -> bytes:
     """What a file is known by, whatever it is called.
 
     Raises:
-        IntegrityError: it is what Git left in the place of a large file.
+        IntegrityError: it is what git left in the place of a large file.
     """
-    with _open(path) as stream:
-        first = stream.read(len(_LFS_POINTER))
-    if first == _LFS_POINTER:
-        raise IntegrityError(
-            f"{path} is a pointer of Git LFS: the file itself was not fetched", "run `git lfs pull` in its folder"
-        )
-    return first
+    _open(path).close()  # one that cannot be read is told of as such
+    refuse_pointer(path)
+    return first_bytes(path)
 
 
 def _compression(path: Path) -> str:

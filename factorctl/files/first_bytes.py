@@ -58,12 +58,25 @@ def next_step(path: Path) -> str:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a file that git left as a pointer, or that is a web page, wherever one of a checkpoint's is expected.
+    """Refuse a file that git left as a pointer, wherever the file itself is expected.
 
     Raises:
-        IntegrityError: with what it is and the command that fetches the file.
+        IntegrityError: with the command that fetches it.
     """
-    if path.is_file() and first_bytes(path).startswith((_LFS_POINTER, *_MARKUP)):
+    _refuse(path, (_LFS_POINTER,))
+
+
+def refuse_failed_download(path: Path) -> None:
+    """Refuse a pointer or a web page in the place of a checkpoint's file; text may well be a page.
+
+    Raises:
+        IntegrityError: with what it is and how the file is had.
+    """
+    _refuse(path, (_LFS_POINTER, *_MARKUP))
+
+
+def _refuse(path: Path, starts: tuple[bytes, ...]) -> None:
+    if path.is_file() and first_bytes(path).startswith(starts):
         raise IntegrityError(f"{path} is {looks_like(path)}", next_step(path))
 
 

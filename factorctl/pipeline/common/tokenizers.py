@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from factorctl.errors import UsageError, in_one_line
-from factorctl.files.first_bytes import refuse_pointer
+from factorctl.files.first_bytes import refuse_failed_download
 from factorctl.files.strict_json import read_json_object
 from factorctl.pipeline.common.embedded_tokens import with_rows_alone
 
@@ -41,7 +41,7 @@ def load_tokenizer(
         UsageError: there is none, transformers cannot read it, or it uses tokens that the model does not have.
     """
     for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
-        refuse_pointer(directory / name)
+        refuse_failed_download(directory / name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, config=config)
         complete_special_tokens(tokenizer, directory, config)

@@ -233,8 +233,8 @@ def test_files_that_git_lfs_did_not_fetch(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     error = _fault(tmp_path / name)
     assert isinstance(error, IntegrityError)
-    assert error.message == f"{tmp_path / name} is a pointer of Git LFS: the file itself was not fetched"
-    assert error.hint == "run `git lfs pull` in its folder"
+    assert error.message == f"{tmp_path / name} is a git-lfs pointer, not the file that it points to"
+    assert error.hint == f"fetch the file itself: git lfs pull --include {name}"
 
 
 def test_one_json_object_is_no_row(tmp_path: Path) -> None:
