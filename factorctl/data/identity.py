@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from factorctl.data.spec import DataSpec, FileSource, HubSource, Source
+from factorctl.data.spec import DataSpec, FileSource, HubSource, TextSource
 from factorctl.errors import UsageError
 from factorctl.progress import Progress
 
@@ -54,7 +54,7 @@ def hash_json(content: Mapping[str, Any] | Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _identify(source: Source, sampler_fingerprint: str | None, advance: Any) -> dict[str, Any]:
+def _identify(source: TextSource, sampler_fingerprint: str | None, advance: Any) -> dict[str, Any]:
     if isinstance(source, FileSource):
         files = [{"name": name, **_hash_file(source.root / name, advance)} for name in source.files]
         return {"kind": "files", "files": files}

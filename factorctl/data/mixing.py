@@ -9,7 +9,7 @@ from factorctl.data.documents import Document
 from factorctl.data.hub import stream_dataset
 from factorctl.data.local_files import read_file
 from factorctl.data.seeded_order import seeded_order
-from factorctl.data.spec import DataSpec, FileSource, HubSource, Source
+from factorctl.data.spec import DataSpec, FileSource, HubSource, TextSource
 from factorctl.errors import UsageError
 from factorctl.progress import Progress, SilentProgress
 
@@ -54,7 +54,7 @@ def iter_documents(
 
 
 def _stream(
-    source: Source,
+    source: TextSource,
     text_field: str | None,
     seed: int,
     sampled: Iterator[Document] | None,

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from factorctl.data.block_files import BlockWriter
-from factorctl.data.blocks import Part
+from factorctl.data.blocks import Side
 from factorctl.data.documents import Document
 from factorctl.errors import UsageError
 from factorctl.progress import Task
@@ -54,23 +54,23 @@ class BlockPlan:
         """Tokens to hold out beside the training tokens, in whole blocks: at least one unless the fraction is 0."""
         return math.ceil(self.heldout_fraction * self.train_tokens / self.block_length) * self.block_length
 
-    def target(self, part: Part) -> int:
-        return self.train_tokens if part == "train" else self.heldout_tokens
+    def target(self, side: Side) -> int:
+        return self.train_tokens if side == "train" else self.heldout_tokens
 
 
 @dataclass
 class Filling:
-    """How far the two parts are, and which documents went where.
+    """How far the two sides are, and which documents went where.
 
-    A document is held out when its source has given less than its share to the held-out part; the first block of
-    the held-out part is filled before anything else, so that even a short text keeps one. A text seen before stays
-    on its side: copies never make the held-out part easier.
+    A document is held out when its source has given less than its share to the held-out side; the first block of
+    the held-out side is filled before anything else, so that even a short text keeps one. A text seen before stays
+    on its side: copies never make the held-out side easier.
     """
 
     plan: BlockPlan
     num_sources: int
-    used: Counter[tuple[str, Part]] = field(default_factory=Counter)
-    """Tokens written per source and part."""
+    used: Counter[tuple[str, Side]] = field(default_factory=Counter)
+    """Tokens written per source and side."""
     documents: Counter[str] = field(default_factory=Counter)
     """Documents written per source."""
     available_tokens: int = 0
@@ -79,12 +79,12 @@ class Filling:
     """Documents read so far, written or not."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of each document that the plan cuts, before the cut."""
-    _offered: Counter[tuple[str, Part]] = field(default_factory=Counter)
-    _sides: dict[bytes, Part] = field(default_factory=dict)
+    _offered: Counter[tuple[str, Side]] = field(default_factory=Counter)
+    _sides: dict[bytes, Side] = field(default_factory=dict)
 
-    def room(self, part: Part) -> int:
-        """Tokens that `part` still takes."""
-        return self.plan.target(part) - sum(count for (_, side), count in self.used.items() if side == part)
+    def room(self, side: Side) -> int:
+        """Tokens that `side` still takes."""
+        return self.plan.target(side) - sum(count for (_, filled), count in self.used.items() if filled == side)
 
     @property
     def done(self) -> bool:
@@ -103,20 +103,20 @@ class Filling:
 
         return block * bisect_left(range(most), True, key=suffices)
 
-    def place(self, document: Document, ids: list[int]) -> tuple[Part, list[int]]:
-        """The part that takes `document`, and as many of its tokens as there is room for (perhaps none)."""
+    def place(self, document: Document, ids: list[int]) -> tuple[Side, list[int]]:
+        """The side that takes `document`, and as many of its tokens as there is room for (perhaps none)."""
         digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
-        part = self._sides.setdefault(digest, self._choose(document.source))
-        kept = ids[: max(0, self.room(part))]
+        side = self._sides.setdefault(digest, self._choose(document.source))
+        kept = ids[: max(0, self.room(side))]
         self.available_tokens += len(ids)
         self.seen_documents += 1
-        self._offered[document.source, part] += len(ids)
+        self._offered[document.source, side] += len(ids)
         if kept:
-            self.used[document.source, part] += len(kept)
+            self.used[document.source, side] += len(kept)
             self.documents[document.source] += 1
-        return part, kept
+        return side, kept
 
-    def _choose(self, source: str) -> Part:
+    def _choose(self, source: str) -> Side:
         if self.room("heldout") <= 0:
             return "train"
         if self.room("train") <= 0:
@@ -131,7 +131,7 @@ def pack_documents(
     encoded: Iterable[tuple[Document, list[int]]],
     plan: BlockPlan,
     num_sources: int,
-    writers: dict[Part, BlockWriter],
+    writers: dict[Side, BlockWriter],
     task: Task,
 ) -> Filling:
     """Write documents into the two parts until both are full or the text ends."""
@@ -139,9 +139,9 @@ def pack_documents(
     for document, ids in encoded:
         if plan.max_document_tokens is not None and len(ids) > plan.max_document_tokens:
             filling.lengths.append(len(ids))
-        part, kept = filling.place(document, ids[: plan.max_document_tokens])
+        side, kept = filling.place(document, ids[: plan.max_document_tokens])
         if kept:
-            writers[part].append(kept)
+            writers[side].append(kept)
             task.advance(len(kept), documents=filling.documents.total())
         if filling.done:
             break

@@ -68,14 +68,14 @@ class HubSource:
     """Branch, tag or commit as asked for; a commit once `pin_revisions` has run."""
 
 
-Source = SelfSource | FileSource | HubSource
+TextSource = SelfSource | FileSource | HubSource
 
 
 @dataclass(frozen=True)
 class DataSpec:
     """Parsed DATA: what to read and in which shares."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[TextSource, ...]
     weights: tuple[float, ...]
     """Shares of the text (in characters) taken from each source; they sum to 1."""
     text_field: str | None = None
@@ -148,7 +148,7 @@ def _shares(weights: Sequence[float | None], names: Sequence[str], option: str) 
     return tuple(weight / math.fsum(given) for weight in given)
 
 
-def _parse_source(name: str, option: str) -> Source:
+def _parse_source(name: str, option: str) -> TextSource:
     if name == "self" and not Path(name).exists():
         return SelfSource()
     if Path(name).expanduser().exists():

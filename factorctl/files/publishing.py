@@ -23,6 +23,9 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 NAME_BYTES, PATH_BYTES = 255, 4095
 """What Linux and the usual file systems take."""
+OF_OUTPUTS = "choose another --out, or fix its permissions"
+OF_CACHES = "set FACTORCTL_CACHE to a directory that can be written, or fix its permissions"
+"""What to do about a place that cannot be written."""
 
 
 def partial_path(final: Path) -> Path:
@@ -88,11 +91,12 @@ def sole_writer(final: Path, *, wait: bool = False) -> Iterator[None]:
     """
     refuse_impossible_name(final)
     lock = final.with_name(f".{final.name}.lock")
-    with writable(final.parent):
+    remedy = OF_CACHES if wait else OF_OUTPUTS
+    with writable(final.parent, remedy):
         final.parent.mkdir(parents=True, exist_ok=True)
         handle = _open_locked(lock, final, wait=wait)
     try:
-        with writable(lock):
+        with writable(lock, remedy):
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
@@ -171,12 +175,23 @@ def publish_directory(partial: Path, final: Path) -> None:
 
 
 @contextmanager
-def discarded_on_failure(partial: Path) -> Iterator[None]:
+def cache_entry(home: Path) -> Iterator[Path]:
+    """A fresh directory that takes the name `home` when the block ends well, and is removed if it fails.
+
+    Under `sole_writer(home, wait=True)`, so that what a killed process left there belongs to nobody.
+    """
+    with discarded_on_failure(partial_path(home)) as partial:
+        yield partial
+        publish_directory(partial, home)
+
+
+@contextmanager
+def discarded_on_failure(partial: Path) -> Iterator[Path]:
     """A fresh `partial` that is removed again if the block fails, for work that cannot be resumed."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield
+        yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -206,15 +221,15 @@ def _swap(first: Path, second: Path) -> None:
 
 
 @contextmanager
-def writable(path: Path) -> Iterator[None]:
+def writable(path: Path, remedy: str = OF_OUTPUTS) -> Iterator[None]:
     """Turn the system's refusals to write into errors that say what to do."""
     try:
         yield
     except OSError as error:
-        raise _explained(error, path) from error
+        raise _explained(error, path, remedy) from error
 
 
-def _explained(error: OSError, path: Path) -> FactorctlError:
+def _explained(error: OSError, path: Path, remedy: str) -> FactorctlError:
     is_short_write = error.errno is None and "requested and" in str(error)  # numpy's tofile drops the system's reason
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or is_short_write:
         return ResourceError(
@@ -222,9 +237,7 @@ def _explained(error: OSError, path: Path) -> FactorctlError:
             "free some disk space and run the same command again: finished parts are kept",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ResourceError(
-            f"{path} cannot be written: {error.strerror}", "choose another --out, or fix its permissions"
-        )
+        return ResourceError(f"{path} cannot be written: {error.strerror}", remedy)
     return ResourceError(f"writing {path} failed: {error.strerror or error}")
 
 

@@ -15,9 +15,8 @@ from factorctl.checkpoint.writer import shard_name, write_index, write_shard
 from factorctl.errors import UsageError, in_one_line
 from factorctl.files.hashing import hash_file
 from factorctl.files.publishing import (
-    discarded_on_failure,
-    partial_path,
-    publish_directory,
+    OF_CACHES,
+    cache_entry,
     require_disk_space,
     sole_writer,
     writable,
@@ -71,14 +70,12 @@ def cached_copy(sha256: str, cache: Path) -> Path:
 def _convert(header: GgufHeader, home: Path, types: str, check: GgufCheck | None, progress: Progress) -> list[str]:
     weights = _weights(header)
     require_disk_space(home.parent, weights.num_bytes)
-    partial = partial_path(home)
-    with writable(partial), discarded_on_failure(partial):
+    with writable(home, OF_CACHES), cache_entry(home) as partial:
         remarks = write_tokenizer(header, partial)
         _write_config(header, weights.config, partial)
         _write_weights(weights, partial, f"Dequantising {header.path.name} ({types}) to float32", progress)
         if check is not None:
             remarks.append(check(header.path, partial, progress))
-        publish_directory(partial, home)
     return remarks
 
 

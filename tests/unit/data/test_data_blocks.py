@@ -294,7 +294,8 @@ def test_interrupted_build_leaves_nothing(
     with monkeypatch.context() as patch:
         where: Any = {"write_meta": building, "rename": Path}.get(victim, block_files.BlockWriter)
         patch.setattr(where, victim, fail)
-        with pytest.raises(type(error)):
+        is_explained = victim == "rename" and isinstance(error, OSError)
+        with pytest.raises(ResourceError if is_explained else type(error)):
             build(text, cache)
     assert entries(cache) == []
     assert build(text, cache).tokens == 160
@@ -302,7 +303,7 @@ def test_interrupted_build_leaves_nothing(
 
 def test_leftover_of_a_killed_build_is_removed(text: str, cache: Path) -> None:
     fingerprint = build(text, cache).path.name
-    killed = cache / f"{fingerprint}.tmp-killed"
+    killed = cache / f".{fingerprint}.partial"
     (cache / fingerprint).rename(killed)
     (killed / "train.npy").write_bytes(b"half")
     assert build(text, cache).tokens == 160
