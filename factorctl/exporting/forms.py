@@ -75,11 +75,9 @@ def form_for(
     if config.target == "dense":
         return _dense_form(checkpoint, config, reader)
     bits: Bits = 4 if config.target == "bnb-4bit" else 8
-    if not becomes_mixture(config.target, checkpoint.spec):
-        return _quantised(_dense_form(checkpoint, config, reader), bits)
-    form = _quantised(_stock_form(checkpoint, config, reader, shifts, fused=True), bits)
-    stated = {**form.config, "quantization_config": fused_config(bits)}
-    return replace(form, config=stated, quantised_experts=storage_name(bits), fidelity=Fidelity.STEPS)
+    if becomes_mixture(config.target, checkpoint.spec):
+        return _quantised(_stock_form(checkpoint, config, reader, shifts, fused=True), bits, experts=True)
+    return _quantised(_dense_form(checkpoint, config, reader), bits, experts=False)
 
 
 def stored_dtype(config: ExportConfig, reader: CheckpointReader) -> torch.dtype:
@@ -186,15 +184,18 @@ def _dense_form(checkpoint: NativeCheckpoint, config: ExportConfig, reader: Chec
     )
 
 
-def _quantised(form: Form, bits: Bits) -> Form:
-    """A form in full precision with its large weights as bitsandbytes stores them."""
+def _quantised(form: Form, bits: Bits, *, experts: bool) -> Form:
+    """A form in full precision with its large weights, and routed experts, as bitsandbytes stores them."""
     assert isinstance(form.layout, DenseLayout | StockLayout)
+    loading = fused_config(bits) if experts else quantization_config(bits, form.dtype)
+    judged = Fidelity.INT4 if bits == 4 else Fidelity.INT8
     return replace(
         form,
         layout=BnbLayout(form.layout, bits),
-        config={**form.config, "quantization_config": quantization_config(bits, form.dtype)},
+        config={**form.config, "quantization_config": loading},
         dtype=f"{storage_name(bits)} and {form.dtype}",
-        fidelity=Fidelity.INT4 if bits == 4 else Fidelity.INT8,
+        fidelity=Fidelity.STEPS if experts else judged,
+        quantised_experts=storage_name(bits) if experts else None,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from factorctl.data.block_order import BlockOrder
-from factorctl.data.blocks import Part, TokenBlocks
+from factorctl.data.blocks import Side, TokenBlocks
 from factorctl.errors import UsageError
 
 MICRO_TOKENS = {"cpu": 4096, "cuda": 16_384}
@@ -116,7 +116,7 @@ class Batches:
             mine.append((self.take("heldout", rows), index < len(starts)))
         return mine
 
-    def take(self, part: Part, rows: NDArray[np.integer[Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def take(self, part: Side, rows: NDArray[np.integer[Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         array = self.blocks.train if part == "train" else self.blocks.heldout
         ids = torch.from_numpy(array[rows].astype(np.int64))
         positions = torch.from_numpy(self.blocks.position_ids(part, rows))

@@ -24,7 +24,7 @@ from factorctl.exporting.check.native import native_run, plain
 from factorctl.exporting.check.rounding import require_accepted
 from factorctl.exporting.forms import cast_to, form_for, gives_source_back, stored_dtype
 from factorctl.exporting.gguf.file import GGUF_NAME
-from factorctl.exporting.jobs import ExportJob, Verified
+from factorctl.exporting.jobs import ExportJob, Verified, Writer
 from factorctl.exporting.origin import base_name, licence_of
 from factorctl.exporting.push import prepare_push, push
 from factorctl.exporting.reports import evaluation_results, report_tables
@@ -105,33 +105,33 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
     plan = plan_export(config, progress)
     repo = None if config.push is None else prepare_push(config.push, private=config.private)
     scaling = _router_scaling(plan.job, progress)
-    if scaling is not None:
-        plan = _with_shifts(plan, scaling)
+    job = plan.job if scaling is None else _with_shifts(plan.job, scaling)
+    writer = plan.writer if scaling is None else writer_for(job)
     with building(
         plan.out,
-        num_shards=plan.writer.num_shards,
-        fingerprint=_fingerprint(plan.job, scaling),
+        num_shards=writer.num_shards,
+        fingerprint=_fingerprint(job, scaling),
         overwrite=config.overwrite,
         progress=progress,
     ) as builder:
-        plan.writer.write(builder, progress)
-        verified = plan.writer.verify(builder, progress)
-        found = (*verified.notes, *_accepted(plan.job, verified))
+        writer.write(builder, progress)
+        verified = writer.verify(builder, progress)
+        found = (*verified.notes, *_accepted(job, verified))
         for note in found:
             progress.note(note)
-        plan = replace(plan, notes=(*plan.notes, *found))
-        rounding = _scale_rounding(plan.job)
-        builder.write_file("README.md", export_card(plan.job.checkpoint.manifest, _card_facts(plan, verified)).encode())
-        manifest = builder.publish(_manifest(plan, verified, scaling, rounding))
+        notes, rounding = [*plan.notes, *found], _scale_rounding(job)
+        facts = _card_facts(job, verified, notes, loads_eagerly=_loads_eagerly(writer))
+        builder.write_file("README.md", export_card(job.checkpoint.manifest, facts).encode())
+        manifest = builder.publish(_manifest(job, verified, scaling, rounding, notes))
     commit = None if repo is None else _push(plan, repo, progress)
     agreement, proof, moved = verified.agreement, verified.proof, verified.rounding
     return ExportResult(
         path=str(plan.out),
-        checkpoint=str(plan.job.checkpoint.path),
+        checkpoint=str(job.checkpoint.path),
         format=config.target,
-        architecture=plan.job.form.architecture,
-        dtype=plan.job.form.dtype,
-        notation=plan.job.checkpoint.spec.shape.notation,
+        architecture=job.form.architecture,
+        dtype=job.form.dtype,
+        notation=job.checkpoint.spec.shape.notation,
         engine=verified.engine,
         tokens_compared=0 if agreement is None else agreement.tokens,
         max_logit_error=None if agreement is None else agreement.max_logit_error,
@@ -145,7 +145,7 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         scale_rounding=rounding,
         selection_agreement=None if scaling is None else scaling.selection_agreement,
         gate_error=None if scaling is None else scaling.gate_error,
-        identical_to_source=_identical_to_source(plan.job),
+        identical_to_source=_identical_to_source(job),
         files=len(manifest.files),
         bytes=manifest.total_bytes,
         memory_bytes=verified.memory_bytes,
@@ -153,8 +153,8 @@ def export(config: ExportConfig, progress: Progress) -> ExportResult:
         commit=commit,
         seconds=round(time.monotonic() - started, 3),
         peak_rss_bytes=peak_memory(),
-        notes=list(plan.notes),
-        next_steps=next_steps(plan.out, plan.job.form, has_tokenizer=plan.job.tokenise is not None),
+        notes=notes,
+        next_steps=next_steps(plan.out, job.form, has_tokenizer=job.tokenise is not None),
     )
 
 
@@ -184,12 +184,10 @@ def _accepted(job: ExportJob, verified: Verified) -> list[str]:
     return require_accepted(verified.agreement, verified.rounding, fidelity, dtype=dtype, accepted=accepted)
 
 
-def _with_shifts(plan: ExportPlan, scaling: RouterScaling) -> ExportPlan:
-    """The plan with the router of every layer divided by its power of two."""
-    job = plan.job
+def _with_shifts(job: ExportJob, scaling: RouterScaling) -> ExportJob:
+    """The job with the router of every layer divided by its power of two."""
     form = form_for(job.checkpoint, job.config, job.reader, scaling.shifts)
-    job = replace(job, form=form, shifts=scaling.shifts)
-    return replace(plan, job=job, writer=writer_for(job))
+    return replace(job, form=form, shifts=scaling.shifts)
 
 
 def _scale_rounding(job: ExportJob) -> float | None:
@@ -213,8 +211,11 @@ def _identical_to_source(job: ExportJob) -> bool | None:
     return gives_source_back(job.checkpoint, job.config)
 
 
-def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
-    job = plan.job
+def _loads_eagerly(writer: Writer) -> bool:
+    return isinstance(writer, SafetensorsWriter) and writer.loads_eagerly
+
+
+def _card_facts(job: ExportJob, verified: Verified, notes: list[str], *, loads_eagerly: bool) -> CardFacts:
     report_directories = [job.config.workspace, job.config.workspace / "reports", job.checkpoint.path.parent]
     return CardFacts(
         config=recorded(job.config),
@@ -225,13 +226,13 @@ def _card_facts(plan: ExportPlan, verified: Verified) -> CardFacts:
         proof=verified.proof,
         rounding=verified.rounding,
         name=base_name(job.checkpoint.manifest.source, job.checkpoint.dense.raw)[0],
-        notes=plan.notes,
+        notes=notes,
         memory_bytes=verified.memory_bytes if job.form.quantised_experts else None,
         gguf_file=GGUF_NAME if job.form.container == "gguf" else None,
         bits_per_weight=verified.bits_per_weight,
         needs_factorctl=job.form.quantised_experts is not None,
         reports=report_tables(report_directories, job.checkpoint.manifest.sha256),
-        loads_eagerly=isinstance(plan.writer, SafetensorsWriter) and plan.writer.loads_eagerly,
+        loads_eagerly=loads_eagerly,
         results=evaluation_results(report_directories, job.checkpoint.manifest.sha256),
         licence=licence_of(job.checkpoint.manifest.source, job.checkpoint.dense.raw, job.licences),
         licence_files=[path.name for path in job.licences],
@@ -251,8 +252,10 @@ def _fingerprint(job: ExportJob, scaling: RouterScaling | None) -> str:
     )
 
 
-def _manifest(plan: ExportPlan, verified: Verified, scaling: RouterScaling | None, rounding: float | None) -> Manifest:
-    parent, form = plan.job.checkpoint.manifest, plan.job.form
+def _manifest(
+    job: ExportJob, verified: Verified, scaling: RouterScaling | None, rounding: float | None, notes: list[str]
+) -> Manifest:
+    parent, form = job.checkpoint.manifest, job.form
     return Manifest(
         kind="export",
         stage="export",
@@ -260,10 +263,10 @@ def _manifest(plan: ExportPlan, verified: Verified, scaling: RouterScaling | Non
         source=parent.source,
         factored=parent.factored,
         parent=parent.sha256,
-        config=recorded(plan.job.config),
+        config=recorded(job.config),
         details={
             "architecture": form.architecture,
-            "format": plan.job.config.target,
+            "format": job.config.target,
             "dtype": form.dtype,
             "quantised_experts": form.quantised_experts,
             "memory_bytes": verified.memory_bytes,
@@ -274,7 +277,7 @@ def _manifest(plan: ExportPlan, verified: Verified, scaling: RouterScaling | Non
             "rounding": None if verified.rounding is None else asdict(verified.rounding),
             "router_scaling": None if scaling is None else asdict(scaling),
             "scale_rounding": rounding,
-            "notes": list(plan.notes),
+            "notes": notes,
         },
         libraries=library_versions(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
@@ -49,12 +50,40 @@ class FactorizePlan:
     calibrates: bool
     tokenizer: SourceTokenizer
     compressed: bool
-    disk_bytes: int
-    memory_bytes: int
+    reader: CheckpointReader
+    """Of the source: its headers are read once."""
+
+    @property
+    def disk_bytes(self) -> int:
+        entries = self.reader.entries.values()
+        return sum(math.prod(entry.shape) * stored_dtype(self.config, entry).itemsize for entry in entries)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak of the run's resident memory."""
+        tokens = self.config.calibration_tokens if self.calibrates else 0
+        return self._peak_bytes(tokens, refit=self.config.refit)
+
+    @property
+    def least_memory_bytes(self) -> int:
+        """The same where nothing is calibrated."""
+        return self._peak_bytes(0, refit=False)
+
+    def _peak_bytes(self, calibration_tokens: int, *, refit: bool) -> int:
+        shards: Counter[str] = Counter()
+        for name, entry in self.reader.entries.items():
+            shards[shard_of(name)] += entry.nbytes
+        return peak_bytes(
+            self.dense,
+            max(shards.values()),
+            calibration_tokens=calibration_tokens,
+            hands_out_tokens=Stat.TOKENS in self.needs,
+            refit=refit,
+        )
 
     def expected_seconds(self) -> dict[str, float]:
         """About how long each part of the run will take; measures this machine for half a second."""
-        entries = CheckpointReader(self.source.path).entries.values()
+        entries = self.reader.entries.values()
         dense = DenseSize(
             self.dense.hidden_size,
             self.dense.num_layers,
@@ -116,28 +145,10 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
         calibrates=calibrates,
         tokenizer=tokenizer,
         compressed=compressed,
-        disk_bytes=sum(math.prod(e.shape) * (stored_dtype(config, e).itemsize) for e in reader.entries.values()),
-        memory_bytes=0,
+        reader=reader,
     )
-    plan = replace(plan, memory_bytes=estimate_memory(plan, reader))
     require_resources(plan)
     return plan
-
-
-def estimate_memory(plan: FactorizePlan, reader: CheckpointReader) -> int:
-    """Peak resident bytes of the planned run."""
-    shards: dict[str, int] = {}
-    for name, entry in reader.entries.items():
-        shard = shard_of(name)
-        shards[shard] = shards.get(shard, 0) + entry.nbytes
-    tokens = plan.config.calibration_tokens if plan.calibrates else 0
-    return peak_bytes(
-        plan.dense,
-        max(shards.values()),
-        calibration_tokens=tokens,
-        hands_out_tokens=Stat.TOKENS in plan.needs,
-        refit=plan.config.refit,
-    )
 
 
 def shard_of(name: str) -> str:
@@ -169,9 +180,8 @@ def peak_bytes(
 def require_resources(plan: FactorizePlan) -> None:
     """Refuse before the work starts what disk or memory cannot hold."""
     require_disk_space(plan.out.parent, plan.disk_bytes)
-    uncalibrated = replace(plan, calibrates=False, config=replace(plan.config, refit=False))
     available = available_memory()
-    if estimate_memory(uncalibrated, CheckpointReader(plan.source.path)) > available:
+    if plan.least_memory_bytes > available:
         hint = "free some memory, or take a machine that has more: the largest layer alone does not fit"
     else:
         hint = f"lower --calibration-tokens, or {WITHOUT_CALIBRATION}"

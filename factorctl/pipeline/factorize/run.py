@@ -143,7 +143,7 @@ def _write_layers(
     device: torch.device,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    reader = CheckpointReader(plan.source.path)
+    reader = plan.reader
     factory = LayerFactory.of(plan.config, plan.dense, plan.spec, plan.strategy, reader, plan.needs)
     layers = range(plan.dense.num_layers)
     if blocks is not None and any(builder.finished(layer + 1) is None for layer in layers):
@@ -179,7 +179,7 @@ def _write_rest(plan: FactorizePlan, builder: ArtefactBuilder) -> None:
     """Shard 0: embeddings, final norm, head."""
     if builder.finished(0) is not None:
         return
-    reader = CheckpointReader(plan.source.path)
+    reader = plan.reader
     names = [n for n in stored_tensors(empty_dense_model(plan.dense), reader) if not n.startswith("model.layers.")]
     builder.write_shard(0, {name: _stored(plan, reader, name) for name in names}, {})
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from factorctl.checkpoint.manifest import is_artefact
 from factorctl.checkpoint.sources import Source
@@ -53,12 +55,25 @@ class FinetunePlan:
     compute_dtype: torch.dtype
     teacher: Source | None
     """The dense source; None where the checkpoint's own values still are the dense ones."""
-    memory: dict[str, int]
-    """Expected bytes per process, by use."""
-    trained_parameters: int
     out: Path
     run: Path
     """Directory of training states, metrics and the picture."""
+
+    @cached_property
+    def outline(self) -> PreTrainedModel:
+        """The student on the meta device, where only shapes are and what is trained."""
+        model = empty_factored_model(self.checkpoint.dense, self.spec).requires_grad_(False)
+        choose_trained(factored_ffns(model), self.config.train, self.recipe.weights)
+        return model
+
+    @cached_property
+    def memory(self) -> dict[str, int]:
+        """Expected bytes per process, by use."""
+        return expected_memory(self, self.outline)
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(p.numel() for p in self.outline.parameters() if p.requires_grad)
 
     @property
     def save_every(self) -> int:
@@ -96,8 +111,6 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
     )
     out = output_path(config.out, config.workspace, checkpoint.path.name, f"{config.preset}-{spec.shape.notation}")
     _check_output(config, out)
-    model = empty_factored_model(checkpoint.dense, spec).requires_grad_(False)
-    choose_trained(factored_ffns(model), config.train, recipe.weights)
     plan = FinetunePlan(
         config=config,
         checkpoint=checkpoint,
@@ -109,12 +122,9 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
         device=device,
         compute_dtype=training_dtype(config, device),
         teacher=find_teacher(config, checkpoint, progress),
-        memory={},
-        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         out=out,
         run=training_directory(out),
     )
-    plan = replace(plan, memory=expected_memory(plan, model))
     require_resources(plan)
     return plan
 
