@@ -15,14 +15,6 @@ from gguf import GGUFWriter, TokenType
 
 ARCHITECTURES = {"gemma3_text": "gemma3"}
 """transformers' model type -> llama.cpp's architecture, where they differ."""
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:

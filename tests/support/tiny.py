@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.ffn.layer import FactoredFFN
+from factorctl.models.families import DenseModel, dense_model
 from factorctl.pipeline.factorize.run import FactorizeResult, factorize
 from factorctl.progress import SilentProgress
 
@@ -51,6 +52,22 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text": ("gemma3_text", {"sliding_window": 8, "num_hidden_layers": 3}),
 }
 """Name -> (model type, what differs from COMMON): every family, and Llama with biases and with tied embeddings."""
+
+LLAMA3: Mapping[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""RoPE scaled as Llama 3.1 scales it, within the context of a tiny model."""
+
+
+def dense_outline(case: str = "llama", **changes: Any) -> DenseModel:
+    """What is known of a case without weights."""
+    model_type, differences = CASES[case]
+    return dense_model({**COMMON, **differences, **changes, "model_type": model_type}, origin="test")
 
 
 def make_model(case: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:

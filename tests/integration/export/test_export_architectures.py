@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.command_line import cli
 from support.exporting import ask_about, export_unchecked, largest_difference, make_gguf_source, make_native
-from support.tiny import make_source
+from support.tiny import LLAMA3, make_source
 
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config.export import Arch, ExportConfig
@@ -22,15 +22,6 @@ from factorctl.pipeline.export.plan import plan_export
 from factorctl.progress import SilentProgress
 
 SILENT = SilentProgress()
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 class Case(NamedTuple):

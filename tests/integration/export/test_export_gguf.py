@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 from gguf import GGUFReader, TokenType
 from support.exporting import make_gguf_source, make_native, sentencepiece_source
+from support.tiny import LLAMA3
 
 from factorctl.checkpoint.manifest import check_files, read_manifest
 from factorctl.config.export import ExportConfig
@@ -22,20 +23,11 @@ from factorctl.exporting.gguf.tokenizer import GgufTokenizer, read_tokenizer
 from factorctl.pipeline.export.run import export
 from factorctl.progress import SilentProgress
 
-LLAMA3 = {
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-}
+SCALED = {"rope_parameters": LLAMA3}
 LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}
 
 CASES: dict[str, tuple[str, bool, int, dict[str, Any], str]] = {
-    "llama, llama3 rope": ("llama", False, 2, LLAMA3, "llama"),
+    "llama, llama3 rope": ("llama", False, 2, SCALED, "llama"),
     "llama, linear rope, shared": ("llama", True, 1, LINEAR, "granitemoe"),
     "llama, attention biases, shared": ("llama", True, 2, {"attention_bias": True}, "granitemoe"),
     "llama, tied, all experts": ("llama-tied", False, 4, {}, "llama"),
@@ -50,7 +42,7 @@ CASES: dict[str, tuple[str, bool, int, dict[str, Any], str]] = {
         "llama",
         True,
         2,
-        {**LLAMA3, "attention_bias": True},
+        {**SCALED, "attention_bias": True},
         "granitemoe",
     ),
     "phi3": ("phi3", False, 2, {}, "llama"),

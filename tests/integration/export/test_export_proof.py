@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.exporting import make_gguf_source, make_native
+from support.tiny import LLAMA3
 
 from factorctl.config.export import ExportConfig, ExportTarget
 from factorctl.errors import FactorctlError
@@ -32,14 +33,6 @@ from factorctl.progress import SilentProgress
 
 SIZES = {"intermediate_size": 192}
 """Experts whose rows are whole blocks of 32 and of 16 bytes: 48 without shared neurons, 32 with a third of them."""
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 ARCHITECTURES = {
     "Mixtral": ("llama", False),
     "GraniteMoeShared": ("llama", True),

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import DenseSource
 from gguf import GGUFWriter, RopeScalingType
-from support.gguf_files import LLAMA3, llama3_factors, write_model
-from support.tiny import CASES, LETTERS, SPECIAL, make_model, some_ids
+from support.gguf_files import llama3_factors, write_model
+from support.tiny import CASES, LETTERS, LLAMA3, SPECIAL, make_model, some_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

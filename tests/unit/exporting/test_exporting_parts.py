@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import CASES, COMMON
+from support.tiny import COMMON
+from support.tiny import dense_outline as model
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -33,15 +34,9 @@ from factorctl.exporting.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer
 from factorctl.exporting.stock.config import rope_keys
 from factorctl.exporting.stock.folding import Folding, is_power_of_two, scale_rounding
 from factorctl.ffn.spec import FactoredSpec
-from factorctl.models.families import DenseModel, dense_model
 from factorctl.quantities import parse_byte_count
 
 N, K, H, D = 4, 2, 12, 32
-
-
-def model(case: str = "llama", **changes: Any) -> DenseModel:
-    model_type, differences = CASES[case]
-    return dense_model({**COMMON, **differences, **changes, "model_type": model_type}, origin="test")
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.tiny import CASES, COMMON
+from support.tiny import LLAMA3
+from support.tiny import dense_outline as model
 
 from factorctl.config.export import Arch, ExportTarget
 from factorctl.config.shape import FactorShape
@@ -15,26 +15,13 @@ from factorctl.errors import UsageError
 from factorctl.exporting.engines import Engine, as_served
 from factorctl.exporting.stock.choice import architecture_for, blockers, refuse_blocked
 from factorctl.ffn.spec import FactoredSpec
-from factorctl.models.families import DenseModel, dense_model
+from factorctl.models.families import DenseModel
 
 ROUTED = FactoredSpec(FactorShape(4, 2, 12, 0), "softmax", "sum")
 SHARED = FactoredSpec(FactorShape(4, 2, 8, 16), "softmax", "sum")
 WIDE = {"head_dim": 16, "sliding_window": None}
 BY_64 = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
-def model(case: str, **changes: Any) -> DenseModel:
-    model_type, differences = CASES[case]
-    return dense_model({**COMMON, **differences, **changes, "model_type": model_type}, origin="test")
 
 
 def with_k(spec: FactoredSpec, top_k: int, gate: str = "softmax") -> FactoredSpec:
