@@ -29,6 +29,10 @@ class Engine(StrEnum):
     LLAMA_CPP_CONVERTER = "llama.cpp's own converter"
 
 
+SERVERS = (Engine.TRANSFORMERS, Engine.VLLM, Engine.SGLANG)
+"""What loads every architecture here."""
+
+
 @dataclass(frozen=True)
 class Served:
     """What of an export decides whether an engine computes what it should."""

@@ -10,6 +10,7 @@ from conftest import DenseSource
 from support.tiny import CASES, INTERMEDIATE, calibrated, factorize_quietly, some_ids, weights_only
 
 import factorctl
+from factorctl.checkpoint import reader as checkpoint_reader
 from factorctl.checkpoint.manifest import read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.ffn.slicing import unslice_ffn
@@ -140,3 +141,25 @@ def test_load_casts_on_request(dense_source: DenseSource, tmp_path: Path) -> Non
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_headers_of_the_source_and_every_dense_ffn_are_read_once(
+    dense_source: DenseSource, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, opened, tensors = dense_source(), list[Path](), list[str]()
+    read_header, read_tensor = checkpoint_reader._read_header, CheckpointReader.read
+
+    def noted_header(path: Path) -> list[checkpoint_reader.TensorEntry]:
+        opened.append(path)
+        return read_header(path)
+
+    def noted(reader: CheckpointReader, name: str) -> torch.Tensor:
+        tensors.append(name)
+        return read_tensor(reader, name)
+
+    monkeypatch.setattr(checkpoint_reader, "_read_header", noted_header)
+    monkeypatch.setattr(CheckpointReader, "read", noted)
+    factorize_quietly(calibrated(source, tmp_path / "out", text_file, top_k=2))
+    assert [path for path in opened if path.parent == source] == [source / "model.safetensors"]
+    ffns = [name for name in tensors if ".mlp." in name]
+    assert len(ffns) == len(set(ffns)) == 3 * 2

@@ -18,6 +18,7 @@ from support.tiny import directory_bytes, factorize_quietly, make_source, some_i
 from typer.testing import CliRunner
 
 import factorctl
+from factorctl.checkpoint import reader as checkpoint_reader
 from factorctl.checkpoint.manifest import read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.cli.app import app
@@ -30,6 +31,7 @@ from factorctl.models.loading import open_checkpoint
 from factorctl.pipeline.finetune import memory as finetune_memory
 from factorctl.pipeline.finetune import model as finetune_model
 from factorctl.pipeline.finetune import run as pipeline
+from factorctl.pipeline.finetune.plan import plan_finetune
 from factorctl.pipeline.finetune.run import FinetuneResult, finetune, rehearse
 from factorctl.progress import SilentProgress
 from factorctl.training.distiller import Distiller
@@ -438,3 +440,19 @@ def test_compiled_layers_give_the_same_losses(checkpoint: Path, text: Path, tmp_
     plain = tune(config(checkpoint, text, tmp_path / "plain", tokens=256))
     compiled = tune(config(checkpoint, text, tmp_path / "compiled", tokens=256, compile=True))
     assert compiled.losses["kd"] == pytest.approx(plain.losses["kd"], rel=1e-3)
+
+
+def test_headers_of_the_teacher_are_read_once(
+    refitted: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_finetune(config(refitted, text, tmp_path / "tuned"), SilentProgress())
+    assert plan.teacher is not None
+    opened, read_header = list[Path](), checkpoint_reader._read_header
+
+    def noted(path: Path) -> list[checkpoint_reader.TensorEntry]:
+        opened.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr(checkpoint_reader, "_read_header", noted)
+    finetune_model.build_distiller(plan, SilentProgress())
+    assert [path for path in opened if path.parent == plan.teacher.path] == [plan.teacher.path / "model.safetensors"]

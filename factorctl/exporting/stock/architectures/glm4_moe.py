@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from factorctl.exporting.engines import MLX_ROPE, Engine, Flaw
+from factorctl.exporting.engines import MLX_ROPE, SERVERS, Engine, Flaw
 from factorctl.exporting.features import features_of
 from factorctl.exporting.stock.architecture import Architecture, Tensors, per_expert, shared_expert
 from factorctl.exporting.stock.config import rope_keys
@@ -51,7 +51,7 @@ ARCHITECTURE = Architecture(
     config=_config,
     experts=lambda ffn, layer: per_expert(ffn, f"{layer}mlp."),
     beside=_beside,
-    engines=(Engine.TRANSFORMERS, Engine.VLLM, Engine.SGLANG, Engine.MLX),
+    engines=(*SERVERS, Engine.MLX),
     flaws=(
         MLX_ROPE,
         Flaw(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from factorctl.exporting.engines import MLX_ROPE, Engine, Flaw
+from factorctl.exporting.engines import MLX_ROPE, SERVERS, Engine, Flaw
 from factorctl.exporting.features import features_of
 from factorctl.exporting.stock.architecture import Architecture
 from factorctl.exporting.stock.architectures import granite_moe_shared
@@ -42,7 +42,7 @@ ARCHITECTURE = Architecture(
     beside=granite_moe_shared.beside,
     block="block_sparse_moe",
     router="router",
-    engines=(Engine.TRANSFORMERS, Engine.VLLM, Engine.SGLANG, Engine.MLX, Engine.OPENVINO, Engine.ONNX),
+    engines=(*SERVERS, Engine.MLX, Engine.OPENVINO, Engine.ONNX),
     flaws=(
         MLX_ROPE,
         Flaw(Engine.ONNX, lambda served: True, "builds the shared neurons alone and drops every routed expert"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from factorctl.exporting.engines import SGLANG_ROPE, Engine
+from factorctl.exporting.engines import SERVERS, SGLANG_ROPE, Engine
 from factorctl.exporting.features import features_of
 from factorctl.exporting.stock.architecture import Architecture, GgufGraph, Tensors, shared_mlp
 from factorctl.exporting.stock.folding import StockFFN
@@ -69,7 +69,7 @@ ARCHITECTURE = Architecture(
     beside=beside,
     block="block_sparse_moe",
     router="router",
-    engines=(Engine.TRANSFORMERS, Engine.VLLM, Engine.SGLANG, Engine.LLAMA_CPP_CONVERTER),
+    engines=(*SERVERS, Engine.LLAMA_CPP_CONVERTER),
     flaws=(SGLANG_ROPE,),
     gguf=GgufGraph("granitemoe", _gguf_metadata),
 )

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from factorctl.exporting.engines import MISTRAL_RS_ROPE, MLX_ROPE, MLX_WINDOW, SGLANG_HEAD, SGLANG_ROPE, Engine, Flaw
+from factorctl.exporting.engines import (
+    MISTRAL_RS_ROPE,
+    MLX_ROPE,
+    MLX_WINDOW,
+    SERVERS,
+    SGLANG_HEAD,
+    SGLANG_ROPE,
+    Engine,
+    Flaw,
+)
 from factorctl.exporting.features import features_of
 from factorctl.exporting.stock.architecture import Architecture, GgufGraph, Tensors, per_expert
 from factorctl.exporting.stock.folding import StockFFN
@@ -31,16 +40,7 @@ ARCHITECTURE = Architecture(
     shared="none",
     config=_config,
     experts=_experts,
-    engines=(
-        Engine.TRANSFORMERS,
-        Engine.VLLM,
-        Engine.SGLANG,
-        Engine.MLX,
-        Engine.OPENVINO,
-        Engine.MISTRAL_RS,
-        Engine.OLLAMA,
-        Engine.LLAMA_CPP_CONVERTER,
-    ),
+    engines=(*SERVERS, Engine.MLX, Engine.OPENVINO, Engine.MISTRAL_RS, Engine.OLLAMA, Engine.LLAMA_CPP_CONVERTER),
     flaws=(
         MLX_ROPE,
         MLX_WINDOW,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from factorctl.exporting.engines import SGLANG_HEAD, Engine, Flaw
+from factorctl.exporting.engines import SERVERS, SGLANG_HEAD, Engine, Flaw
 from factorctl.exporting.stock.architecture import Architecture, Tensors, per_expert, shared_expert
 from factorctl.exporting.stock.folding import StockFFN
 from factorctl.exporting.stock.padding import StockSizes
@@ -50,14 +50,7 @@ ARCHITECTURE = Architecture(
     config=_config,
     experts=lambda ffn, layer: per_expert(ffn, f"{layer}mlp."),
     beside=_beside,
-    engines=(
-        Engine.TRANSFORMERS,
-        Engine.VLLM,
-        Engine.SGLANG,
-        Engine.MLX,
-        Engine.OPENVINO,
-        Engine.LLAMA_CPP_CONVERTER,
-    ),
+    engines=(*SERVERS, Engine.MLX, Engine.OPENVINO, Engine.LLAMA_CPP_CONVERTER),
     flaws=(
         Flaw(
             Engine.MLX,

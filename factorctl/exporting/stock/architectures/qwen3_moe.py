@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from factorctl.exporting.engines import MISTRAL_RS_ROPE, MLX_ROPE, SGLANG_HEAD, Engine
+from factorctl.exporting.engines import MISTRAL_RS_ROPE, MLX_ROPE, SERVERS, SGLANG_HEAD, Engine
 from factorctl.exporting.stock.architecture import Architecture, GgufGraph, per_expert
 from factorctl.exporting.stock.architectures.qwen2_moe import qwen_config
 from factorctl.exporting.stock.padding import StockSizes
@@ -26,15 +26,7 @@ ARCHITECTURE = Architecture(
     shared="copied",
     config=_config,
     experts=lambda ffn, layer: per_expert(ffn, f"{layer}mlp."),
-    engines=(
-        Engine.TRANSFORMERS,
-        Engine.VLLM,
-        Engine.SGLANG,
-        Engine.MLX,
-        Engine.OPENVINO,
-        Engine.MISTRAL_RS,
-        Engine.LLAMA_CPP_CONVERTER,
-    ),
+    engines=(*SERVERS, Engine.MLX, Engine.OPENVINO, Engine.MISTRAL_RS, Engine.LLAMA_CPP_CONVERTER),
     flaws=(MLX_ROPE, MISTRAL_RS_ROPE, SGLANG_HEAD),
     families=("qwen3",),
     gguf=GgufGraph(
