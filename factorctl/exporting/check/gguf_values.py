@@ -1,7 +1,8 @@
 """A GGUF file read back as the native model: hyperparameters, and tensors dequantised under their native names.
 
 Written against llama.cpp's graphs, not against the code that writes the file: what either of the two has wrong does not
-cancel. Both take from the architecture's file how its graph rotates and where shared neurons lie. Beside each value goes how far storing it may have moved it.
+cancel. Both take from the architecture's file how its graph rotates and where shared neurons lie. Beside each value
+goes how far storing it may have moved it.
 
 N num_experts, H expert_size, S shared_size, D hidden_size, F = S + N*H.
 """
