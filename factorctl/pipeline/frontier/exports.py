@@ -13,9 +13,9 @@ from factorctl.checkpoint.manifest import Manifest
 from factorctl.checkpoint.reader import CheckpointReader, TensorEntry
 from factorctl.config.export import ExportConfig, ExportTarget
 from factorctl.config.shape import FactorShape
-from factorctl.exporting.engines import LOADS, engines_that_run
+from factorctl.exporting.engines import Engine, as_served
 from factorctl.exporting.forms import form_for
-from factorctl.exporting.stock.architectures import architecture_for, as_served, blockers
+from factorctl.exporting.stock.choice import architecture_for, blockers
 from factorctl.exporting.stock.shards import planned_tensors
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.building import empty_factored_model
@@ -63,10 +63,11 @@ def with_scales(plan: FrontierPlan, shape: FactorShape) -> FactoredSpec:
 
 def _engines(plan: FrontierPlan, spec: FactoredSpec, target: ExportTarget) -> dict[str, bool]:
     if target == "dense":
-        return dict.fromkeys(sorted([*LOADS, LLAMA_CPP]), True)
-    arch = architecture_for(plan.dense, spec)
-    able = [] if blockers(plan.dense, spec, "hf") else engines_that_run(as_served(arch, plan.dense, spec))
-    found = {**{engine: engine in able for engine in LOADS}, LLAMA_CPP: not blockers(plan.dense, spec, "gguf")}
+        return dict.fromkeys(sorted([*Engine, LLAMA_CPP]), True)
+    able = architecture_for(plan.dense, spec).engines_that_run(as_served(plan.dense, spec))
+    if blockers(plan.dense, spec, "hf"):
+        able = []
+    found = {**{str(engine): engine in able for engine in Engine}, LLAMA_CPP: not blockers(plan.dense, spec, "gguf")}
     return dict(sorted(found.items()))
 
 
