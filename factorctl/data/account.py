@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from factorctl.data.spec import DataSpec, FileSource
+from factorctl.data.row_filter import RowFilter
+from factorctl.data.spec import DataSpec, FileSource, SelfSource
 from factorctl.progress import Progress
 
 
@@ -18,12 +19,16 @@ class SourceAccount:
     source: str
     """Name of the source as the user wrote it."""
     progress: Progress
+    rows: RowFilter | None = None
+    """Which rows are read; None means all."""
     taken: list[str] = field(default_factory=list)
     """What was read as text."""
     omitted: Counter[str] = field(default_factory=Counter)
     """Why rows were passed over -> how many."""
     first: dict[str, str] = field(default_factory=dict)
     """Why rows were passed over -> where that was met first."""
+    met: Counter[str] = field(default_factory=Counter)
+    """Values of the filter's field -> rows read so far that have them."""
 
     def take(self, what: str, where: str | None = None) -> None:
         """Say, once per source, that `what` is read as text ("field 'text'"); where, if something else was before."""
@@ -36,10 +41,32 @@ class SourceAccount:
         self.omitted[why] += 1
         self.first.setdefault(why, where)
 
+    def admits(self, row: Mapping[str, object], identity: str, where: str) -> bool:
+        """Whether the filter lets a row be read; what it does not is counted.
+
+        Raises:
+            UsageError: the row lacks the filter's field.
+        """
+        if self.rows is None:
+            return True
+        value = self.rows.value_in(row, where)
+        if value is not None:
+            self.met[value] += 1
+        if admitted := self.rows.admits(value):
+            return admitted
+        self.omit(f"not {self.rows}", identity)
+        return False
+
     def close(self) -> None:
-        """Say what was passed over."""
+        """Say what was passed over, and which values of the filter no row has: they may be misspelt."""
         for why, count in self.omitted.items():
             self.progress.note(_omitted_note(self.source, why, count, self.first[why]))
+        if self.rows is None:
+            return
+        for value in self.rows.values:
+            if value not in self.met:
+                found = _listed(repr(name) for name, _ in self.met.most_common())
+                self.progress.note(f"'{self.source}': no row read has {self.rows.field} {value!r}; found: {found}")
 
     @property
     def record(self) -> dict[str, Any]:
@@ -51,7 +78,10 @@ class SourceAccount:
 def open_accounts(spec: DataSpec, progress: Progress) -> dict[str, SourceAccount]:
     """An account for each source, by its name; what a folder leaves out is said at once."""
     say_splits(spec, progress)
-    return {source.name: SourceAccount(source.name, progress) for source in spec.sources}
+    return {
+        source.name: SourceAccount(source.name, progress, None if isinstance(source, SelfSource) else source.rows)
+        for source in spec.sources
+    }
 
 
 def say_splits(spec: DataSpec, progress: Progress) -> None:

@@ -57,10 +57,15 @@ def hash_json(content: Mapping[str, Any] | Sequence[Any]) -> str:
 def _identify(source: TextSource, sampler_fingerprint: str | None, advance: Any) -> dict[str, Any]:
     if isinstance(source, FileSource):
         files = [{"name": name, **_hash_file(source.root / name, advance)} for name in source.files]
-        return {"kind": "files", "files": files}
+        return {"kind": "files", "files": files} | _rows(source)
     if isinstance(source, HubSource):
-        return {"kind": "hub", "repo": source.repo, "config": source.config, "revision": source.revision}
+        pinned = {"kind": "hub", "repo": source.repo, "config": source.config, "revision": source.revision}
+        return pinned | _rows(source)
     return {"kind": "self", "sampler": sampler_fingerprint}
+
+
+def _rows(source: FileSource | HubSource) -> dict[str, Any]:
+    return {} if source.rows is None else {"rows": str(source.rows)}
 
 
 def _hash_file(path: Path, advance: Any) -> dict[str, Any]:

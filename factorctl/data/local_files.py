@@ -21,7 +21,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from factorctl.data.account import SourceAccount
-from factorctl.data.documents import Document
+from factorctl.data.documents import DOMAIN_FIELDS, Document
 from factorctl.data.shapes import shapes_of_schema
 from factorctl.data.spec import COMPRESSIONS, format_suffix
 from factorctl.data.text_field import choose_text_field, read_row, read_rows
@@ -44,6 +44,10 @@ def read_file(path: Path, name: str, account: SourceAccount, text_field: str | N
     """
     suffix = ".parquet" if _first_bytes(path).startswith(_PARQUET_MAGIC) else format_suffix(path.name)
     if suffix == ".txt":
+        if account.rows is not None:
+            raise UsageError(
+                f"{path} is plain text without fields: '{account.rows}' chooses rows by one", "name the file alone"
+            )
         pieces = ((f"{name}:{number}", text) for number, text in _text_pieces(path) if text.strip())
         return (Document(text=text, source=account.source, id=identity) for identity, text in pieces)
     if suffix == ".parquet":
@@ -109,18 +113,25 @@ def _parquet_documents(path: Path, name: str, account: SourceAccount, text_field
     try:
         with _open(path) as raw, pq.ParquetFile(raw) as parquet:
             field = choose_text_field(shapes_of_schema(parquet.schema_arrow), text_field, str(path))
-            column = field.path[0]
-            for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[column]):
-                for value in batch.column(column).to_pylist():
+            columns = _columns_read(parquet.schema_arrow.names, field.path[0], account)
+            for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=columns):
+                for row in batch.to_pylist():
                     number += 1
                     where = f"{path}, row {number}"
-                    document = read_row({column: value}, field, f"{name}:{number}", where, account)
+                    document = read_row(row, field, f"{name}:{number}", where, account)
                     if document is not None:
                         yield document
     except (pa.ArrowException, OSError) as error:
         raise IntegrityError(
             f"{path} is not a whole parquet file (after row {number}): {_first_line(error)}", "fetch it again"
         ) from error
+
+
+def _columns_read(names: list[str], text: str, account: SourceAccount) -> list[str]:
+    """The text's column, and those that say what sort of row it is."""
+    asked = account.rows.field if account.rows is not None else ""
+    wanted = {text, *DOMAIN_FIELDS, asked, asked.partition(".")[0]}
+    return [name for name in names if name in wanted]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -4,6 +4,7 @@
     notes.txt  corpus.jsonl.xz  d/  a local file, plain or compressed, or a folder of them
     user/name[:config][@revision]   a Hub dataset, split `train`, streamed
     A,B      A=0.7,B=0.3            several of these, in equal shares or in the shares given
+    A:domain!=code+textbook         only some of its rows: `row_filter`
 
 Nothing is opened here and no network is used; only the presence of local paths is looked at.
 """
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from factorctl.data.row_filter import RowFilter, split_filter
 from factorctl.data.splits import split_of, training_files
 from factorctl.errors import UsageError
 
@@ -49,11 +51,13 @@ class FileSource:
     """Paths relative to `root`, with forward slashes, sorted."""
     left_out: tuple[str, ...] = ()
     """Files of a folder that hold its test and validation splits, beside those of its training split."""
+    rows: RowFilter | None = None
+    """Which rows are read; None means all."""
 
     @property
     def odd_splits(self) -> tuple[str, ...]:
         """Files of a folder that are read although they are named as test or validation splits."""
-        several = self.files if Path(self.name).expanduser().is_dir() else ()
+        several = self.files if Path(split_filter(self.name)[0]).expanduser().is_dir() else ()
         return tuple(name for name in several if split_of(name) in ("test", "validation"))
 
 
@@ -66,6 +70,8 @@ class HubSource:
     config: str | None = None
     revision: str | None = None
     """Branch, tag or commit as asked for; a commit once `pin_revisions` has run."""
+    rows: RowFilter | None = None
+    """Which rows are read; None means all."""
 
 
 TextSource = SelfSource | FileSource | HubSource
@@ -104,7 +110,7 @@ def parse_data_spec(text: str, *, text_field: str | None = None, option: str = "
     if not text.strip():
         raise UsageError(f"{option} is empty", f"give {_DESCRIPTION}")
     if Path(text).expanduser().exists():
-        return DataSpec((_local_source(text, option),), (1.0,), text_field)
+        return DataSpec((_local_source(text, text, None, option),), (1.0,), text_field)
     parts = [_split_weight(part.strip(), option) for part in text.split(",")]
     names = [name for name, _ in parts]
     repeated = next((name for name in names if names.count(name) > 1), None)
@@ -127,7 +133,7 @@ def _split_weight(part: str, option: str) -> tuple[str, float | None]:
     if not part:
         raise UsageError(f"{option} has an empty part between its commas", "separate sources by one comma: A,B")
     name, equals, number = part.rpartition("=")
-    if not equals or Path(part).expanduser().exists():
+    if not equals or Path(part).expanduser().exists() or _ends_in_filter(part):
         return part, None
     try:
         weight = float(number)
@@ -136,6 +142,14 @@ def _split_weight(part: str, option: str) -> tuple[str, float | None]:
     if not (math.isfinite(weight) and weight > 0):
         raise UsageError(f"{option}: the weight '{number}' of '{name}' is not a number above 0", "write A=0.7,B=0.3")
     return name.strip(), weight
+
+
+def _ends_in_filter(part: str) -> bool:
+    """Whether what follows the last '=' is what a field must be, not a weight; A:config=0.7 of the Hub has a weight."""
+    source, rows = split_filter(part)
+    if rows is None or "=" in rows.values[-1]:
+        return False
+    return not rows.keeps or Path(source).expanduser().exists() or not re.fullmatch(r"[\d.]+", rows.values[-1])
 
 
 def _shares(weights: Sequence[float | None], names: Sequence[str], option: str) -> tuple[float, ...]:
@@ -149,21 +163,24 @@ def _shares(weights: Sequence[float | None], names: Sequence[str], option: str) 
 
 
 def _parse_source(name: str, option: str) -> TextSource:
-    if name == "self" and not Path(name).exists():
+    place, rows = (name, None) if Path(name).expanduser().exists() else split_filter(name)
+    if place == "self" and not Path(place).exists():
+        if rows is not None:
+            raise UsageError(f"{option} '{name}': text of `self` has no fields to choose by", "write `self` alone")
         return SelfSource()
-    if Path(name).expanduser().exists():
-        return _local_source(name, option)
-    match = _HUB_ID.fullmatch(name)
-    if match and not name.startswith((".", "/", "~")) and format_suffix(name) is None:
-        return HubSource(name, match["repo"], match["config"], match["revision"])
+    if Path(place).expanduser().exists():
+        return _local_source(name, place, rows, option)
+    match = _HUB_ID.fullmatch(place)
+    if match and not place.startswith((".", "/", "~")) and format_suffix(place) is None:
+        return HubSource(name, match["repo"], match["config"], match["revision"], rows)
     raise UsageError(
-        f"{option} '{name}' was not found: no such file or folder, not a Hub dataset id (user/name), and not `self`",
+        f"{option} '{place}' was not found: no such file or folder, not a Hub dataset id (user/name), and not `self`",
         f"give {_DESCRIPTION}; several as A,B or A=0.7,B=0.3",
     )
 
 
-def _local_source(name: str, option: str) -> FileSource:
-    path = Path(name).expanduser()
+def _local_source(name: str, place: str, rows: RowFilter | None, option: str) -> FileSource:
+    path = Path(place).expanduser()
     if path.is_dir():
         files = sorted(
             found.relative_to(path).as_posix()
@@ -171,13 +188,13 @@ def _local_source(name: str, option: str) -> FileSource:
             if _may_hold_text(found) and found.is_file() and not _is_hidden(found.relative_to(path))
         )
         if not files:
-            raise UsageError(f"{option} '{name}' is a folder without text files", f"known are {_known_suffixes()}")
-        return FileSource(name, path, *training_files(files))
+            raise UsageError(f"{option} '{place}' is a folder without text files", f"known are {_known_suffixes()}")
+        return FileSource(name, path, *training_files(files), rows=rows)
     if format_suffix(path.name) is None:
         raise UsageError(
-            f"{option} '{name}': files of type '{path.suffix}' are not read", f"known are {_known_suffixes()}"
+            f"{option} '{place}': files of type '{path.suffix}' are not read", f"known are {_known_suffixes()}"
         )
-    return FileSource(name, path.parent, (path.name,))
+    return FileSource(name, path.parent, (path.name,), rows=rows)
 
 
 def _may_hold_text(file: Path) -> bool:

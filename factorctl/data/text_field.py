@@ -10,7 +10,7 @@ from itertools import chain, islice
 
 from factorctl.data.account import SourceAccount
 from factorctl.data.conversations import Message, messages_of, plain_text
-from factorctl.data.documents import Document
+from factorctl.data.documents import Document, domain_of
 from factorctl.data.shapes import Shape, shape_of_value, shapes_of_rows, text_paths
 from factorctl.errors import IntegrityError, UsageError, did_you_mean
 
@@ -94,12 +94,14 @@ def read_rows(
 def read_row(
     row: Mapping[str, object], field: TextField, identity: str, where: str, account: SourceAccount
 ) -> Document | None:
-    """The document of one row; None where its field is null or blank.
+    """The document of one row; None where its field is null or blank, or the source's filter passes it over.
 
     Raises:
-        UsageError: the field is missing or holds no text.
+        UsageError: the field, or the filter's, is missing, or holds no text.
         IntegrityError: the text is no valid Unicode.
     """
+    if not account.admits(row, identity, where):
+        return None
     value = _value_at(row, field.path, where)
     if value is None or value == []:
         account.omit(f"field '{field.name}' is {'null' if value is None else 'empty'}", identity)
@@ -114,11 +116,13 @@ def read_row(
     if isinstance(value, str):
         account.take(f"field '{field.name}'", identity)
         text = _encodable(value, where, field)
-        return Document(text=text, source=account.source, id=identity) if text.strip() else None
+        return Document(text, account.source, identity, domain_of(row)) if text.strip() else None
     account.take(f"the conversation in field '{field.name}'", identity)
     messages: tuple[Message, ...] = messages_of(value, where, field.name)
     text = _encodable(plain_text(messages), where, field)
-    return Document(text=text, source=account.source, id=identity, messages=messages) if text.strip() else None
+    if not text.strip():
+        return None
+    return Document(text, account.source, identity, domain_of(row), messages=messages)
 
 
 def _path(columns: Mapping[str, Shape], wanted: str, where: str) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ class TokenizedDocument:
     id: str
     source: str
     ids: list[int]
+    domain: str | None = None
 
 
 def encode_documents(
@@ -109,7 +110,7 @@ def tokenize_documents(
             kept = kept if left is None else kept[:left]
             if len(kept) < 2:
                 continue
-            taken.append(TokenizedDocument(document.id, document.source, kept))
+            taken.append(TokenizedDocument(document.id, document.source, kept, document.domain))
             task.advance(len(kept), documents=len(taken))
             if left is not None:
                 left -= len(kept)

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from support.texts import BOS, EOS, build, make_tokenizer
 
-from factorctl.data.account import SourceAccount
+from factorctl.data.account import SourceAccount, open_accounts
 from factorctl.data.documents import Document
 from factorctl.data.local_files import read_file
+from factorctl.data.mixing import iter_documents
 from factorctl.data.spec import parse_data_spec
 from factorctl.data.tokenizing import tokenize_documents
 from factorctl.errors import FactorctlError, IntegrityError, UsageError
@@ -365,3 +366,66 @@ def test_cached_blocks_say_the_splits_again(tmp_path: Path) -> None:
         progress = SilentProgress()
         build(folder, tmp_path / "cache", progress=progress)
         assert "left out: test.jsonl" in progress.notes[0]
+
+
+DOMAINS = [{"text": f"w{i}", "domain": name, "source": "s"} for i, name in enumerate(["wiki", "code", "books", "code"])]
+
+
+def told(path: Path, rows: str) -> tuple[list[tuple[str, str | None]], list[str]]:
+    """Text and domain of what is read, and what is said."""
+    notes: list[str] = []
+
+    class Listening(SilentProgress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    spec = parse_data_spec(f"{path}:{rows}")
+    accounts = open_accounts(spec, Listening())
+    read = [(document.text, document.domain) for document in iter_documents(spec, seed=0, accounts=accounts)]
+    for account in accounts.values():
+        account.close()
+    return read, notes
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_only_the_rows_that_a_filter_admits_are_read_and_the_others_counted(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".jsonl":
+        lines(path, DOMAINS)
+    else:
+        table(path, **{name: [row[name] for row in DOMAINS] for name in DOMAINS[0]})
+    read, notes = told(path, "domain!=code")
+    assert read == [("w0", "wiki"), ("w2", "books")]
+    assert any("2 rows were passed over: not domain!=code" in note for note in notes)
+    assert told(path, "domain=code+books")[0] == [("w1", "code"), ("w2", "books"), ("w3", "code")]
+
+
+def test_a_value_that_no_row_has_is_said(tmp_path: Path) -> None:
+    read, notes = told(lines(tmp_path / "a.jsonl", DOMAINS), "domain!=cod+wiki")
+    assert len(read) == 3
+    assert any("no row read has domain 'cod'; found: 'code', 'wiki', 'books'" in note for note in notes)
+
+
+def test_a_row_without_the_filters_field_is_an_error(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", DOMAINS)
+    with pytest.raises(UsageError, match="line 1 has no field 'domian', which 'domian!=code' asks for") as caught:
+        told(path, "domian!=code")
+    assert "domain" in str(caught.value.hint)
+    (tmp_path / "b.txt").write_text("w1")
+    with pytest.raises(UsageError, match="is plain text without fields"):
+        told(tmp_path / "b.txt", "domain=code")
+
+
+def test_the_domain_is_the_field_domain_else_source(tmp_path: Path) -> None:
+    rows = [{"text": "a", "source": "s"}, {"text": "b", "source": "s", "domain": "d"}, {"text": "c", "domain": 3}]
+    documents, _ = read(lines(tmp_path / "a.jsonl", rows))
+    assert [document.domain for document in documents] == ["s", "d", None]
+
+
+def test_filtered_blocks_are_other_blocks_and_say_so(tmp_path: Path) -> None:
+    rows = [{"text": f"w{i % 9} " * 40, "domain": "ab"[i % 2]} for i in range(12)]
+    path = lines(tmp_path / "a.jsonl", rows)
+    all_rows, some = (build(f"{path}{suffix}", tmp_path / "cache", tokens=64) for suffix in ("", ":domain=a"))
+    assert all_rows.fingerprint != some.fingerprint
+    assert some.sources[0]["rows"] == "domain=a"
+    assert "rows" not in all_rows.sources[0]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from factorctl.data.row_filter import RowFilter
 from factorctl.data.spec import (
     DEFAULT_PRETRAINING_DATA,
     FileSource,
@@ -132,3 +133,41 @@ def test_token_count(text: str, count: int) -> None:
 def test_token_count_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"--calibration-tokens '.*number of tokens[^\n]*\nHint: .*64K"):
         parse_token_count(text, "--calibration-tokens")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "rows", "weight"),
+    [
+        (":domain=code", RowFilter("domain", ("code",), keeps=True), 1.0),
+        (":domain!=code+text book", RowFilter("domain", ("code", "text book"), keeps=False), 1.0),
+        (":meta.year=2020", RowFilter("meta.year", ("2020",), keeps=True), 1.0),
+        (":domain!=code=0.25", RowFilter("domain", ("code",), keeps=False), 0.25),
+    ],
+)
+def test_rows_of_a_file_by_a_field(tmp_path: Path, suffix: str, rows: RowFilter, weight: float) -> None:
+    (tmp_path / "a.jsonl").write_text("x")
+    (tmp_path / "b.jsonl").write_text("x")
+    beside = "" if weight == 1.0 else f",{tmp_path / 'b.jsonl'}={1 - weight}"
+    spec = parse_data_spec(f"{tmp_path / 'a.jsonl'}{suffix}{beside}")
+    source = spec.sources[0]
+    assert isinstance(source, FileSource)
+    assert (source.rows, source.files, spec.weights[0]) == (rows, ("a.jsonl",), weight)
+
+
+def test_rows_of_a_hub_dataset_and_a_weight_behind_its_config() -> None:
+    (source,) = parse_data_spec("user/name:en@v1:domain!=code").sources
+    rows = RowFilter("domain", ("code",), keeps=False)
+    assert source == HubSource("user/name:en@v1:domain!=code", "user/name", "en", "v1", rows)
+    weighted = parse_data_spec("user/name:en=0.5,user/other=0.5")
+    assert weighted.sources[0] == HubSource("user/name:en", "user/name", "en")
+    assert weighted.weights == (0.5, 0.5)
+
+
+def test_self_has_no_fields() -> None:
+    with pytest.raises(UsageError, match="text of `self` has no fields to choose by"):
+        parse_data_spec("self:domain=code")
+
+
+def test_a_filtered_file_that_is_not_there_is_named_alone() -> None:
+    with pytest.raises(UsageError, match=r"--data 'gone\.jsonl' was not found"):
+        parse_data_spec("gone.jsonl:domain!=code")
