@@ -12,7 +12,7 @@ The sums of every document are kept: intervals are over documents, and the diffe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,6 +42,8 @@ class TextDocument:
 
     id: str
     ids: Sequence[int]
+    domain: str | None = None
+    """What sort of text it is, where its source says so."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,12 @@ def score_text(
     stride: int,
     progress: Progress,
     title: str = "Perplexity",
+    name_rows: Callable[[Sequence[str | None]], None] = lambda _: None,
 ) -> TextScore:
     """Score every document; windows of like length share a batch.
+
+    Args:
+        name_rows: told the domain of every row of a batch before the model is called with it.
 
     Raises:
         FactorctlError: a loss is not finite.
@@ -155,6 +161,7 @@ def score_text(
     total = sum(found.stop - found.first for _, found in work)
     with progress.stage(title, total=total, unit="tokens") as task:
         for batch in _batches(work):
+            name_rows([documents[index].domain for index, _ in batch])
             scored = _score_batch(model, documents, batch)
             for (index, found), (loss, hit) in zip(batch, scored, strict=True):
                 nats[index] += loss
@@ -199,6 +206,15 @@ def _score_batch(
         (float(losses_L[span].sum()), int(hits_L[span].sum()))
         for span, losses_L, hits_L in zip(spans, losses_BL, hits_BL, strict=True)
     ]
+
+
+def by_domain(documents: Sequence[TextDocument], score: TextScore) -> dict[str, TextScore]:
+    """A score cut by the documents' domains, in the order in which they are met; empty where none is named."""
+    found: dict[str, list[DocumentLoss]] = {}
+    for document, loss in zip(documents, score.documents, strict=True):
+        if document.domain is not None:
+            found.setdefault(document.domain, []).append(loss)
+    return {domain: TextScore(losses) for domain, losses in found.items()}
 
 
 def compare_text(model: TextScore, dense: TextScore, *, window: int, stride: int, seed: int) -> PerplexityComparison:

@@ -9,28 +9,33 @@
 | `all_experts`    | the checkpoint's experts, all of them: all neurons are active                |
 | `ffn_skip`       | FFN-SkipLLM: whole FFN blocks of the middle layers left out, token by token  |
 | `moefication`    | MoEfication's split with its training-free selection                         |
+| `knowledge_factor` | the checkpoint's experts, chosen once for every domain of text             |
 
 Each is made in memory when its turn comes, measured and let go of; nothing is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config.evaluate import Controls, EvalConfig
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.shape import FactorShape
+from factorctl.data.spec import parse_data_spec
+from factorctl.data.tokenizing import tokenize_documents
 from factorctl.evaluation.ffn_skipping import calibrate_threshold, skipping_ffns
 from factorctl.evaluation.routing_overrides import OracleChoice, RandomChoice, Teacher, choosing
 from factorctl.ffn.dense import cast_ffn, dense_output
 from factorctl.ffn.layer import FactoredFFN
+from factorctl.models.building import factored_ffns
+from factorctl.models.domain_fit import READ_PER_TOKEN, TEXT_TOKENS, DomainText, fit_domains
 from factorctl.models.families import DenseModel, read_dense_model
 from factorctl.models.loading import NativeCheckpoint
 from factorctl.pipeline.common.calibration import calibration_blocks
@@ -50,6 +55,8 @@ class Runner:
     """Part of the FFN neurons that ran, on average over tokens, since the last `restart`; None where nobody knows."""
     restart: Callable[[], None] = lambda: None
     """Called in front of each measurement: the same draws, and counts from zero."""
+    name_rows: Callable[[Sequence[str | None]], None] = lambda _: None
+    """Called in front of each batch of text, with the domains that its rows name."""
 
 
 @dataclass
@@ -60,6 +67,7 @@ class ControlKit:
     model: EvalModel
     reference: EvalModel
     """The dense source."""
+    tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     device: torch.device
     progress: Progress
@@ -94,6 +102,23 @@ class ControlKit:
         description = dict(self.reference.description)
         blocks = calibration_blocks(self.reference.source, self.dense, description, config, self.progress)
         return torch.from_numpy(blocks.train.astype("int64"))
+
+    @cached_property
+    def texts(self) -> list[DomainText]:
+        """Texts with their domains: calibration documents, or blocks of what the model wrote, which name none."""
+        calibration, text_field = calibration_text(self.config, self.model)
+        spec = parse_data_spec(calibration, text_field=text_field, option="--calibration")
+        if spec.uses_self:
+            return [DomainText(ids_L, None) for ids_L in self.ids_BL.tolist()]
+        found = tokenize_documents(
+            spec,
+            self.tokenizer,
+            max_tokens=READ_PER_TOKEN * self.config.calibration_tokens,
+            max_document_tokens=TEXT_TOKENS,
+            seed=self.config.seed,
+            progress=self.progress,
+        )
+        return [DomainText(document.ids, document.domain) for document in found]
 
     def load(self, model: EvalModel, top_k: int | None = None) -> PreTrainedModel:
         with self.progress.stage(f"Loading {model.id}"):
@@ -202,6 +227,23 @@ def moefication(kit: ControlKit) -> Iterator[Runner]:
     yield Runner(model, lambda: shape.active_ffn_fraction)
 
 
+@contextmanager
+def knowledge_factor(kit: ControlKit) -> Iterator[Runner]:
+    """The checkpoint with the shared neurons and, for all tokens of a text, its domain's own experts."""
+    model = kit.load(kit.model)
+    with kit.progress.stage("Choosing experts by domain"):
+        fit = fit_domains(
+            model,
+            kit.texts,
+            kit.config.calibration_tokens,
+            list(factored_ffns(model)),
+            oracle_teachers(kit),
+            seed=kit.config.seed,
+        )
+    kit.progress.note(f"KnowledgeFactor: experts were chosen for {', '.join(fit.domains.names)}")
+    yield Runner(model, lambda: kit.shape.active_ffn_fraction, name_rows=fit.domains.name_rows)
+
+
 @dataclass(frozen=True)
 class Control:
     """One row of the table of controls."""
@@ -228,6 +270,14 @@ CONTROLS: Mapping[str, Control] = {
     ),
     "moefication": Control(
         "MoEfication, untrained", moefication, fast=False, reference="https://arxiv.org/abs/2110.01786"
+    ),
+    "knowledge_factor": Control(
+        "KnowledgeFactor",
+        knowledge_factor,
+        needs_routing=True,
+        calibrates=True,
+        fast=False,
+        reference="https://arxiv.org/abs/2207.03337",
     ),
 }
 

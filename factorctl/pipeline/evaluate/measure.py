@@ -66,7 +66,7 @@ def measure_subject(
 @contextmanager
 def ready(plan: EvalPlan, subject: str, progress: Progress) -> Iterator[Runner]:
     """The model behind a name, in memory while the block runs."""
-    kit = ControlKit(plan.config, plan.model, plan.reference, plan.dtype, plan.device, progress)
+    kit = ControlKit(plan.config, plan.model, plan.reference, plan.tokenizer, plan.dtype, plan.device, progress)
     if subject in CONTROLS:
         with CONTROLS[subject].make(kit) as runner:
             yield runner
@@ -98,7 +98,13 @@ def _perplexity(plan: EvalPlan, part: Measurement, runner: Runner, progress: Pro
     text = next(text for text in plan.texts if text.name == part.name)
     title = f"Perplexity on {Path(text.name).name}"
     score = score_text(
-        runner.model, text.documents, window=plan.window, stride=plan.stride, progress=progress, title=title
+        runner.model,
+        text.documents,
+        window=plan.window,
+        stride=plan.stride,
+        progress=progress,
+        title=title,
+        name_rows=runner.name_rows,
     )
     return {"documents": [asdict(document) for document in score.documents]}
 

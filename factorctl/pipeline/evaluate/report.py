@@ -14,6 +14,8 @@ def report_tables(result: EvalResult) -> list[ReportTable]:
     tables = [
         methods_table(result),
         perplexity_table(result),
+        domains_table(result),
+        domain_methods_table(result),
         tasks_table(result),
         differences_table(result),
         fidelity_table(result.fidelity),
@@ -65,6 +67,37 @@ def perplexity_table(result: EvalResult) -> ReportTable:
     return ReportTable(
         "Perplexity", ["text", "dense", "model", "ln difference", "top-1 retention"], rows, " ".join(notes)
     )
+
+
+def domains_table(result: EvalResult) -> ReportTable:
+    several = len(result.domains) > 1
+    rows = [
+        [
+            f"{text}, {domain}" if several else domain,
+            f"{found.tokens:,}",
+            f"{found.dense:.2f}",
+            f"{found.model:.2f}{interval(found.ci)}",
+            f"{found.log_difference:+.3f}{interval(found.log_difference_ci, digits=3)}",
+            percent(found.accuracy_kept),
+        ]
+        for text, domains in result.domains.items()
+        for domain, found in domains.items()
+    ]
+    columns = ["domain", "tokens", "dense", "model", "ln difference", "top-1 retention"]
+    return ReportTable("Perplexity by domain", columns, rows, "As above, for the documents of each domain alone.")
+
+
+def domain_methods_table(result: EvalResult) -> ReportTable:
+    """One line per method where there are controls; else `domains_table` has said it all."""
+    columns = [(text, domain) for text, domains in result.domains.items() for domain in domains]
+    several = len(result.domains) > 1
+    rows = [
+        [row.title, *(number(row.domains[text][domain]) for text, domain in columns)]
+        for row in result.methods()
+        if columns and result.controls
+    ]
+    names = [f"{text}, {domain}" if several else domain for text, domain in columns]
+    return ReportTable("Perplexity by method and domain", ["method", *names], rows)
 
 
 def tasks_table(result: EvalResult) -> ReportTable:

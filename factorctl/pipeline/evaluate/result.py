@@ -23,6 +23,8 @@ class MethodRow:
     """Share of the FFN neurons that work for a token, on average; None where nobody says (a plain directory)."""
     perplexity: dict[str, float]
     """By text."""
+    domains: dict[str, dict[str, float]]
+    """By text and domain: perplexity; empty where the text names no domains."""
     tasks: dict[str, float]
     """By task: its primary metric."""
     task_average: float | None
@@ -45,6 +47,8 @@ class EvalResult:
     active_ffn_fraction: float | None
     manifest_sha256: str | None
     perplexity: dict[str, PerplexityComparison]
+    domains: dict[str, dict[str, PerplexityComparison]]
+    """By text and domain, where the rows of a text name theirs."""
     tasks: dict[str, dict[str, Any]]
     """By task: metric, n, model, dense, stderr_diff, p_value, wins, losses, chance, kept, kept_above_chance,
     few_shot."""

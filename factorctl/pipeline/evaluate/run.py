@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from factorctl.config.evaluate import EvalConfig
 from factorctl.evaluation.fidelity_plot import draw_fidelity
-from factorctl.evaluation.perplexity import compare_text
+from factorctl.evaluation.perplexity import PerplexityComparison, TextScore, by_domain, compare_text
 from factorctl.files.publishing import make_directory, sole_writer_of, write_file
 from factorctl.memory import peak_memory
 from factorctl.pipeline.common.provenance import library_versions
@@ -70,29 +70,21 @@ def _result(
     compared = compare_tasks(model, dense)
     manifest = plan.model.manifest
     rows = {
-        name: method_row(CONTROLS[name].title, measured[name], dense, reference=CONTROLS[name].reference)
+        name: method_row(plan, CONTROLS[name].title, measured[name], dense, reference=CONTROLS[name].reference)
         for name in plan.controls
     }
-    ours = method_row("this model", model, dense)
+    ours = method_row(plan, "this model", model, dense)
     return EvalResult(
         checkpoint=str(plan.model.path),
         source=plan.reference.id,
         notation=None if manifest is None else str(manifest.factored["notation"]),
         active_ffn_fraction=active_share(plan),
         manifest_sha256=None if manifest is None else manifest.sha256,
-        perplexity={
-            text.name: compare_text(
-                model.texts[text.name],
-                dense.texts[text.name],
-                window=plan.window,
-                stride=plan.stride,
-                seed=config.seed,
-            )
-            for text in plan.texts
-        },
+        perplexity={text.name: _compared(plan, model.texts[text.name], dense.texts[text.name]) for text in plan.texts},
+        domains=compare_domains(plan, model, dense),
         tasks={name: {**asdict(found), "few_shot": model.tasks[name].few_shot} for name, found in compared.items()},
         average={"kept": ours.kept, "kept_above_chance": ours.kept_above_chance},
-        dense=method_row("dense", dense, dense),
+        dense=method_row(plan, "dense", dense, dense),
         model=ours,
         controls=rows,
         fidelity=model.fidelity,
@@ -108,6 +100,20 @@ def _result(
     )
 
 
+def _compared(plan: EvalPlan, model: TextScore, dense: TextScore) -> PerplexityComparison:
+    return compare_text(model, dense, window=plan.window, stride=plan.stride, seed=plan.config.seed)
+
+
+def compare_domains(plan: EvalPlan, model: Measured, dense: Measured) -> dict[str, dict[str, PerplexityComparison]]:
+    """Every text's domains, the model beside dense; texts that name none are left out."""
+    found = {}
+    for text in plan.texts:
+        ours, theirs = (by_domain(text.documents, one.texts[text.name]) for one in (model, dense))
+        if ours:
+            found[text.name] = {domain: _compared(plan, ours[domain], theirs[domain]) for domain in sorted(ours)}
+    return found
+
+
 def compare_tasks(model: Measured, dense: Measured) -> dict[str, TaskComparison]:
     """Every task's answers paired with the dense model's."""
     if not model.tasks:
@@ -117,7 +123,9 @@ def compare_tasks(model: Measured, dense: Measured) -> dict[str, TaskComparison]
     return {name: compare_scores(scores, dense.tasks[name]) for name, scores in model.tasks.items()}
 
 
-def method_row(title: str, found: Measured, dense: Measured, *, reference: str | None = None) -> MethodRow:
+def method_row(
+    plan: EvalPlan, title: str, found: Measured, dense: Measured, *, reference: str | None = None
+) -> MethodRow:
     """One line of the table."""
     scores = {name: task.value for name, task in found.tasks.items()}
     kept = kept_above_chance = None
@@ -130,6 +138,11 @@ def method_row(title: str, found: Measured, dense: Measured, *, reference: str |
         title=title,
         active_ffn_fraction=found.active_share,
         perplexity={name: score.perplexity for name, score in found.texts.items()},
+        domains={
+            text.name: {domain: score.perplexity for domain, score in cut.items()}
+            for text in plan.texts
+            if (cut := by_domain(text.documents, found.texts[text.name]))
+        },
         tasks=scores,
         task_average=sum(scores.values()) / len(scores) if scores else None,
         kept=kept,

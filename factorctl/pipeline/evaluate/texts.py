@@ -14,6 +14,7 @@ from factorctl.config.evaluate import EvalConfig
 from factorctl.data.account import open_accounts
 from factorctl.data.hub import pin_revisions
 from factorctl.data.identity import identify_sources, tokenizer_fingerprint
+from factorctl.data.row_filter import split_filter
 from factorctl.data.spec import parse_data_spec
 from factorctl.data.tokenizing import tokenize_documents
 from factorctl.errors import UsageError
@@ -38,10 +39,19 @@ class EvalText:
 
 
 def text_names(data: Sequence[str]) -> dict[str, str]:
-    """A short name -> DATA as it was given: a file's name without its ending, where that is no other's too."""
+    """A short name -> DATA as it was given: a file's name without its ending, where that is no other's too.
+
+    A condition on rows stays with the name.
+    """
     given = list(dict.fromkeys(data))
-    short = [Path(text).name.partition(".")[0] if Path(text).is_file() else text for text in given]
+    short = [_short_name(text) for text in given]
     return {name if name and short.count(name) == 1 else text: text for name, text in zip(short, given, strict=True)}
+
+
+def _short_name(text: str) -> str:
+    place, rows = split_filter(text) if not Path(text).exists() else (text, None)
+    name = Path(place).name.partition(".")[0] if Path(place).is_file() else place
+    return name if rows is None or not name else f"{name}:{rows}"
 
 
 def read_text(
@@ -73,7 +83,7 @@ def read_text(
         "seed": config.seed,
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
-    return EvalText(name, [TextDocument(document.id, document.ids) for document in found], identity)
+    return EvalText(name, [TextDocument(one.id, one.ids, one.domain) for one in found], identity)
 
 
 def fidelity_ids(text: EvalText, window: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from factorctl.evaluation.perplexity import TextDocument, score_text
 from factorctl.models.loading import load_dense
 from factorctl.pipeline.evaluate.control_models import fine_shape
 from factorctl.pipeline.evaluate.controls import CONTROLS
+from factorctl.pipeline.evaluate.report import report_tables
 from factorctl.progress import SilentProgress
 
 pytestmark = pytest.mark.usefixtures("no_collection", "no_pictures")
@@ -198,3 +200,22 @@ def test_any_directory_can_stand_in_either_place(dense_source: DenseSource, text
             ids = tokenizer(json.loads(line)["text"], return_tensors="pt")["input_ids"][:, :32]
             nats, tokens = nats + float(model(ids, labels=ids).loss) * (ids.shape[1] - 1), tokens + ids.shape[1] - 1
     assert result.perplexity["words"].model == pytest.approx(torch.tensor(nats / tokens).exp().item(), rel=0.02)
+
+
+def test_perplexity_by_domain_is_that_of_its_documents_alone(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line)["text"] for line in text.read_text().splitlines()][:12]
+    path = tmp_path / "mixed.jsonl"
+    named = [{"text": row, "domain": ("code", "wiki")[index % 2]} for index, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in named))
+    only = f"{path}:domain=code"
+    result = run(checkpoint, tmp_path / "out", data=(str(path), only), data_tokens=100_000, fidelity=False)
+    assert set(result.domains) == {"mixed", "mixed:domain=code"}
+    whole, mixed = result.perplexity["mixed"], result.domains["mixed"]
+    assert list(mixed) == ["code", "wiki"]
+    assert mixed["code"] == result.perplexity["mixed:domain=code"]
+    assert mixed["code"].tokens + mixed["wiki"].tokens == whole.tokens
+    nats = sum(found.tokens * math.log(found.model) for found in mixed.values())
+    assert nats / whole.tokens == pytest.approx(math.log(whole.model))
+    assert result.dense.domains["mixed"]["wiki"] == mixed["wiki"].dense
+    table = next(table for table in report_tables(result) if table.title == "Perplexity by domain")
+    assert [row[0] for row in table.rows] == ["mixed, code", "mixed, wiki", "mixed:domain=code, code"]
