@@ -28,6 +28,10 @@ def evaluate(
         tuple[Path, Path] | None,
         typer.Option("--compare", help="Lay two finished reports side by side instead of evaluating."),
     ] = None,
+    paper_table: Annotated[
+        list[Path] | None,
+        typer.Option("--paper-table", help="Put a finished report's rows into FactorLLM's table; may be repeated."),
+    ] = None,
 ) -> None:
     """Say what factoring cost: perplexity, tasks and layer fidelity beside the dense source, and beside controls.
 
@@ -40,11 +44,16 @@ def evaluate(
         factorctl eval runs/demo-1R4E2K --tasks paper --task-data bench --limit 200 --report eval.md
 
         factorctl eval --compare runs/a-eval/results.json runs/b-eval/results.json
+
+        factorctl eval --paper-table runs/1R4E3K/eval --paper-table runs/1R4E2K/eval --report table.md
     """
     from factorctl.cli.render import progress_listener
 
     if compare is not None:
         _show_comparison(list(compare), asked.output)
+        return
+    if paper_table:
+        _show_paper_table(paper_table, config.report, asked.output)
         return
     progress = progress_listener(quiet=asked.quiet)
     if asked.dry_run:
@@ -118,3 +127,16 @@ def _show_comparison(paths: list[Path], output: OutputFormat) -> None:
     rows = [[figure.name, *figure.values] for figure in comparison.figures]
     tables = [rows_table("Evaluations side by side", ["", *comparison.reports], rows)]
     show(asdict(comparison), output=output, tables=tables, closing=comparison.remarks)
+
+
+def _show_paper_table(paths: list[Path], report: Path | None, output: OutputFormat) -> None:
+    from factorctl.cli.render import report_table, show
+    from factorctl.pipeline.evaluate.paper_table import as_report_table, paper_table, write_paper_table
+
+    found = paper_table(paths)
+    table = as_report_table(found)
+    written = []
+    if report is not None:
+        write_paper_table(found, report)
+        written.append(f"written: {report}")
+    show(found, output=output, tables=[report_table(table)], closing=[table.note, *found.remarks, *written])

@@ -54,7 +54,7 @@ class EvalConfig(CommonConfig):
                     "fast",
                     "Also static pruning, with and without refit, random and oracle routing, all experts on.",
                 ),
-                "--controls-all": ("all", "The same, and FFN-SkipLLM and MoEfication's split."),
+                "--controls-all": ("all", "The same, and FFN-SkipLLM, MoEfication's split and KnowledgeFactor."),
             },
         ),
     ] = "none"

@@ -19,6 +19,7 @@ Selection = Literal["unit", "stored"]
 RefreshTarget = Literal["labels", "benefits"]
 LabelSource = Literal["student", "teacher"]
 TeacherStorage = Literal["none", "bf16", "8bit", "4bit"]
+Routing = Literal["token", "domain"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
@@ -47,6 +48,10 @@ class FinetuneConfig(CommonConfig):
     temperature: Annotated[float | None, Option("Of the logit distillation.")] = None
     gate: Annotated[Gate | None, Option("softmax or hard. [default: the preset's]")] = None
     scale: Annotated[ScaleRule | None, Option("sum, paper or fitted. [default: the preset's]")] = None
+    routing: Annotated[
+        Routing | None, Option("token, or domain: experts chosen once per domain. [default: the checkpoint's]")
+    ] = None
+    """`domain` is KnowledgeFactor: a text's experts are its domain's."""
     train: Annotated[TrainedPart, Option("What learns.")] = "all"
     router_warmup: Annotated[int, Option("Tokens at the start during which only routers learn.", kind=TOKENS_OR_0)] = 0
     labels_from: Annotated[

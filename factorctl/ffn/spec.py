@@ -16,6 +16,16 @@ MODEL_TYPE = "factorctl"
 
 
 @dataclass(frozen=True)
+class DomainRouting:
+    """Experts chosen once per domain of text, in place of a router's choice."""
+
+    names: tuple[str, ...]
+    """Of the domains, in the order of the stored tables."""
+    top_k: int
+    """Experts in every domain's row of them."""
+
+
+@dataclass(frozen=True)
 class FactoredSpec:
     """Sizes, gate and scale of every factored FFN of a model."""
 
@@ -24,6 +34,8 @@ class FactoredSpec:
     scale: ScaleRule
     fitted_a: tuple[float, ...] = ()
     """Per layer, with scale `fitted` only."""
+    domains: DomainRouting | None = None
+    """None where routers choose, token by token."""
 
     def scale_a(self, layer: int) -> float:
         """The layer's `a`: routed outputs are summed times a (gate hard) or averaged by the gate times a*K."""
@@ -46,6 +58,11 @@ class FactoredSpec:
             raise UsageError(
                 "--top-k 0 leaves no active neuron", "this checkpoint has no shared neurons: choose 1 or more"
             )
+        if self.domains is not None and top_k not in (0, self.domains.top_k, n):
+            raise UsageError(
+                f"this checkpoint's experts were chosen by domain, {self.domains.top_k} for each, not {top_k}",
+                f"choose --top-k {self.domains.top_k}, or train its parent with --routing domain --top-k {top_k}",
+            )
         rule = scale or self.scale
         if rule == "fitted" and top_k not in (0, n):  # there, nothing is scaled
             if not self.fitted_a:
@@ -66,6 +83,7 @@ class FactoredSpec:
             "gate": self.gate,
             "scale": self.scale,
             "fitted_a": list(self.fitted_a),
+            **({} if self.domains is None else {"domains": _domains_to_json(self.domains)}),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -83,6 +101,7 @@ class FactoredSpec:
         try:
             shape = FactorShape(*(_count(raw, key) for key in ("num_experts", "top_k", "expert_size", "shared_size")))
             gate, scale, fitted = raw["gate"], raw["scale"], tuple(raw["fitted_a"])
+            domains = _domains_from_json(raw["domains"], shape) if "domains" in raw else None
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"{origin}: the factored part is damaged: {error}") from None
         sizes_fit = shape.intermediate_size == intermediate_size and shape.top_k <= shape.num_experts <= MAX_EXPERTS
@@ -95,7 +114,20 @@ class FactoredSpec:
             and len(fitted) in ({num_layers} if scale == "fitted" else {0, num_layers})
         ):
             raise IntegrityError(f"{origin}: the factored part does not fit its dense model")
-        return cls(shape, gate, scale, tuple(float(a) for a in fitted))
+        return cls(shape, gate, scale, tuple(float(a) for a in fitted), domains)
+
+
+def _domains_to_json(domains: DomainRouting) -> dict[str, Any]:
+    return {"names": list(domains.names), "top_k": domains.top_k}
+
+
+def _domains_from_json(raw: Mapping[str, Any], shape: FactorShape) -> DomainRouting:
+    names, top_k = raw["names"], _count(raw, "top_k")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError("the domains have no names")
+    if not 0 < top_k < shape.num_experts:
+        raise ValueError(f"domains choose {top_k} of {shape.num_experts} experts")
+    return DomainRouting(tuple(names), top_k)
 
 
 def _count(raw: Mapping[str, Any], key: str) -> int:

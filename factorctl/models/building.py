@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from factorctl.errors import IntegrityError, in_one_line
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.spec import FactoredSpec
+from factorctl.models.domains import Domains
 from factorctl.models.families import DenseModel
 
 
@@ -38,6 +39,11 @@ def empty_factored_model(dense: DenseModel, spec: FactoredSpec) -> PreTrainedMod
     model = empty_dense_model(dense)
     for layer, block in enumerate(decoder_layers(model)):
         block.mlp = factored_ffn(dense, spec, layer, device="meta")
+    if spec.domains is not None:
+        names, size = spec.domains.names, dense.hidden_size
+        model.model.domains = Domains(
+            names, torch.empty(size, device="meta"), torch.empty(len(names), size, device="meta")
+        )
     return model
 
 
@@ -50,7 +56,7 @@ def factored_ffn(
     device: torch.device | str | None = None,
 ) -> FactoredFFN:
     """An unfilled factored FFN of the sizes, gate and scale that `spec` gives this layer."""
-    return FactoredFFN(
+    module = FactoredFFN(
         spec.shape,
         dense.hidden_size,
         dense.activation,
@@ -61,6 +67,14 @@ def factored_ffn(
         dtype=dtype,
         device=device,
     )
+    if spec.domains is not None:
+        add_domain_experts(module, len(spec.domains.names), spec.domains.top_k, device)
+    return module
+
+
+def add_domain_experts(ffn: FactoredFFN, domains: int, top_k: int, device: torch.device | str | None) -> None:
+    """Give a layer room for the ids of every domain's experts, [M, K]; a tensor of the checkpoint."""
+    ffn.register_buffer("domain_experts", torch.zeros(domains, top_k, dtype=torch.int32, device=device))
 
 
 def filled_ffn(
@@ -84,3 +98,8 @@ def factored_ffns(model: PreTrainedModel) -> Iterator[FactoredFFN]:
     for block in decoder_layers(model):
         if isinstance(block.mlp, FactoredFFN):
             yield block.mlp
+
+
+def stored_choices(model: PreTrainedModel) -> list[torch.Tensor]:
+    """By layer, the ids of every domain's experts, [M, K], of a model that chooses by domain."""
+    return [ffn.get_buffer("domain_experts") for ffn in factored_ffns(model)]

@@ -16,7 +16,7 @@ from itertools import zip_longest
 
 import numpy as np
 import torch
-from scipy.cluster.vq import kmeans2  # type: ignore[import-untyped]
+from scipy.cluster.vq import kmeans2
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 

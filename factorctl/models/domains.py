@@ -103,6 +103,12 @@ def text_tokens(ids_BL: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     return (behind_BL + whole_B1) > 0
 
 
+def domains_of(model: PreTrainedModel) -> Domains | None:
+    """What a model knows of domains; None where it does not choose by them."""
+    found = getattr(getattr(model, model.base_model_prefix), "domains", None)
+    return found if isinstance(found, Domains) else None
+
+
 class DomainChoice:
     """The experts of every token's domain, [T, K]: takes the router's place in a factored FFN."""
 

@@ -15,7 +15,8 @@ from factorctl.errors import IntegrityError, UsageError
 from factorctl.ffn.slicing import FactoredTensors
 from factorctl.ffn.spec import MODEL_TYPE, FactoredSpec
 from factorctl.files.strict_json import read_json_object
-from factorctl.models.building import empty_dense_model, empty_factored_model, factored_ffns
+from factorctl.models.building import empty_dense_model, empty_factored_model, factored_ffns, stored_choices
+from factorctl.models.domains import choose_by_domain, domains_of
 from factorctl.models.families import DenseModel, dense_model, ffn_prefix, read_dense_model
 from factorctl.models.filling import adopt_generation_config, fill
 from factorctl.models.quantised.loading import load_quantised
@@ -122,6 +123,8 @@ def load(
         spec = spec.with_top_k(spec.shape.top_k if top_k is None else top_k, scale)
     model = empty_factored_model(checkpoint.dense, spec)
     fill(model, CheckpointReader(checkpoint.path), dtype=dtype, device=device)
+    if (domains := domains_of(model)) is not None:
+        choose_by_domain(model, domains, stored_choices(model), factored_ffns(model))
     for ffn in factored_ffns(model):
         ffn.keep_experts_together()
     adopt_generation_config(model, checkpoint.path)

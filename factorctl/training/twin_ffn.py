@@ -230,9 +230,10 @@ class TwinFFN(nn.Module):
             return LayerReport(None, mse, None, None, None, None)
         weights = self.options.weights
         logits_TN = self._logits(x_TD)
-        chosen_TK = logits_TN.detach().topk(self.student.top_k, dim=-1).indices
+        chooser = self.student.chooser
+        chosen_TK = chooser(x_TD) if chooser else logits_TN.detach().topk(self.student.top_k, dim=-1).indices
         return LayerReport(
-            par=par_loss(logits_TN, labels_TK) if labels_TK is not None else None,
+            par=par_loss(logits_TN, labels_TK) if labels_TK is not None and chooser is None else None,
             mse=mse,
             balance=balance_loss(logits_TN, chosen_TK) if weights.balance else None,
             z=z_loss(logits_TN) if weights.z else None,

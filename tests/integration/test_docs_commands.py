@@ -77,7 +77,8 @@ def place(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     dense = make_gguf_source(tmp_path_factory.mktemp("dense") / "llama", "llama")
     for name in ("demo", "meta/TinyLlama", "MODEL"):
         shutil.copytree(dense, root / name)
-    lines = [json.dumps({"text": part}) for part in text_file.read_text().split("\n\n")]
+    parts, domains = text_file.read_text().split("\n\n"), itertools.cycle(("wiki", "code", "books", "textbook"))
+    lines = [json.dumps({"text": part, "domain": domain}) for part, domain in zip(parts, domains, strict=False)]
     for name in ("notes.jsonl", "held-out.jsonl", "corpus.jsonl", "DATA.jsonl"):
         (root / name).write_text("\n".join(lines))
     (root / "questions.txt").write_text("Why?\nHow so?\n")

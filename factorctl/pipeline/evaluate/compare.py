@@ -49,7 +49,7 @@ def compare_reports(paths: Sequence[Path]) -> Comparison:
     return Comparison(
         [str(path) for path in paths],
         [ComparedFigure(name, values) for name, values in figures.items()],
-        list(_differences(reports)),
+        list(differing_options(reports)),
     )
 
 
@@ -72,7 +72,7 @@ def _has_figures(report: Report) -> bool:
     """Whether everything that is shown of a report is there: other people's JSON may have been named."""
     try:
         shown: list[object] = [value for _, value in _figures(report)]
-        shown += _differences([report])
+        shown += differing_options([report])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return False
     return all(value is None or isinstance(value, str | int | float) for value in shown)
@@ -100,7 +100,7 @@ def _figures(report: Report) -> Iterator[tuple[str, float | str | None]]:
             yield f"{control['title']}: task average", control["task_average"]
 
 
-def _differences(reports: Sequence[Report]) -> Iterator[str]:
+def differing_options(reports: Sequence[Report]) -> Iterator[str]:
     """Options that make the same figure mean different things."""
     for option in ("window", "stride", "data_tokens", "document_tokens", "limit", "few_shot", "seed"):
         values = [report["config"].get(option) for report in reports]

@@ -34,6 +34,7 @@ from factorctl.evaluation.ffn_skipping import calibrate_threshold, skipping_ffns
 from factorctl.evaluation.routing_overrides import OracleChoice, RandomChoice, Teacher, choosing
 from factorctl.ffn.dense import cast_ffn, dense_output
 from factorctl.ffn.layer import FactoredFFN
+from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.building import factored_ffns
 from factorctl.models.domain_fit import READ_PER_TOKEN, TEXT_TOKENS, DomainText, fit_domains
 from factorctl.models.families import DenseModel, read_dense_model
@@ -282,12 +283,16 @@ CONTROLS: Mapping[str, Control] = {
 }
 
 
-def chosen_controls(wanted: Controls, shape: FactorShape) -> list[str]:
-    """The controls that mean something for this checkpoint; at K = N nothing is left out, so none does."""
+def chosen_controls(wanted: Controls, spec: FactoredSpec) -> list[str]:
+    """The controls that mean something for this checkpoint; at K = N nothing is left out, so none does.
+
+    A checkpoint that chooses by domain is KnowledgeFactor itself.
+    """
+    shape, itself = spec.shape, "knowledge_factor" if spec.domains is not None else None
     if wanted == "none" or shape.top_k == shape.num_experts:
         return []
     return [
         name
         for name, control in CONTROLS.items()
-        if (control.fast or wanted == "all") and (shape.top_k > 0 or not control.needs_routing)
+        if (control.fast or wanted == "all") and (shape.top_k > 0 or not control.needs_routing) and name != itself
     ]

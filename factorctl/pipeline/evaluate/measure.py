@@ -15,6 +15,7 @@ from factorctl.evaluation.fidelity import LayerFidelity, measure_fidelity
 from factorctl.evaluation.perplexity import DocumentLoss, TextScore, score_text
 from factorctl.files.hashing import hash_file
 from factorctl.files.publishing import make_directory
+from factorctl.models.domains import domains_of
 from factorctl.pipeline.evaluate.controls import CONTROLS, ControlKit, Runner, dense_ffns
 from factorctl.pipeline.evaluate.parts import Measurement, PartStore
 from factorctl.pipeline.evaluate.plan import EvalPlan
@@ -72,7 +73,9 @@ def ready(plan: EvalPlan, subject: str, progress: Progress) -> Iterator[Runner]:
             yield runner
         return
     model, share = (plan.reference, 1.0) if subject == "dense" else (plan.model, active_share(plan))
-    yield Runner(kit.load(model), lambda: share)
+    loaded = kit.load(model)
+    domains = domains_of(loaded)
+    yield Runner(loaded, lambda: share, name_rows=domains.name_rows if domains is not None else lambda _: None)
 
 
 def active_share(plan: EvalPlan) -> float | None:

@@ -228,7 +228,7 @@ def _controls(config: EvalConfig, model: EvalModel, reference: EvalModel, remark
             f"controls are made from the dense source of {model.path}, and {reference.path} is another model",
             "leave out --against, or --controls",
         )
-    chosen = chosen_controls(config.controls, model.native.spec.shape)
+    chosen = chosen_controls(config.controls, model.native.spec)
     if not chosen:
         remarks.append("all experts are on: nothing is left out, so every control would be the dense model")
     return chosen

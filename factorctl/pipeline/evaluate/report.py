@@ -160,7 +160,7 @@ def fidelity_table(layers: Sequence[LayerFidelity]) -> ReportTable:
 
 def markdown(result: EvalResult) -> str:
     """The report as a section of a model card."""
-    parts = ["## Evaluation", *(_markdown_table(table) for table in report_tables(result))]
+    parts = ["## Evaluation", *(markdown_table(table) for table in report_tables(result))]
     if references := _references(result):
         parts.append(references)
     parts += [*(f"- {remark[0].upper()}{remark[1:]}." for remark in result.remarks), _circumstances(result)]
@@ -189,7 +189,8 @@ def _circumstances(result: EvalResult) -> str:
     return "\n".join(lines) + command
 
 
-def _markdown_table(table: ReportTable) -> str:
+def markdown_table(table: ReportTable) -> str:
+    """The table under its title, its note behind it."""
     lines = [f"### {table.title}", "", _line(table.columns), _line(["---", *["---:"] * (len(table.columns) - 1)])]
     lines += [_line(row) for row in table.rows]
     return "\n".join([*lines, *(["", table.note] if table.note else [])])

@@ -15,6 +15,17 @@ RESULTS_NAME = "results.json"
 
 
 @dataclass(frozen=True)
+class PromptFlops:
+    """Billions of floating-point operations over all layers for a prompt, as `profile` counts them."""
+
+    tokens: int
+    attention: float
+    """Projections and core."""
+    ffn: float
+    """Of the active neurons, the router included."""
+
+
+@dataclass(frozen=True)
 class MethodRow:
     """One way to run the model, beside the others."""
 
@@ -32,6 +43,8 @@ class MethodRow:
     """Share of the dense model's score that is kept, mean over tasks: the paper's relative maintenance."""
     kept_above_chance: float | None
     """The same for what the scores are above chance."""
+    gflops: PromptFlops | None = None
+    """Of a prompt of one window; None where the sizes or the active share are not known."""
     reference: str | None = None
     """Paper of the method."""
 
@@ -45,6 +58,8 @@ class EvalResult:
     """What it was compared with."""
     notation: str | None
     active_ffn_fraction: float | None
+    routing: str | None
+    """`token` or `domain`; None where no experts are chosen or nobody says."""
     manifest_sha256: str | None
     perplexity: dict[str, PerplexityComparison]
     domains: dict[str, dict[str, PerplexityComparison]]

@@ -20,7 +20,9 @@ from factorctl.pipeline.evaluate.measure import Measured, active_share, measure_
 from factorctl.pipeline.evaluate.parts import PartStore
 from factorctl.pipeline.evaluate.plan import EvalPlan, plan_evaluation, resolved_config
 from factorctl.pipeline.evaluate.report import markdown
-from factorctl.pipeline.evaluate.result import RESULTS_NAME, EvalResult, MethodRow
+from factorctl.pipeline.evaluate.result import RESULTS_NAME, EvalResult, MethodRow, PromptFlops
+from factorctl.profiling.flops import count_flops
+from factorctl.profiling.sizes import ModelSizes
 from factorctl.progress import Progress
 from factorctl.reporting.hardware import look_at_hardware
 
@@ -79,6 +81,7 @@ def _result(
         source=plan.reference.id,
         notation=None if manifest is None else str(manifest.factored["notation"]),
         active_ffn_fraction=active_share(plan),
+        routing=_routing(plan),
         manifest_sha256=None if manifest is None else manifest.sha256,
         perplexity={text.name: _compared(plan, model.texts[text.name], dense.texts[text.name]) for text in plan.texts},
         domains=compare_domains(plan, model, dense),
@@ -147,8 +150,27 @@ def method_row(
         task_average=sum(scores.values()) / len(scores) if scores else None,
         kept=kept,
         kept_above_chance=kept_above_chance,
+        gflops=prompt_flops(plan, found),
         reference=reference,
     )
+
+
+def prompt_flops(plan: EvalPlan, found: Measured) -> PromptFlops | None:
+    """What a prompt of one window takes with the neurons that were active; routers are counted in `ffn`."""
+    native, share = plan.model.native, found.active_share
+    if native is None or share is None:
+        return None
+    sizes = ModelSizes.of(native.dense.config, native.spec.shape)
+    dense = count_flops(sizes.dense, plan.window)
+    router = count_flops(sizes, plan.window).router if share < 1 else 0.0
+    return PromptFlops(plan.window, dense.attention / 1e9, (dense.ffn * share + router) / 1e9)
+
+
+def _routing(plan: EvalPlan) -> str | None:
+    native = plan.model.native
+    if native is None or not native.spec.shape.routes:
+        return None
+    return "token" if native.spec.domains is None else "domain"
 
 
 def _task_versions(model: Measured) -> dict[str, str]:

@@ -61,6 +61,11 @@ def plan_export(config: ExportConfig, progress: Progress) -> ExportPlan:
     refuse_existing(out, overwrite=config.overwrite)
     with progress.stage("Hashing the checkpoint"):
         checkpoint = open_checkpoint(path)
+    if checkpoint.spec.domains is not None:
+        raise UsageError(
+            f"{path} chooses experts by the domain of a text, which no stock engine does",
+            "export a checkpoint that routes token by token; `factorctl.load` runs this one",
+        )
     refuse_blocked(checkpoint.dense, checkpoint.spec, config.target, exact=config.exact, arch=config.arch)
     reader = CheckpointReader(path)
     fits, memory = _memory_to_prove(reader, config)

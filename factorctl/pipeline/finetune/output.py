@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from factorctl.models.loading import native_config
 from factorctl.pipeline.common.devices import storage_dtype
 from factorctl.pipeline.common.model_card import native_card
 from factorctl.pipeline.common.provenance import library_versions
+from factorctl.pipeline.finetune.domains import domain_tensors
 from factorctl.pipeline.finetune.plan import FinetunePlan, resolved_config
 from factorctl.progress import Progress
 from factorctl.training.distiller import Distiller
@@ -35,12 +36,13 @@ def publish_checkpoint(
     reader, dense = CheckpointReader(plan.checkpoint.path), plan.checkpoint.dense
     fingerprint = hash_value({"manifest": manifest.to_bytes().decode(), "run": plan.run.name})
     num_shards = dense.num_layers + 1
+    names = [*reader.entries, *sorted(trained.keys() - reader.entries.keys())]
     with building(
         plan.out, num_shards=num_shards, fingerprint=fingerprint, overwrite=plan.config.overwrite, progress=progress
     ) as builder:
-        for index, names in enumerate(_shards(reader, dense.num_layers)):
+        for index, held in enumerate(_shards(names, dense.num_layers)):
             if builder.finished(index) is None:
-                builder.write_shard(index, {name: _stored(plan, reader, trained, name) for name in names}, {})
+                builder.write_shard(index, {name: _stored(plan, reader, trained, name) for name in held}, {})
         builder.write_file("config.json", dump_json(native_config(dense, plan.spec)))
         for path in copied_files(plan.checkpoint.path):
             builder.copy_file(path)
@@ -48,18 +50,18 @@ def publish_checkpoint(
         return builder.publish(manifest)
 
 
-def _shards(reader: CheckpointReader, num_layers: int) -> list[list[str]]:
+def _shards(names: Sequence[str], num_layers: int) -> list[list[str]]:
     """Tensor names by shard: embeddings, norm and head first, then layer by layer, as `factorize` writes them."""
-    rest = [name for name in reader.entries if not name.startswith("model.layers.")]
-    layers = [[n for n in reader.entries if n.startswith(layer_prefix(layer))] for layer in range(num_layers)]
+    rest = [name for name in names if not name.startswith("model.layers.")]
+    layers = [[name for name in names if name.startswith(layer_prefix(layer))] for layer in range(num_layers)]
     return [rest, *layers]
 
 
 def _stored(
     plan: FinetunePlan, reader: CheckpointReader, trained: Mapping[str, torch.Tensor], name: str
 ) -> torch.Tensor:
-    entry = reader.entry(name)
-    dtype = storage_dtype(plan.config.dtype, entry.dtype)
+    stored = reader.entry(name).dtype if name in reader.entries else reader.matrix_dtype
+    dtype = storage_dtype(plan.config.dtype, stored)
     tensor = trained[name].to(dtype) if name in trained else reader.read(name)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
@@ -69,7 +71,7 @@ def trained_tensors(distiller: Distiller, *, keeps: bool) -> dict[str, torch.Ten
 
     All processes must call this; the one that will write `keeps` them.
     """
-    tensors = {}
+    tensors = domain_tensors(distiller.model) if keeps else {}
     for name, parameter in distiller.named_parameters():
         module, _, own = name.partition(".student.")
         if parameter.requires_grad and own:

@@ -46,6 +46,8 @@ class FinetunePlan:
     checkpoint: NativeCheckpoint
     spec: FactoredSpec
     """K, gate and scale of the result."""
+    by_domain: bool
+    """Whether experts are chosen by domain: as the checkpoint says, or else as its first text tells."""
     recipe: TrainingRecipe
     data: DataSpec
     batch: BatchPlan
@@ -97,8 +99,11 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
     checkpoint = open_checkpoint(config.checkpoint or newest_checkpoint(config.workspace))
     spec = target_spec(checkpoint.spec, config)
     recipe = recipe_of(config, spec.shape.active_ffn_fraction)
+    by_domain = routes_by_domain(config, spec)
+    if by_domain:
+        config, recipe = without_routers(config, recipe, spec)
     sharded = sharding_asked_for() and world_size() > 1
-    _check_processes(sharded, config, recipe)
+    _check_processes(sharded, config, recipe, by_domain=by_domain)
     _check_lengths(config, checkpoint)
     data = parse_data_spec(config.data or DEFAULT_PRETRAINING_DATA, text_field=config.text_field)
     batch = plan_batches(
@@ -115,6 +120,7 @@ def plan_finetune(config: FinetuneConfig, progress: Progress) -> FinetunePlan:
         config=config,
         checkpoint=checkpoint,
         spec=spec,
+        by_domain=by_domain,
         recipe=recipe,
         data=data,
         batch=batch,
@@ -172,7 +178,55 @@ def _check_lengths(config: FinetuneConfig, checkpoint: NativeCheckpoint) -> None
         )
 
 
-def _check_processes(sharded: bool, config: FinetuneConfig, recipe: TrainingRecipe) -> None:
+def routes_by_domain(config: FinetuneConfig, spec: FactoredSpec) -> bool:
+    """Whether experts are chosen by domain.
+
+    Raises:
+        UsageError: routers are asked for that the checkpoint does not have.
+    """
+    if config.routing == "token" and spec.domains is not None:
+        raise UsageError(
+            "--routing token does not fit: this checkpoint chooses experts by domain and has no routers",
+            "leave --routing out, or train the checkpoint that it was made from",
+        )
+    return config.routing == "domain" or spec.domains is not None
+
+
+def without_routers(
+    config: FinetuneConfig, recipe: TrainingRecipe, spec: FactoredSpec
+) -> tuple[FinetuneConfig, TrainingRecipe]:
+    """The same run with nothing that is there for routers: they do not choose, so they do not learn.
+
+    Raises:
+        UsageError: there is no choice between experts, or an option is about routers.
+    """
+    if not 0 < spec.shape.top_k < spec.shape.num_experts:
+        raise UsageError(
+            f"--routing domain has nothing to choose at {spec.shape.notation}", "choose a --top-k between 0 and N"
+        )
+    about_routers = {
+        "--train router": config.train == "router",
+        "--router-warmup": config.router_warmup > 0,
+        "--router-refresh": config.router_refresh > 0,
+        "--straight-through": config.straight_through,
+    }
+    if asked := [option for option, given in about_routers.items() if given]:
+        raise UsageError(f"{asked[0]} has no meaning with --routing domain: no router chooses", "leave it out")
+    if config.compile:
+        raise UsageError(
+            "--compile does not work with --routing domain, whose choice is no part of a graph", "leave it out"
+        )
+    weights = replace(recipe.weights, par=0.0, balance=0.0, z=0.0)
+    if not weights.on_outputs:
+        raise UsageError("every loss that teaches experts has weight 0", "give lm, kd or mse a weight: --loss kd=1")
+    return replace(config, train="experts"), replace(recipe, weights=weights)
+
+
+def _check_processes(sharded: bool, config: FinetuneConfig, recipe: TrainingRecipe, *, by_domain: bool) -> None:
+    if sharded and by_domain:
+        raise UsageError(
+            "--routing domain does not work on a sharded model: it looks at whole embeddings", "leave --use_fsdp out"
+        )
     if world_size() > 1 and config.router_refresh:
         raise UsageError(
             "--router-refresh needs a process of its own: what layers collect for a fit is not added up over several",

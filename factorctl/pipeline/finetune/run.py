@@ -21,6 +21,7 @@ from factorctl.files.publishing import make_directory, sole_writer, write_file
 from factorctl.files.strict_json import dump_json, read_json_object
 from factorctl.memory import peak_memory
 from factorctl.pipeline.common.layer_records import recorded_load
+from factorctl.pipeline.finetune.domains import route_by_domain, with_domains
 from factorctl.pipeline.finetune.model import build_distiller, make_accelerator, start_trackers, training_blocks
 from factorctl.pipeline.finetune.output import finetuned_manifest, publish_checkpoint, trained_tensors
 from factorctl.pipeline.finetune.plan import RUN_NAME, FinetunePlan, plan_finetune, resolved_config
@@ -120,9 +121,10 @@ def finetune(config: FinetuneConfig, progress: Progress) -> FinetuneResult:
         start_trackers(plan, accelerator)
         batches = Batches(blocks, plan.batch, config.seed, accelerator.process_index, accelerator.device)
         with memory_explained("before training", plan.batch, plan.device, lambda: "no step was taken"):
-            model, optimizers = _prepared(plan, accelerator, shown)
+            model, optimizers = _prepared(plan, blocks, accelerator, shown)
             start = _start(plan, model, optimizers, batches, accelerator, shown)
         before = Heldout(**start.notes["before"])
+        plan = with_domains(plan, accelerator.unwrap_model(model))
         loop = TrainingLoop(accelerator, model, optimizers, batches, _loop_options(plan), plan.run, shown)
         training_started = time.monotonic()
         loop.train(start)
@@ -306,8 +308,12 @@ def _start(
     return start
 
 
-def _prepared(plan: FinetunePlan, accelerator: Any, progress: Progress) -> tuple[nn.Module, list[Any]]:
+def _prepared(
+    plan: FinetunePlan, blocks: TokenBlocks, accelerator: Any, progress: Progress
+) -> tuple[nn.Module, list[Any]]:
     distiller = build_distiller(plan, progress)
+    if plan.by_domain:
+        route_by_domain(plan, distiller, blocks, progress)
     optimizers = make_optimizers(distiller, plan.recipe)
     if plan.sharded:
         return distiller, optimizers

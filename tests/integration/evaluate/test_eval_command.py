@@ -76,7 +76,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
         "--controls-all", "--calibration", text, "--dry-run", "--format", "json",
     ).json  # fmt: skip
     assert plan["controls"] == list(CONTROLS)
-    assert plan["measurements"] == 2 * 9 + 1
+    assert plan["measurements"] == 2 * (2 + len(CONTROLS)) + 1
     assert plan["tasks"] == {"piqa": 5}
     assert plan["out"] == "runs/tiny-1R4E2K-eval"
     assert plan["memory_bytes"] > 500_000_000
