@@ -38,6 +38,7 @@ def inspect(
         "kind": f"{result.kind}, made by {result.stage}",
         "notation": factored.get("notation"),
         "experts": f"{factored['num_experts']} of {factored['expert_size']} neurons, {factored['top_k']} active",
+        **({"chosen by domain": ", ".join(domains["names"])} if (domains := factored.get("domains")) else {}),
         "shared neurons": factored["shared_size"],
         "active FFN": f"{factored.get('active_ffn_fraction', 0):.1%}",
         "gate, scale": f"{factored['gate']}, {factored['scale']}",

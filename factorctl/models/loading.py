@@ -124,11 +124,24 @@ def load(
     model = empty_factored_model(checkpoint.dense, spec)
     fill(model, CheckpointReader(checkpoint.path), dtype=dtype, device=device)
     if (domains := domains_of(model)) is not None:
-        choose_by_domain(model, domains, stored_choices(model), factored_ffns(model))
+        choose_by_domain(model, domains, _legal(stored_choices(model), spec, path), factored_ffns(model))
     for ffn in factored_ffns(model):
         ffn.keep_experts_together()
     adopt_generation_config(model, checkpoint.path)
     return model
+
+
+def _legal(experts_LMK: list[torch.Tensor], spec: FactoredSpec, path: Path) -> list[torch.Tensor]:
+    """Every domain's experts, none of them twice, all there.
+
+    Raises:
+        IntegrityError: a table names an expert that is not there, or one twice.
+    """
+    for layer, experts_MK in enumerate(experts_LMK):
+        for row in experts_MK.tolist():
+            if len(set(row)) < len(row) or not 0 <= min(row) <= max(row) < spec.shape.num_experts:
+                raise IntegrityError(f"{path}: layer {layer} gives a domain the experts {row}, which cannot be")
+    return experts_LMK
 
 
 def _load_export(

@@ -8,6 +8,7 @@
 | `oracle_routing` | the checkpoint's experts, chosen by the teacher's labels on the model's own stream |
 | `all_experts`    | the checkpoint's experts, all of them: all neurons are active                |
 | `ffn_skip`       | FFN-SkipLLM: whole FFN blocks of the middle layers left out, token by token  |
+| `ffn_skip_paper` | the same at the paper's own share, a quarter of the blocks left out          |
 | `moefication`    | MoEfication's split with its training-free selection                         |
 | `knowledge_factor` | the checkpoint's experts, chosen once for every domain of text             |
 
@@ -30,7 +31,7 @@ from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.shape import FactorShape
 from factorctl.data.spec import parse_data_spec
 from factorctl.data.tokenizing import tokenize_documents
-from factorctl.evaluation.ffn_skipping import calibrate_threshold, skipping_ffns
+from factorctl.evaluation.ffn_skipping import PAPER_SHARE, calibrate_threshold, skipping_ffns
 from factorctl.evaluation.routing_overrides import OracleChoice, RandomChoice, Teacher, choosing
 from factorctl.ffn.dense import cast_ffn, dense_output
 from factorctl.ffn.layer import FactoredFFN
@@ -203,14 +204,14 @@ def all_experts(kit: ControlKit) -> Iterator[Runner]:
 
 
 @contextmanager
-def ffn_skip(kit: ControlKit) -> Iterator[Runner]:
-    """The dense model with FFN blocks left out, the threshold set for the checkpoint's active share."""
+def ffn_skip(kit: ControlKit, share: float) -> Iterator[Runner]:
+    """The dense model with FFN blocks left out, the threshold set so that this share of them runs."""
     model = kit.load(kit.reference)
     with skipping_ffns(model, post_ffn_norm=kit.dense.family.post_ffn_norm) as state:
         with kit.progress.stage("Calibrating FFN-SkipLLM"):
-            share = calibrate_threshold(model, state, kit.ids_BL, kit.shape.active_ffn_fraction)
-        if share > kit.shape.active_ffn_fraction + 0.02:
-            kit.progress.note(f"FFN-SkipLLM: at least {share:.0%} of the FFN blocks run, the outer ones always")
+            found = calibrate_threshold(model, state, kit.ids_BL, share)
+        if found > share + 0.02:
+            kit.progress.note(f"FFN-SkipLLM: at least {found:.0%} of the FFN blocks run, the outer ones always")
         yield Runner(model, lambda: state.share_run, state.restart)
 
 
@@ -267,7 +268,19 @@ CONTROLS: Mapping[str, Control] = {
     "oracle_routing": Control("oracle routing", oracle_routing, needs_routing=True),
     "all_experts": Control("all experts on", all_experts, needs_routing=True),
     "ffn_skip": Control(
-        "FFN-SkipLLM", ffn_skip, calibrates=True, fast=False, reference="https://arxiv.org/abs/2404.03865", version=2
+        "FFN-SkipLLM",
+        lambda kit: ffn_skip(kit, kit.shape.active_ffn_fraction),
+        calibrates=True,
+        fast=False,
+        reference="https://arxiv.org/abs/2404.03865",
+        version=3,
+    ),
+    "ffn_skip_paper": Control(
+        "FFN-SkipLLM at its own share",
+        lambda kit: ffn_skip(kit, PAPER_SHARE),
+        calibrates=True,
+        fast=False,
+        reference="https://arxiv.org/abs/2404.03865",
     ),
     "moefication": Control(
         "MoEfication, untrained", moefication, fast=False, reference="https://arxiv.org/abs/2110.01786"

@@ -51,7 +51,8 @@ def route_by_domain(plan: FinetunePlan, distiller: Distiller, blocks: TokenBlock
         buffer.copy_(buffer.to(stored))  # what is trained is what will be loaded
     model.model.domains = fit.domains
     for student, experts_MK in zip(students, fit.experts_LMK, strict=True):
-        add_domain_experts(student, *experts_MK.shape, experts_MK.device)
+        count, top_k = experts_MK.shape
+        add_domain_experts(student, count, top_k, experts_MK.device)
         student.get_buffer("domain_experts").copy_(experts_MK)
 
 

@@ -62,7 +62,7 @@ def _stored(
 ) -> torch.Tensor:
     stored = reader.entry(name).dtype if name in reader.entries else reader.matrix_dtype
     dtype = storage_dtype(plan.config.dtype, stored)
-    tensor = trained[name].to(dtype) if name in trained else reader.read(name)
+    tensor = trained[name] if name in trained else reader.read(name)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import DenseSource
+from support.command_line import cli
 from support.evaluating import run
 from support.tiny import directory_bytes, factorize_quietly, some_ids, weights_only
 
@@ -18,7 +20,7 @@ import factorctl
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config.export import ExportConfig
 from factorctl.config.finetune import FinetuneConfig
-from factorctl.errors import UsageError
+from factorctl.errors import IntegrityError, UsageError
 from factorctl.models.building import factored_ffns
 from factorctl.models.domains import domains_of
 from factorctl.models.loading import open_checkpoint
@@ -107,6 +109,17 @@ def test_it_loads_and_chooses_by_what_a_text_is_like(trained: Path) -> None:
         factorctl.load(trained, top_k=3)
     generated = model.generate(front, max_new_tokens=4, do_sample=False)
     assert generated.shape == (1, 34)
+
+
+def test_tables_that_cannot_be_are_refused_and_inspect_names_the_domains(trained: Path, tmp_path: Path) -> None:
+    bad = shutil.copytree(trained, tmp_path / "bad")
+    entry = CheckpointReader(bad).entry("model.layers.1.mlp.domain_experts")
+    with (bad / entry.file).open("r+b") as shard:
+        shard.seek(entry.start)
+        shard.write((6).to_bytes(4, "little"))
+    with pytest.raises(IntegrityError, match="layer 1 gives a domain the experts"):
+        factorctl.load(bad, verify=False)
+    assert "back, front" in cli("inspect", trained).stdout
 
 
 def test_it_is_evaluated_beside_its_controls_and_is_one_itself(trained: Path, mixed: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from support.tiny import calibrated, factorize_quietly, some_ids
 
 import factorctl
 from factorctl.checkpoint.reader import CheckpointReader
-from factorctl.evaluation.ffn_skipping import calibrate_threshold, skipping_ffns
+from factorctl.evaluation.ffn_skipping import SkipState, _greed, calibrate_threshold, skipping_ffns
 from factorctl.evaluation.fidelity import LayerFidelity, Teacher, measure_fidelity
 from factorctl.evaluation.fidelity_plot import draw_fidelity
 from factorctl.evaluation.routing_overrides import OracleChoice, RandomChoice, choosing
@@ -150,8 +150,9 @@ def test_nothing_is_skipped_until_a_threshold_is_set(case: str, dense_source: De
         skipped = model(ids).logits
         tokens = ids.numel()
         rows = ids.shape[0]
-        # cold: the first and the last layer; every token but the first runs one block of the four in the middle
-        assert state.blocks_run == 3 * (tokens - rows) + 6 * rows
+        # cold: the first and the last layer; of the four in the middle every token but the first runs the first,
+        # skips two and runs the fourth
+        assert state.blocks_run == 4 * (tokens - rows) + 6 * rows
         assert state.share_run == state.blocks_run / (6 * tokens)
     assert not torch.allclose(skipped[:, 1:], whole[:, 1:], atol=1e-3)
     assert torch.allclose(skipped[:, 0], whole[:, 0], atol=1e-5), "the first position skips nothing"
@@ -175,6 +176,26 @@ def test_a_share_below_what_always_runs_gives_the_least(dense_source: DenseSourc
     with skipping_ffns(model, post_ffn_norm=False) as state:
         found = calibrate_threshold(model, state, ids, 0.1)
     assert 3 / 8 <= found < 0.5
+
+
+@torch.no_grad()
+def test_a_saturated_token_skips_two_blocks_and_is_asked_again(dense_source: DenseSource) -> None:
+    model, ids = load_dense(dense_source(num_hidden_layers=9)), some_ids(rows=1, length=12)
+    for layer in (1, 4):  # what these add is nothing, so no token turns there
+        model.model.layers[layer].mlp.down_proj.weight.zero_()
+    ran = []
+    for layer, block in enumerate(model.model.layers):
+        block.mlp.register_forward_pre_hook(lambda _, x, at=layer: ran.append((at, x[0].shape[0])))
+    with skipping_ffns(model, post_ffn_norm=False) as state:
+        state.threshold = 1 - 1e-6
+        model(ids)
+    # 1 runs, 2 and 3 are skipped, 4 runs, 5 and 6 are skipped, 7 runs: but for the first position, which skips nothing
+    assert dict(ran) == {0: 12, 1: 12, 2: 1, 3: 1, 4: 12, 5: 1, 6: 1, 7: 12, 8: 12}
+
+
+@pytest.mark.parametrize(("share", "greed"), [(0.75, 2), (0.5, 2), (0.35, 5), (0.1, 24)])
+def test_more_blocks_are_skipped_at_once_where_two_would_not_do(share: float, greed: int) -> None:
+    assert _greed(SkipState(cold=3, num_layers=30), share) == greed
 
 
 def test_a_model_without_middle_layers_skips_nothing(dense_source: DenseSource) -> None:

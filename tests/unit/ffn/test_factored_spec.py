@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from factorctl.config.shape import FactorShape, factor_shape, nearest_divisors
 from factorctl.errors import IntegrityError, UsageError
-from factorctl.ffn.spec import FactoredSpec
+from factorctl.ffn.spec import DomainRouting, FactoredSpec
 
 SHAPE = FactorShape(num_experts=4, top_k=2, expert_size=9, shared_size=12)
 
@@ -102,3 +102,27 @@ def test_damaged_json(changes: dict[str, Any]) -> None:
     del missing["gate"]
     with pytest.raises(IntegrityError, match="damaged"):
         read(missing)
+
+
+DOMAINS = {"names": ["code", "wiki"], "top_k": 2}
+
+
+def test_domains_are_kept_and_only_where_there_are_any() -> None:
+    plain = FactoredSpec(SHAPE, "softmax", "sum")
+    assert "domains" not in plain.to_json()
+    raw = plain.to_json() | {"domains": DOMAINS}
+    found = FactoredSpec.from_json(raw, num_layers=1, intermediate_size=48, origin="here")
+    assert found.domains == DomainRouting(("code", "wiki"), 2)
+    assert found.to_json() == raw
+    assert found.with_top_k(4).domains == found.domains
+    with pytest.raises(UsageError, match="were chosen by domain, 2 for each, not 3"):
+        found.with_top_k(3)
+
+
+@pytest.mark.parametrize(
+    "domains", [{}, {"names": [], "top_k": 2}, {"names": ["a"], "top_k": 4}, {"names": [1], "top_k": 2}, [], "ab"]
+)
+def test_damaged_domains_are_called_so(domains: Any) -> None:
+    raw = FactoredSpec(SHAPE, "softmax", "sum").to_json() | {"domains": domains}
+    with pytest.raises(IntegrityError, match="the factored part is damaged"):
+        FactoredSpec.from_json(raw, num_layers=1, intermediate_size=48, origin="here")
