@@ -75,10 +75,11 @@ def _show_result(result: FinetuneResult, output: OutputFormat) -> None:
     if result.router_agreement is not None and result.router_agreement_before is not None:
         before, after = result.router_agreement_before, result.router_agreement
         facts["router agreement"] = f"{before:.1%} before, {after:.1%} after"
-        facts["PAR (held out)"] = (
-            f"{result.par_of_chance:.3f} by chance, {result.losses_before['par']:.3f} before, "
-            f"{result.losses['par']:.3f} after"
-        )
+        if result.par_of_chance is not None:  # None without routers: experts are chosen by domain
+            facts["PAR (held out)"] = (
+                f"{result.par_of_chance:.3f} by chance, {result.losses_before['par']:.3f} before, "
+                f"{result.losses['par']:.3f} after"
+            )
         facts["dead experts"] = ", ".join(f"layer {la} expert {e}" for la, e in result.dead_experts) or "none"
     facts |= {
         "speed": f"{result.tokens_per_second:,.0f} tokens/s",

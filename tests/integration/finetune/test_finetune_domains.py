@@ -158,6 +158,16 @@ def test_training_goes_on_with_the_choice_that_the_checkpoint_has(trained: Path,
             assert torch.equal(before.read(name), after.read(name))
 
 
+def test_the_command_tells_agreement_and_no_loss_of_routers(parent: Path, mixed: Path, tmp_path: Path) -> None:
+    outcome = cli(
+        "finetune", parent, "--routing", "domain", "--data", mixed, "--tokens", "128", "--block-length", "32",
+        "--batch-tokens", "64", "--heldout-tokens", "64", "--device", "cpu", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.stderr
+    assert "router agreement" in outcome.stdout
+    assert "PAR" not in outcome.stdout
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
