@@ -134,10 +134,11 @@ class FactoredFFN(nn.Module):
     def keep_experts_together(self) -> None:
         """Store `down` column after column, so that each expert's part of it is one block of memory.
 
-        Shape and values stay. The kernel then streams an expert from end to end; what serves in its stead is
-        faster with rows, and so is the dense layer.
+        Shape and values stay. The kernel then streams what is on from end to end, which static pruning gains by as
+        routing does; what serves in its stead is faster with rows, and so is the dense layer.
         """
-        if self.routes and self.down.is_cpu and self.down.dtype in cpu_kernel.DTYPES and cpu_kernel.is_available():
+        some_are_off = self.top_k < self.shape.num_experts
+        if some_are_off and self.down.is_cpu and self.down.dtype in cpu_kernel.DTYPES and cpu_kernel.is_available():
             self.down.data = self.down.data.t().contiguous().t()
 
     def router_logits(self, x_TD: torch.Tensor) -> torch.Tensor:
