@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+from factorctl.pipeline.common.workspace import output_path
 from factorctl.pipeline.frontier.plan import FrontierPlan
 from factorctl.pipeline.frontier.points import Point
 from factorctl.pipeline.frontier.splits import name_of
@@ -44,7 +46,7 @@ def recipe_text(plan: FrontierPlan, point: Point, head: list[str]) -> str:
     if point.export_target != "native":
         tables["export"] = {"to": point.export_target}
     common = {
-        "name": f"{plan.out.name}-{name_of(point.shape)}".replace("+", "-"),
+        "name": output_path(None, Path(), base.model, name_of(point.shape)).name.replace("+", "-"),
         "seed": config.seed,
         "device": config.device,
         "dtype": config.dtype,

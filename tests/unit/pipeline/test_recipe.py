@@ -144,7 +144,7 @@ def test_keys_are_the_options_of_the_command(stage: str) -> None:
     named = {name for p in command.params for name in p.opts if name.startswith("--")}
     options = options_of(STAGES[stage])  # type: ignore[index]
     flags = {flag for o in options if not o.option.positional for flag in (o.option.flags or [o.flag])}
-    assert named - flags <= {"--format", "--quiet", "--dry-run", "--compare"}
+    assert named - flags <= {"--format", "--quiet", "--dry-run", "--compare", "--paper-table"}
     assert flags <= named
     places = {o.field for o in options if o.option.role == "place"}
     decided = {"out", "workspace", "overwrite", "resume", "checkpoint", "html", "plots", "samples", "report"}
