@@ -29,7 +29,7 @@ from factorctl.training.optimizers import Schedule, is_router, set_learning_rate
 from factorctl.training.out_of_memory import memory_explained
 from factorctl.training.router_refresh import refresh_routers
 from factorctl.training.selection import keep_order
-from factorctl.training.sharding import whole
+from factorctl.training.sharding import all_gathered
 from factorctl.training.signals import StopRequest, stop_request
 from factorctl.training.state import Progressed, newest_state, save_state, state_path
 from factorctl.training.twin_ffn import twins
@@ -173,7 +173,7 @@ class TrainingLoop:
         for name, routers in (("gradient_norm", False), ("router_gradient_norm", True)):
             own = [p for n, p in self.trained if is_router(n) == routers]
             if own:
-                norms[name] = float(whole(nn.utils.clip_grad_norm_(own, limit)))
+                norms[name] = float(all_gathered(nn.utils.clip_grad_norm_(own, limit)))
         return norms
 
     def _summarised(self, reports: list[StepReport], norms: dict[str, float], request: StopRequest) -> StepSummary:

@@ -73,7 +73,7 @@ def _even_dimension(parts: int) -> Callable[[nn.Parameter], Shard]:
     return choose
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def all_gathered(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that is spread over processes, put together (all of them must call this); others as they are."""
     if isinstance(tensor, DTensor):
         full: torch.Tensor = tensor.full_tensor()

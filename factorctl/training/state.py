@@ -27,7 +27,7 @@ from factorctl.errors import IntegrityError
 from factorctl.files.hashing import FileRecord, hash_file
 from factorctl.files.publishing import partial_path, publish_directory, writable, write_file
 from factorctl.files.strict_json import dump_sealed, read_sealed
-from factorctl.training.sharding import placed_like, whole
+from factorctl.training.sharding import all_gathered, placed_like
 
 STATE_FILE = "state.json"
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -190,10 +190,10 @@ def _layer_content(
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, float]] = {}
     for name, parameter in parameters.items():
-        tensors[f"value/{name}"] = whole(parameter.detach())
+        tensors[f"value/{name}"] = all_gathered(parameter.detach())
         for slot, value in states.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"optimizer/{name}/{slot}"] = whole(value)
+                tensors[f"optimizer/{name}/{slot}"] = all_gathered(value)
             else:
                 scalars.setdefault(name, {})[slot] = value
     # Two names of one tensor (8-bit AdamW's shared quantisation map) are two tensors on disk.

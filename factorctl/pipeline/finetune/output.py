@@ -25,7 +25,7 @@ from factorctl.pipeline.finetune.plan import FinetunePlan, resolved_config
 from factorctl.progress import Progress
 from factorctl.training.distiller import Distiller
 from factorctl.training.heldout import Heldout
-from factorctl.training.sharding import whole
+from factorctl.training.sharding import all_gathered
 from factorctl.training.twin_ffn import TwinFFN
 
 
@@ -77,9 +77,9 @@ def trained_tensors(distiller: Distiller, *, keeps: bool) -> dict[str, torch.Ten
         if parameter.requires_grad and own:
             twin = distiller.get_submodule(module)
             assert isinstance(twin, TwinFFN)
-            value = whole(parameter.detach())
+            value = all_gathered(parameter.detach())
             if own == "router":
-                value = value / whole(twin.reach.detach()) * whole(twin.sharpness.detach())
+                value = value / all_gathered(twin.reach.detach()) * all_gathered(twin.sharpness.detach())
             if keeps:
                 tensors[f"{module.removeprefix('model.')}.{own}"] = value.cpu()
     return tensors

@@ -15,7 +15,14 @@ from factorctl.errors import UsageError
 from factorctl.pipeline.finetune.plan import FinetunePlan, plan_finetune
 from factorctl.pipeline.finetune.run import memory_statement
 from factorctl.progress import SilentProgress
-from factorctl.training.sharding import _even_dimension, placed_like, process_mesh, shard, sharding_asked_for, whole
+from factorctl.training.sharding import (
+    _even_dimension,
+    all_gathered,
+    placed_like,
+    process_mesh,
+    shard,
+    sharding_asked_for,
+)
 
 ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -48,8 +55,8 @@ def test_integers_stay_whole_and_values_come_back() -> None:
     shard(module, process_mesh(torch.device("cpu"), 1))
     spread = {name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)}
     assert spread == {"weight", "bias"}
-    assert torch.equal(whole(module.weight.detach()), values)
-    assert torch.equal(whole(placed_like(2 * values, module.weight)), 2 * values)
+    assert torch.equal(all_gathered(module.weight.detach()), values)
+    assert torch.equal(all_gathered(placed_like(2 * values, module.weight)), 2 * values)
     assert type(placed_like(torch.zeros(3), module.weight)) is torch.Tensor, "a quantisation map has another shape"
 
 
