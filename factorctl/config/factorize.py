@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, NamedTuple
 
-from factorctl.config.common import OVERWRITE, TEXT_FIELD, CommonConfig
+from factorctl.config.common import CALIBRATION, MODEL, OVERWRITE, REVISION, TEXT_FIELD, CommonConfig
 from factorctl.config.kinds import ANY_TEXT, TOKENS, Pairs
 from factorctl.config.option import Option
 from factorctl.config.shape import FactorShape, Gate, ScaleRule, factor_shape
@@ -38,10 +38,7 @@ CALIBRATION_TOKENS = 16_384
 class FactorizeConfig(CommonConfig):
     """`factorctl factorize`."""
 
-    model: Annotated[
-        str,
-        Option("Hub id, alias (try `demo`), local directory, .gguf file, or pypi:PACKAGE==VERSION.", positional=True),
-    ]
+    model: Annotated[str, MODEL]
     num_experts: Annotated[
         int | None,
         Option(
@@ -99,7 +96,7 @@ class FactorizeConfig(CommonConfig):
             hint="choose 1 (even) or more, for example 1.5",
         ),
     ] = None
-    calibration: Annotated[str, Option("Files, folder, Hub dataset, or self: text sampled from the model.")] = "self"
+    calibration: Annotated[str, CALIBRATION] = "self"
     calibration_tokens: Annotated[
         int,
         Option(
@@ -111,7 +108,7 @@ class FactorizeConfig(CommonConfig):
     ] = CALIBRATION_TOKENS
     text_field: Annotated[str | None, TEXT_FIELD] = None
     """Of the calibration text's rows."""
-    revision: Annotated[str | None, Option("Branch, tag or commit of a Hub model.")] = None
+    revision: Annotated[str | None, REVISION] = None
     overwrite: Annotated[bool, OVERWRITE] = False
 
     def faults(self) -> Iterator[UsageError]:

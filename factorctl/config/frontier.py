@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from factorctl.config.common import TEXT_FIELD, CommonConfig
+from factorctl.config.common import CALIBRATION, MODEL, REVISION, TEXT_FIELD, CommonConfig
 from factorctl.config.factorize import RECOMMENDED
 from factorctl.config.kinds import NUMBER, TIME, TOKENS, WHOLE, Listed
 from factorctl.config.option import Option
@@ -25,10 +25,7 @@ NO_SHARE = "choose a share above 0, at most 1"
 class FrontierConfig(CommonConfig):
     """`factorctl frontier`."""
 
-    model: Annotated[
-        str,
-        Option("Hub id, alias (try `demo`), local directory, .gguf file, or pypi:PACKAGE==VERSION.", positional=True),
-    ]
+    model: Annotated[str, MODEL]
     speed_up: Annotated[
         float | None,
         Option(
@@ -63,7 +60,7 @@ class FrontierConfig(CommonConfig):
     ] = (RECOMMENDED.shared_fraction,)
     strategy: Annotated[str, Option("Partition strategy of routed splits; see `factorctl plugins`.")] = "routed"
     refit: Annotated[bool, Option("Refit the down-projections of every split, as factorize can.")] = True
-    calibration: Annotated[str, Option("Files, folder, Hub dataset, or self: text sampled from the model.")] = "self"
+    calibration: Annotated[str, CALIBRATION] = "self"
     calibration_tokens: Annotated[
         int,
         Option(
@@ -79,7 +76,7 @@ class FrontierConfig(CommonConfig):
     ] = None
     data_tokens: Annotated[int, Option("How many held-out tokens to judge on.", kind=TOKENS, least=1)] = 4096
     text_field: Annotated[str | None, TEXT_FIELD] = None
-    revision: Annotated[str | None, Option("Branch, tag or commit of a Hub model.")] = None
+    revision: Annotated[str | None, REVISION] = None
     batch: Annotated[int, Option("Sequences at once where speed is measured.", least=1)] = 1
     prompt: Annotated[int, Option("Tokens of each before decoding.", least=1)] = 512
     rounds: Annotated[
