@@ -96,6 +96,11 @@ class CheckpointReader:
         return sorted({entry.file for entry in self.entries.values()})
 
     @property
+    def num_values(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(entry.shape) for entry in self.entries.values())
+
+    @property
     def matrix_dtype(self) -> torch.dtype:
         """The narrowest dtype that holds every matrix exactly; norms and biases may be stored wider."""
         found = [entry.dtype for entry in self.entries.values() if entry.dtype.is_floating_point]

@@ -49,7 +49,6 @@ SPLITS: Mapping[str, Split] = {
     "53-8": Split(8, 3, 0.25),
     "48-32": Split(32, 10, 0.25),
     "50-72": Split(72, 24, 0.25),
-    "50-96": Split(96, 32, 0.25),
     "25-84": Split(84, 12, 0.125),
     "50-2of4": Split(4, 2),
     # experts of the same five sizes at every share: 192 to 12 of the demo's neurons

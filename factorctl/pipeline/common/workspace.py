@@ -7,8 +7,9 @@ import re
 import time
 from pathlib import Path
 
-from factorctl.checkpoint.manifest import MANIFEST_NAME
+from factorctl.checkpoint.manifest import MANIFEST_NAME, is_artefact
 from factorctl.errors import IntegrityError, UsageError
+from factorctl.files.publishing import refuse_impossible_name
 from factorctl.files.strict_json import read_json_object
 
 CLOCK_TOLERANCE = 60
@@ -23,6 +24,21 @@ def output_path(out: Path | None, workspace: Path, model: str, suffix: str) -> P
     named = path.resolve() if os.path.exists(path) else Path(model.removeprefix("pypi:"))  # "." has a name then
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", named.name).strip("-.") or "model"
     return workspace / f"{stem.removesuffix('.gguf')}-{suffix}"
+
+
+def report_directory(out: Path | None, workspace: Path, model: str, suffix: str) -> Path:
+    """`output_path` for a report and the finished parts of it.
+
+    Raises:
+        UsageError: a file or a checkpoint is there, or the name is too long.
+    """
+    path = output_path(out, workspace, model, suffix)
+    refuse_impossible_name(path)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file, not a directory", "choose another --out")
+    if is_artefact(path):
+        raise UsageError(f"{path} is a checkpoint: reports do not go into one", "choose another --out")
+    return path
 
 
 def newest_checkpoint(workspace: Path, *, kind: str = "native") -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from factorctl import __version__
-from factorctl.checkpoint.manifest import is_artefact
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config.evaluate import EvalConfig
 from factorctl.config.option import EVERY_ROLE, recorded
@@ -23,14 +21,13 @@ from factorctl.errors import UsageError
 from factorctl.evaluation.chunked_head import CHUNK_POSITIONS
 from factorctl.evaluation.fidelity import LayerFidelity
 from factorctl.evaluation.perplexity import BATCH_TOKENS, DocumentLoss, check_windowing
-from factorctl.files.publishing import refuse_impossible_name
 from factorctl.memory import PROCESS_BYTES, free_memory, require_memory
 from factorctl.models.families import read_dense_model
 from factorctl.pipeline.common.devices import compute_dtype, torch_device
 from factorctl.pipeline.common.provenance import library_versions
 from factorctl.pipeline.common.recorded_source import holds_dense_values
 from factorctl.pipeline.common.time_estimate import gemm_rate
-from factorctl.pipeline.common.workspace import output_path
+from factorctl.pipeline.common.workspace import report_directory
 from factorctl.pipeline.evaluate.controls import CONTROLS, calibration_text, chosen_controls
 from factorctl.pipeline.evaluate.parts import Measurement
 from factorctl.pipeline.evaluate.subjects import (
@@ -148,7 +145,7 @@ def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:
     model = find_checkpoint(config, progress)
     reference = find_reference(config, model, progress)
     tokenizer = shared_tokenizer(model, reference)
-    out = evaluation_directory(config, model)
+    out = report_directory(config.out, config.workspace, str(model.path.resolve()), "eval")
     window, stride = windowing(config, model, reference)
     controls = _controls(config, model, reference, remarks)
     dtype = compute_dtype(config.dtype, model.path, device, remarks)
@@ -176,21 +173,6 @@ def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:
         calibration=calibration,
         remarks=remarks,
     )
-
-
-def evaluation_directory(config: EvalConfig, model: EvalModel) -> Path:
-    """Where the report, the answers and the finished parts go.
-
-    Raises:
-        UsageError: a file or a checkpoint is there, or the name is too long.
-    """
-    out = output_path(config.out, config.workspace, str(model.path.resolve()), "eval")
-    refuse_impossible_name(out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, not a directory", "choose another --out")
-    if is_artefact(out):
-        raise UsageError(f"{out} is a checkpoint: reports do not go into one", "choose another --out")
-    return out
 
 
 def windowing(config: EvalConfig, model: EvalModel, reference: EvalModel) -> tuple[int, int]:
@@ -261,7 +243,7 @@ def expected_memory(
     model: EvalModel, reference: EvalModel, dtype: torch.dtype, *, window: int, controls: Sequence[str], tasks: bool
 ) -> int:
     """Bytes of the largest model in the compute dtype, with what a batch needs beside it."""
-    values = max(_values(model), _values(reference))
+    values = max(CheckpointReader(one.path).num_values for one in (model, reference))
     if "oracle_routing" in controls and not holds_dense_values(model.native.manifest):  # type: ignore[union-attr]
         dense = read_dense_model(reference.path)
         values += 3 * dense.num_layers * dense.hidden_size * dense.intermediate_size
@@ -269,10 +251,6 @@ def expected_memory(
     hidden = 64 * max(BATCH_TOKENS, window) * 1024 * 4
     process = PROCESS_BYTES + (LM_EVAL_BYTES if tasks else 0)
     return process + values * dtype.itemsize + head + hidden
-
-
-def _values(model: EvalModel) -> int:
-    return sum(math.prod(entry.shape) for entry in CheckpointReader(model.path).entries.values())
 
 
 def expected_seconds(plan: EvalPlan) -> float:
@@ -285,7 +263,7 @@ def expected_seconds(plan: EvalPlan) -> float:
     scored += DOCUMENT_TOKENS * sum(min(task.documents, plan.config.limit or task.documents) for task in plan.tasks)
     calibrated = plan.config.calibration_tokens * sum(2 for name in plan.controls if CONTROLS[name].calibrates)
     tokens = len(plan.subjects) * scored + calibrated
-    return 2 * _values(plan.reference) * tokens / gemm_rate(plan.device)
+    return 2 * CheckpointReader(plan.reference.path).num_values * tokens / gemm_rate(plan.device)
 
 
 def resolved_config(plan: EvalPlan) -> dict[str, Any]:

@@ -83,13 +83,12 @@ class FactorizePlan:
 
     def expected_seconds(self) -> dict[str, float]:
         """About how long each part of the run will take; measures this machine for half a second."""
-        entries = self.reader.entries.values()
         dense = DenseSize(
             self.dense.hidden_size,
             self.dense.num_layers,
             vocabulary=int(self.dense.config.vocab_size),
-            parameters=sum(math.prod(entry.shape) for entry in entries),
-            source_bytes=sum(entry.nbytes for entry in entries),
+            parameters=self.reader.num_values,
+            source_bytes=sum(entry.nbytes for entry in self.reader.entries.values()),
         )
         sampling = Sampling(calibration_block_length(self.dense), ModelSampler.batch_size)
         return factorize_seconds(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from factorctl.checkpoint.manifest import is_artefact
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import Source
 from factorctl.config.factorize import FactorizeConfig
@@ -18,11 +16,10 @@ from factorctl.contracts import Stat, chooses_shared
 from factorctl.data.spec import parse_data_spec
 from factorctl.errors import UsageError
 from factorctl.ffn.spec import FactoredSpec
-from factorctl.files.publishing import refuse_impossible_name
 from factorctl.memory import available_memory, require_memory
 from factorctl.models.families import DenseModel
 from factorctl.pipeline.common.devices import compute_dtype, torch_device
-from factorctl.pipeline.common.workspace import output_path
+from factorctl.pipeline.common.workspace import report_directory
 from factorctl.pipeline.factorize.plan import FactorizePlan, plan_factorize
 from factorctl.pipeline.frontier.splits import coarse_to_fine, families
 from factorctl.profiling.latency import Effort, Regime
@@ -81,9 +78,9 @@ class FrontierPlan:
         importance = any(shape.shared_size for shape in self.families) and not chooses_shared(self.base.strategy)
         return self.base.needs | ({Stat.IMPORTANCE} if importance else frozenset())
 
-    @cached_property
+    @property
     def reader(self) -> CheckpointReader:
-        return CheckpointReader(self.source.path)
+        return self.base.reader
 
     def factorize_config(self, shape: FactorShape) -> FactorizeConfig:
         """`factorize` with this split and all else as the search has it."""
@@ -119,7 +116,7 @@ def plan_frontier(config: FrontierConfig, progress: Progress) -> FrontierPlan:
         UsageError: an option does not fit the model or the output.
         ResourceError: disk, memory or device do not suffice.
     """
-    out = frontier_directory(config)
+    out = report_directory(config.out, config.workspace, config.model, "frontier")
     if config.data is not None and parse_data_spec(config.data, text_field=config.text_field).uses_self:
         raise UsageError(
             "--data self is no held-out text: it would measure the model on what it writes itself",
@@ -154,10 +151,7 @@ def plan_frontier(config: FrontierConfig, progress: Progress) -> FrontierPlan:
             f"--prompt {config.prompt} and {DECODE_TOKENS} tokens of decoding are more than the model's context",
             f"choose at most {context - DECODE_TOKENS}",
         )
-    measured = 2 * sum(
-        entry.nbytes // entry.dtype.itemsize for entry in CheckpointReader(base.source.path).entries.values()
-    )
-    memory = base.memory_bytes + measured * dtype.itemsize
+    memory = base.memory_bytes + 2 * base.reader.num_values * dtype.itemsize
     require_memory(memory, available_memory(), hint="lower --calibration-tokens, or choose --dtype bfloat16")
     return FrontierPlan(
         config=config,
@@ -171,18 +165,3 @@ def plan_frontier(config: FrontierConfig, progress: Progress) -> FrontierPlan:
         memory_bytes=memory,
         remarks=tuple(remarks),
     )
-
-
-def frontier_directory(config: FrontierConfig) -> Path:
-    """Where report, picture, recipe and the finished parts go.
-
-    Raises:
-        UsageError: a file or a checkpoint is there, or the name is too long.
-    """
-    out = output_path(config.out, config.workspace, config.model, "frontier")
-    refuse_impossible_name(out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, not a directory", "choose another --out")
-    if is_artefact(out):
-        raise UsageError(f"{out} is a checkpoint: reports do not go into one", "choose another --out")
-    return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -162,7 +161,7 @@ def expected_memory(plan: TryPlan) -> int:
 
 
 def _weight_bytes(model: EvalModel, dtype: torch.dtype) -> int:
-    return dtype.itemsize * sum(math.prod(entry.shape) for entry in CheckpointReader(model.path).entries.values())
+    return dtype.itemsize * CheckpointReader(model.path).num_values
 
 
 def notation(plan: TryPlan) -> str | None:
