@@ -31,8 +31,11 @@ from factorctl.progress import SilentProgress
 
 ROOT = Path(__file__).parents[2]
 PYTHON = "3.12"
-PACKAGES = ("POT", "gguf", "bitsandbytes", "datasets", "dill", "multiprocess", "lm_eval")
-"""What factorctl imports and the image has not; versions are those of constraints.txt."""
+PACKAGES = (
+    *("POT", "gguf", "bitsandbytes", "datasets", "dill", "multiprocess", "lm_eval"),
+    *("typer", "pydantic", "pydantic_core", "annotated-types", "typing-inspection"),
+)
+"""What factorctl imports and the image has not, or has too old; versions are those of constraints.txt."""
 PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)), "manylinux2014_x86_64"]
 TASK_FOLDERS = ("hellaswag", "openbookqa", "winogrande", "arc", "super_glue/boolq", "piqa", "mmlu/default")
 CUDA_LIBRARY = "libbitsandbytes_cuda130.so"

@@ -5,6 +5,8 @@ python tests/benchmarks/gpu_rehearsal.py DIRECTORY
 
 from __future__ import annotations
 
+import itertools
+import json
 import lzma
 import sys
 from pathlib import Path
@@ -32,11 +34,17 @@ def main() -> int:
     text.mkdir(parents=True, exist_ok=True)
     for name, documents in {"train-00": 400, "train-01": 100, "valid": 24, "select": 24}.items():
         plain = make_documents(text / f"{name}.jsonl", documents=documents, seed=len(name) + documents)
-        (text / f"{name}.jsonl.xz").write_bytes(lzma.compress(plain.read_bytes()))
+        (text / f"{name}.jsonl.xz").write_bytes(lzma.compress(with_domains(plain.read_text()).encode()))
         plain.unlink()
     (directory / "bench").mkdir(exist_ok=True)
     make_task_data(directory / "bench", rows=4)
     return 0
+
+
+def with_domains(lines: str) -> str:
+    domains = itertools.cycle(["wiki", "code", "books", "textbook"])
+    records = (json.loads(line) | {"domain": domain} for line, domain in zip(lines.splitlines(), domains))
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 if __name__ == "__main__":

@@ -112,8 +112,7 @@ class Worker:
             overwrite=is_artefact(out),
             device=self.site.device,  # type: ignore[arg-type]
             calibration=self.site.train,
-            calibration_tokens=self.site.calibration_tokens,
-            **job["options"],
+            **{"calibration_tokens": self.site.calibration_tokens, **job["options"]},
         )
         made = factorize(config, PROGRESS)
         return {"factorize_seconds": made.seconds, "active": made.active_ffn_fraction, "notation": made.notation}
