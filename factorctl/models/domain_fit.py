@@ -91,7 +91,7 @@ def fit_domains(
 
 
 class _Fit:
-    """Stands in a layer's choice while its experts are found: the first call decides."""
+    """Stands in a layer's choice while its experts are found: the first call decides, with weights as they compute."""
 
     def __init__(self, domains: Domains, ffn: FactoredFFN, teacher: Teacher) -> None:
         self.domains, self.ffn, self.teacher = domains, ffn, teacher
@@ -99,14 +99,17 @@ class _Fit:
         self.experts_MK = torch.zeros(0, dtype=torch.int32)
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
-        of_token_T = self.domains.of_token_T
+        if not self.experts_MK.numel():
+            self.experts_MK = self._best_of_each(x_TD)
+        return self.experts_MK[self.domains.of_token_T].long()
+
+    def _best_of_each(self, x_TD: torch.Tensor) -> torch.Tensor:
         t_TD = self.teacher(x_TD).to(x_TD.dtype)
         weight_T = t_TD.float().square().mean(1).clamp_min(1e-30).rsqrt() * self.real_T
         distances_TN = distances_to_target(self.ffn, x_TD, t_TD, 1 / self.ffn.scale_a).float()
         sums_MN = distances_TN.new_zeros(len(self.domains.names), distances_TN.shape[1])
-        sums_MN.index_add_(0, of_token_T, distances_TN * weight_T.unsqueeze(1))
-        self.experts_MK = nearest(sums_MN, self.ffn.top_k).sort(dim=1).values.int()
-        return self.experts_MK[of_token_T].long()
+        sums_MN.index_add_(0, self.domains.of_token_T, distances_TN * weight_T.unsqueeze(1))
+        return nearest(sums_MN, self.ffn.top_k).sort(dim=1).values.int()
 
 
 def _vector(model: PreTrainedModel, text: DomainText) -> torch.Tensor:

@@ -229,6 +229,26 @@ def test_bfloat16_and_checkpointing_train_too(checkpoint: Path, text: Path, tmp_
     assert CheckpointReader(tmp_path / "rough").entry("model.layers.0.mlp.gate_up").dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "factorllm"},
+        {"straight_through": True},
+        {"router_refresh": 256, "refresh_target": "benefits"},
+        {"heal_tokens": 256},
+        {"labels_from": "student"},
+        {"top_k": 0},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_way_to_train_does_in_bfloat16_which_is_a_gpus_default(
+    options: dict[str, Any], refitted: Path, text: Path, tmp_path: Path
+) -> None:
+    exact = tune(config(refitted, text, tmp_path / "exact", **options))
+    rough = tune(config(refitted, text, tmp_path / "rough", precision="bfloat16", **options))
+    assert rough.perplexity_after == pytest.approx(exact.perplexity_after, rel=0.05)
+
+
 def test_a_half_precision_teacher(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     exact = tune(config(checkpoint, text, tmp_path / "exact"))
     half = tune(config(checkpoint, text, tmp_path / "half", teacher_quant="bf16"))

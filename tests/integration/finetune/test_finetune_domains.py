@@ -93,6 +93,15 @@ def test_a_checkpoint_keeps_domains_tables_and_routers_of_zeros(trained: Path, p
         assert {expert for expert in range(6) if moved_N[expert]} == used, "no other expert ever ran"
 
 
+def test_half_precision_keeps_master_weights_and_chooses_with_what_computes(
+    parent: Path, mixed: Path, trained: Path, tmp_path: Path
+) -> None:
+    result = finetune(config(parent, mixed, tmp_path / "half", precision="bfloat16"), SilentProgress())
+    assert result.perplexity_after < result.perplexity_before
+    tables = [CheckpointReader(path).read("model.layers.0.mlp.domain_experts") for path in (tmp_path / "half", trained)]
+    assert torch.equal(*tables)
+
+
 @torch.no_grad()
 def test_it_loads_and_chooses_by_what_a_text_is_like(trained: Path) -> None:
     model = factorctl.load(trained)
