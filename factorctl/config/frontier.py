@@ -50,8 +50,8 @@ class FrontierConfig(CommonConfig):
     experts: Annotated[
         tuple[int, ...],
         Option("Numbers of experts to try; a list.", short="-n", kind=Listed(WHOLE, "whole numbers", "8,32")),
-    ] = (RECOMMENDED.num_experts,)
-    """Each with each of `shared_fraction` is one partition, over which K is swept."""
+    ] = (8,)
+    """Few, which K sweeps in few steps. Each with each of `shared_fraction` is one partition, over which K is swept."""
     shared_fraction: Annotated[
         tuple[float, ...],
         Option(

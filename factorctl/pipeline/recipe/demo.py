@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from factorctl.checkpoint.aliases import DEMO
+from factorctl.config.factorize import RECOMMENDED
 from factorctl.errors import ResourceError
 from factorctl.files.publishing import make_directory, sole_writer, write_file
 from factorctl.models.loading import load, load_dense
@@ -90,9 +91,9 @@ def demo_recipe(texts: Path) -> Recipe:
         {
             "factorize": {
                 "model": DEMO,
-                "experts": 6,
-                "top-k": 2,
-                "shared-fraction": 0.25,
+                "experts": RECOMMENDED.num_experts,
+                "top-k": RECOMMENDED.top_k,
+                "shared-fraction": RECOMMENDED.shared_fraction,
                 "refit": True,
                 "calibration": train,
                 "calibration-tokens": 8192,
@@ -163,7 +164,7 @@ def write_manual(directory: Path) -> None:
     except ImportError as error:
         raise ResourceError(
             "this Python carries no manual (pydoc_data) to train the demo on",
-            "give text of your own: factorctl factorize demo --experts 6 --calibration notes.txt",
+            "give text of your own: factorctl factorize demo --calibration notes.txt",
         ) from error
     lines = [json.dumps({"id": name, "text": topics[name]}) + "\n" for name in sorted(topics)]
     held_out = [line for index, line in enumerate(lines) if index % HELD_OUT_EVERY == 0]

@@ -106,9 +106,9 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
 @pytest.mark.parametrize(
     ("options", "notation"),
     [
-        ((), "1R8E3K+S8"),  # of 48 neurons: the quarter that leaves eight equal experts is 8 or 16
-        (("--top-k", 2), "1R8E2K+S8"),
-        (("--shared-fraction", 0.5), "1R8E3K+S24"),
+        ((), "1R24E8K+S24"),  # of 48 neurons: 24 equal experts leave half of them or none
+        (("--top-k", 2), "1R24E2K+S24"),
+        (("--shared-fraction", 0.5), "1R24E8K+S24"),
         (("--experts", 8), "1R8E4K"),
         (("--experts", 8, "--shared-fraction", 0.25, "--top-k", 3), "1R8E3K+S8"),
     ],
