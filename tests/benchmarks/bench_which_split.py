@@ -1,11 +1,12 @@
 """Which split: what each loses before and after a short training, beside how fast it measures.
 
-    python tests/benchmarks/bench_which_split.py speeds --text train.jsonl.xz           # hours saved: it goes on where it stopped
-    python tests/benchmarks/bench_routing.py run --plan tests/benchmarks/plans/which-split.toml --data DIR  # a GPU, for 66 cells
+    python tests/benchmarks/bench_which_split.py speeds --text train.jsonl.xz
+    python tests/benchmarks/bench_routing.py run --plan tests/benchmarks/plans/which-split.toml --data DIR
     python tests/benchmarks/bench_which_split.py report --cells runs/bench-routing/cells.jsonl --hardware "one H100"
 
 `speeds` factorizes every split of the plan on a little text, which decides what the experts are but not what they cost,
-and profiles it beside the dense model on this machine. `report` joins both by split.
+and profiles it beside the dense model on this machine; it goes on where it stopped. The 66 cells want a GPU. `report`
+joins both by split.
 """
 
 from __future__ import annotations
@@ -166,9 +167,9 @@ def rows_of(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def report_lines(rows: Sequence[Row], hardware: str, picture: str) -> Iterator[str]:
-    yield f"Quality measured on {hardware}, speed on the machine above: batch 1, prompt {PROMPT}, beside the dense model"
-    yield "in the same process. Excess is ln(perplexity / dense perplexity) on valid text, before training and after"
-    yield "61,440 tokens. Bold: no split here is both better and faster, at prefill (P) or at decoding (D)."
+    yield f"Quality measured on {hardware}, speed on the machine above: batch 1, prompt {PROMPT}, beside the dense"
+    yield "model in the same process. Excess is ln(perplexity / dense perplexity) on valid text, before training"
+    yield "and after 61,440 tokens. Bold: no split here is both better and faster, at prefill (P) or at decoding (D)."
     yield ""
     yield f"![Excess against speed]({picture})"
     for percent in sorted({row.percent for row in rows}, reverse=True):
@@ -176,7 +177,9 @@ def report_lines(rows: Sequence[Row], hardware: str, picture: str) -> Iterator[s
         yield "| split | excess, untrained | trained | ahead of static, trained alike | prefill | decode | front |"
         yield "|---|---:|---:|---:|---:|---:|---|"
         for row in (row for row in rows if row.percent == percent):
-            best = "".join(letter for letter, phase in (("P", "prefill"), ("D", "decode")) if on_front(row, rows, phase))
+            best = "".join(
+                letter for letter, phase in (("P", "prefill"), ("D", "decode")) if on_front(row, rows, phase)
+            )
             name = f"**{title(row)}**" if best else title(row)
             yield (
                 f"| {name} | {row.untrained:.3f} | {number(row.trained)} | {row.ahead} | {number(row.prefill, 2)} "

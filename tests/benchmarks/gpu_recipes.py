@@ -3,8 +3,8 @@
     python tests/benchmarks/gpu_recipes.py docs/paper-table docs/unseen-domains --home /dev/shm/factorctl \
       --set tokens=500000 --set limit=300 --seconds 500
 
-The home directory holds `text` and `bench`; logs and results go to `recipes` in it, where a second call goes on if a first
-one was cut short. Every recipe begins at once: on a GPU one of these models alone waits for its own launches.
+The home directory holds `text` and `bench`; logs and results go to `recipes` in it, where a second call goes on if a
+first one was cut short. Every recipe begins at once: on a GPU one of these models alone waits for its own launches.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def main() -> int:
 
 def with_domains(lines: str) -> str:
     domains = itertools.cycle(["wiki", "code", "books", "textbook"])
-    records = (json.loads(line) | {"domain": domain} for line, domain in zip(lines.splitlines(), domains))
+    records = (json.loads(line) | {"domain": domain} for line, domain in zip(lines.splitlines(), domains, strict=False))
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
