@@ -212,6 +212,20 @@ def test_values_of_another_kind_are_refused(verb: Any, table: dict[str, object],
     assert refused.value.message.startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--speed-up 30%", "--speed-up '30%' is not a number hint: choose for example 1.3"),
+        ("--keep 90%", "--keep '90%' is not a number hint: choose a share above 0, at most 1"),
+        ("--calibration-tokens 4x", "is not a number of tokens hint: write a whole number, or one with K"),
+    ],
+)
+def test_what_is_no_number_is_told_of_one_that_suits_the_option(given: str, words: str) -> None:
+    outcome = cli("frontier", "demo", *given.split())
+    assert outcome.code == ExitCode.USAGE
+    assert words in outcome.message
+
+
 def test_lists_are_read_alike_from_both() -> None:
     for batch in ([1, 8], "1,8", ["1", 8]):
         assert from_table(STAGES["profile"], {"batch": batch}, "[profile]") == STAGES["profile"]()
