@@ -203,6 +203,7 @@ def test_a_recipe_takes_what_the_command_line_takes_and_toml_s_own(key: str, giv
         ("finetune", {"loss": "kd=1"}, "[finetune] loss = 'kd=1' is not a table"),
         ("finetune", {"loss": {"kd": "much"}}, "[finetune] loss.kd 'much' is not a number"),
         ("finetune", {"track": ["tensorbord"]}, "[finetune] track tensorbord is not known"),
+        ("eval", {"controls": True}, "[eval] controls = True is not one of none, fast, all"),
         ("eval", {"batch-size": True}, "[eval] batch-size = True is not a whole number or auto"),
     ],
 )
