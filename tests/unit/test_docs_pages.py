@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -45,3 +46,11 @@ def test_a_page_begins_with_a_title_and_a_sentence(page: Path) -> None:
     assert re.match(r"# \S", title)
     assert blank == ""
     assert re.match(r"[`A-Z]", first), "a command or a table tells nobody what the page is for"
+
+
+def test_every_field_of_a_manifest_is_explained(refitted: Path) -> None:
+    page = (ROOT / "docs" / "manifest.md").read_text(encoding="utf-8")
+    manifest = json.loads((refitted / "factorctl.json").read_text(encoding="utf-8"))
+    details = manifest["details"]
+    parts = (manifest, manifest["source"], manifest["factored"], details, details["calibration"], details["layers"][0])
+    assert sorted({name for part in parts for name in part if f"`{name}`" not in page}) == []
