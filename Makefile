@@ -11,6 +11,8 @@ help:
 	@echo "make test   the test suite"
 	@echo "make lint   linters, types, and whether generated pages are up to date"
 	@echo "make docs   write docs/cli.md from --help, and the tables of docs/scale.md"
+	@echo "make format sort imports and lay out the code"
+	@echo "make clean  remove the virtual environment and builds"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

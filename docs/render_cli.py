@@ -11,7 +11,7 @@ PAGE = Path(__file__).with_name("cli.md")
 HEAD = """\
 # Commands
 
-This page is made from the `--help` of every command by `make docs`; do not edit it.
+Every command and option, for who looks one up: made from `--help` by `make docs`; do not edit it.
 
 Stdout is the result, stderr is progress. Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 integrity,
 4 resources, 130 interrupted (143 when terminated). `FACTORCTL_DEBUG=1` adds the traceback to an error;

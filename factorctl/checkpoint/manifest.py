@@ -6,6 +6,7 @@ It holds no clock times and no timings: the same work gives the same bytes.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -75,6 +76,25 @@ def is_artefact(directory: Path) -> bool:
     return os.path.isfile(directory / MANIFEST_NAME)
 
 
+def named_like(path: Path) -> str | None:
+    """The hint that names the artefact beside `path` whose name is nearest to it; None where none is near."""
+    close = difflib.get_close_matches(path.name, [beside.name for beside in _artefacts(path.parent)], n=1)
+    return f"did you mean {path.parent / close[0]}?" if close else None
+
+
+def _checkpoints_in(directory: Path) -> str | None:
+    inside = [str(artefact) for artefact in _artefacts(directory)]
+    return f"name one of those in it: {', '.join(inside)}" if inside else None
+
+
+def _artefacts(directory: Path) -> list[Path]:
+    """Artefacts that lie in a directory, by name; none where it cannot be listed."""
+    try:
+        return sorted(path for path in directory.iterdir() if not path.name.startswith(".") and is_artefact(path))
+    except (OSError, ValueError):  # a name that no file system takes is a ValueError
+        return []
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of an artefact directory, every field checked.
 
@@ -84,11 +104,15 @@ def read_manifest(directory: Path) -> Manifest:
     """
     if not os.path.isdir(directory):  # Path.is_dir raises for names that no file system takes
         fault = "is a file, not a checkpoint directory" if os.path.exists(directory) else "does not exist"
-        raise UsageError(f"{directory} {fault}", "make a checkpoint with `factorctl factorize`")
+        raise UsageError(
+            f"{directory} {fault}", named_like(directory) or "make a checkpoint with `factorctl factorize`"
+        )
     if not is_artefact(directory):
         raise UsageError(
             f"{directory} holds no {MANIFEST_NAME}: it is not a complete factorctl checkpoint",
-            "make one with `factorctl factorize`; an interrupted run is finished by running the same command again",
+            _checkpoints_in(directory)
+            or "make one with `factorctl factorize MODEL`, of this one if it is a dense model; an interrupted run is "
+            "finished by running the same command again",
         )
     path = regular_file(directory, MANIFEST_NAME, origin="the checkpoint")
     raw = read_json_object(path)

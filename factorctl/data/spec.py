@@ -206,4 +206,4 @@ def _is_hidden(relative: Path) -> bool:
 
 
 def _known_suffixes() -> str:
-    return f"{', '.join(FORMATS)}, each also with {', '.join(COMPRESSIONS)} behind it"
+    return f"{', '.join(FORMATS)}, all but .parquet also with {', '.join(COMPRESSIONS)} behind it"

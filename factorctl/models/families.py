@@ -163,7 +163,11 @@ def dense_model(raw: Mapping[str, object], *, origin: str) -> DenseModel:
         raise UsageError(f"the config.json of {origin} names no model_type", _known_families())
     model_type = str(raw["model_type"])
     if model_type not in FAMILIES:
-        raise UsageError(f"{origin} is a {model_type!r} model, {_why_not(model_type)}", _known_families())
+        hint = "give the dense model it was made from: `factorctl inspect` names it"
+        raise UsageError(
+            f"{origin} is a {model_type!r} model, {_why_not(model_type)}",
+            hint if model_type == "factorctl" else _known_families(),
+        )
     _check_sizes(raw, origin)
     settings = {key: value for key, value in raw.items() if key != "model_type"}
     try:

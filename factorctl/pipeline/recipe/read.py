@@ -83,7 +83,9 @@ def read_recipe(path: Path) -> Recipe:
             f"{path} cannot be read: {error.strerror}", "name a recipe file: factorctl run recipe.toml"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no TOML: {error}") from error
+        raise UsageError(
+            f"{path} is no TOML: {error}", "a recipe has a table for each stage, [factorize] first: docs/recipes.md"
+        ) from error
     return parse_recipe(content, default_name=path.stem, origin=str(path))
 
 

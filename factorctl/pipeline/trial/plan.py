@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from factorctl.checkpoint.aliases import ALIASES
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config.option import EVERY_ROLE, recorded
 from factorctl.config.trial import TryConfig
@@ -84,6 +86,7 @@ def plan_try(config: TryConfig, progress: Progress) -> TryPlan:
     remarks: list[str] = []
     if config.out is not None and os.path.isdir(config.out):
         raise UsageError(f"--out {config.out} is a directory", f"name a file: --out {config.out / 'try.json'}")
+    _require_the_checkpoint_first(config)
     given = _given_prompts(config)
     gguf = find_gguf(config.checkpoint, progress)
     if gguf is not None:
@@ -124,6 +127,20 @@ def plan_try(config: TryConfig, progress: Progress) -> TryPlan:
         hint="both models are in memory: choose --dtype bfloat16, or use a machine with more memory",
     )
     return plan
+
+
+def _require_the_checkpoint_first(config: TryConfig) -> None:
+    """Two arguments the wrong way round, or one word that was meant as the prompt."""
+    first, prompt = config.checkpoint, config.prompt
+    if first is None or os.path.exists(Path(first).expanduser()):
+        return
+    if prompt is not None and os.path.exists(Path(prompt).expanduser()):
+        raise UsageError(f"{first!r} is no model, and the prompt {prompt!r} is a path", "name the checkpoint first")
+    if prompt is None and first.isalpha() and first not in ALIASES:
+        raise UsageError(
+            f"no model {first!r}: no such path, alias or hub id",
+            f"a prompt of one word needs the checkpoint in front of it: factorctl try CKPT {first}",
+        )
 
 
 def _given_prompts(config: TryConfig) -> list[str]:

@@ -124,7 +124,11 @@ def test_a_directory_without_a_checkpoint(tmp_path: Path, out: Path) -> None:
     [
         ({"model_type": "gpt2"}, ExitCode.USAGE, ["a 'gpt2' model, whose FFN has no gate", "supported: llama"]),
         ({"model_type": "mixtral"}, ExitCode.USAGE, ["'mixtral'", "already is a mixture of experts", "phi3 (Phi-3)"]),
-        ({"model_type": "factorctl"}, ExitCode.USAGE, ["a factored checkpoint already"]),
+        (
+            {"model_type": "factorctl"},
+            ExitCode.USAGE,
+            ["a factored checkpoint already", "give the dense model it was made from"],
+        ),
         ({"model_type": "gemma3"}, ExitCode.USAGE, ["which sees images too", "a gemma3_text checkpoint"]),
         ({"model_type": ...}, ExitCode.USAGE, ["names no model_type", "supported: llama"]),
         ({"hidden_act": "softmax"}, ExitCode.USAGE, ["activation 'softmax' cannot be split", "silu"]),

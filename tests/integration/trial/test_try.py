@@ -195,6 +195,11 @@ def test_what_cannot_be_tried_says_what_to_do(refitted: Path, tmp_path: Path) ->
     missing = cli("try", tmp_path / "nowhere", "some words")
     assert missing.code == ExitCode.USAGE
     assert "nowhere" in missing.message
+    swapped = cli("try", "some words", refitted)
+    assert (swapped.code, "hint: name the checkpoint first" in swapped.message) == (ExitCode.USAGE, True)
+    word = cli("try", "Hello")
+    assert "no model 'Hello': no such path, alias or hub id" in word.message
+    assert "factorctl try CKPT Hello" in word.message
     none = cli("try", "--workspace", tmp_path)
     assert "holds none" in none.message
     assert "factorctl factorize demo --experts 4" in none.message

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from factorctl.checkpoint.manifest import Manifest, check_files, read_manifest, write_manifest
+from factorctl.checkpoint.manifest import MANIFEST_NAME, Manifest, check_files, read_manifest, write_manifest
 from factorctl.errors import ExitCode, FactorctlError, IntegrityError, UsageError
 from factorctl.files.hashing import FileRecord, hash_bytes
 
@@ -86,6 +86,21 @@ def test_a_directory_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"holds no factorctl\.json") as caught:
         read_manifest(tmp_path)
     assert "running the same command again" in str(caught.value)
+
+
+def test_a_slip_in_a_checkpoint_s_name_is_answered_with_the_one_that_is_there(tmp_path: Path) -> None:
+    made = tmp_path / "demo-1R4E2K"
+    made.mkdir()
+    (made / MANIFEST_NAME).write_text("{}")
+    with pytest.raises(UsageError) as mistyped:
+        read_manifest(tmp_path / "demo-1R4E2k")
+    assert mistyped.value.hint == f"did you mean {made}?"
+    with pytest.raises(UsageError) as workspace:
+        read_manifest(tmp_path)
+    assert workspace.value.hint == f"name one of those in it: {made}"
+    with pytest.raises(UsageError) as other:
+        read_manifest(tmp_path / "something-else")
+    assert other.value.hint == "make a checkpoint with `factorctl factorize`"
 
 
 def test_files_are_held_to_their_records(tmp_path: Path) -> None:

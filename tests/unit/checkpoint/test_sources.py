@@ -28,7 +28,7 @@ from huggingface_hub.errors import HTTPError as TransportError
 from support.tiny import LETTERS, SPECIAL, directory_bytes, factorize_quietly, make_model, weights_only
 
 from factorctl.checkpoint import hub_source, wheel_source
-from factorctl.checkpoint.manifest import read_manifest
+from factorctl.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import Source, copied_files, resolve
 from factorctl.errors import FactorctlError, IntegrityError, ResourceError, UsageError
@@ -142,6 +142,24 @@ def test_a_mistyped_alias_with_a_slash_and_an_impossible_id(tmp_path: Path, monk
     monkeypatch.setattr(hub_source, "snapshot_download", missing)
     with pytest.raises(UsageError, match="did you mean 'meta/TinyLlama'"):
         resolved("meta/TinyLama", tmp_path)
+
+
+def test_a_slip_in_a_path_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(repo: str, **options: Any) -> str:
+        raise ConnectionError("no such host")
+
+    monkeypatch.setattr(hub_source, "snapshot_download", unreachable)
+    monkeypatch.chdir(tmp_path)
+    made = tmp_path / "runs" / "demo-1R4E2K"
+    made.mkdir(parents=True)
+    (made / MANIFEST_NAME).write_text("{}")
+    with pytest.raises(ResourceError, match="there is no runs/demo-1R4E2, and the hub cannot be reached for") as near:
+        resolved("runs/demo-1R4E2", tmp_path)
+    assert near.value.hint == "did you mean runs/demo-1R4E2K?"
+    with pytest.raises(ResourceError, match="there is no runs/other, and the hub") as far:
+        resolved("runs/other", tmp_path)
+    assert far.value.hint is not None
+    assert "give a local directory" in far.value.hint
 
 
 # GGUF

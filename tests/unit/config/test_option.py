@@ -203,6 +203,7 @@ def test_a_recipe_takes_what_the_command_line_takes_and_toml_s_own(key: str, giv
         ("finetune", {"loss": "kd=1"}, "[finetune] loss = 'kd=1' is not a table"),
         ("finetune", {"loss": {"kd": "much"}}, "[finetune] loss.kd 'much' is not a number"),
         ("finetune", {"track": ["tensorbord"]}, "[finetune] track tensorbord is not known"),
+        ("eval", {"controls": True}, "[eval] controls = True is not one of none, fast, all"),
         ("eval", {"batch-size": True}, "[eval] batch-size = True is not a whole number or auto"),
     ],
 )
@@ -210,6 +211,20 @@ def test_values_of_another_kind_are_refused(verb: Any, table: dict[str, object],
     with pytest.raises(UsageError) as refused:
         from_table(STAGES[verb], table, f"[{verb}]")
     assert refused.value.message.startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--speed-up 30%", "--speed-up '30%' is not a number hint: choose for example 1.3"),
+        ("--keep 90%", "--keep '90%' is not a number hint: choose a share above 0, at most 1"),
+        ("--calibration-tokens 4x", "is not a number of tokens hint: write a whole number, or one with K"),
+    ],
+)
+def test_what_is_no_number_is_told_of_one_that_suits_the_option(given: str, words: str) -> None:
+    outcome = cli("frontier", "demo", *given.split())
+    assert outcome.code == ExitCode.USAGE
+    assert words in outcome.message
 
 
 def test_lists_are_read_alike_from_both() -> None:

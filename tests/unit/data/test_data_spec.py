@@ -100,7 +100,8 @@ def test_refused(text: str, message: str) -> None:
 def test_refused_local(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("x")
     with pytest.raises(
-        UsageError, match=r"--calibration '.*table.csv': files of type '.csv' are not read\nHint.*parquet"
+        UsageError,
+        match=r"--calibration '.*table.csv': files of type '.csv' are not read\nHint.*all but .parquet also with .gz",
     ):
         parse_data_spec(str(tmp_path / "table.csv"), option="--calibration")
     with pytest.raises(UsageError, match="is a folder without text files"):
