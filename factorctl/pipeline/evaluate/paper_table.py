@@ -65,13 +65,22 @@ def paper_table(paths: Sequence[Path]) -> PaperTable:
     if len(sources) > 1:
         named = "; ".join(f"{path}: {source}" for source, path in sources.items())
         raise UsageError(f"the reports compare with different dense models ({named})", "give reports of one of them")
+    titles = _titles(reports, paths)
     rows = [_row("dense", paths[0], reports[0]["dense"])]
-    rows += [_row(_title(report), path, report["model"]) for report, path in zip(reports, paths, strict=True)]
-    rows += [row for name in CONTROL_ROWS for row in _controls(name, reports, paths)]
+    rows += [_row(*row, report["model"]) for *row, report in zip(titles, paths, reports, strict=True)]
+    rows += [row for name in CONTROL_ROWS for row in _controls(name, reports, paths, titles)]
     remarks = list(differing_options(reports))
     if rows[0].attention_gflops is None:
         remarks.append("the first report holds no FLOPs: it is of no native checkpoint, or of an older version")
     return PaperTable(str(reports[0]["source"]), rows, remarks)
+
+
+def _titles(reports: Sequence[Report], paths: Sequence[Path]) -> list[str]:
+    """What each report's row is called: its split, and where it was measured if another one is called the same."""
+    titles = [_title(report) for report in reports]
+    return [
+        title if titles.count(title) == 1 else f"{title}, {path}" for title, path in zip(titles, paths, strict=True)
+    ]
 
 
 def _title(report: Report) -> str:
@@ -79,10 +88,10 @@ def _title(report: Report) -> str:
     return f"KnowledgeFactor, trained ({notation})" if report.get("routing") == "domain" else notation
 
 
-def _controls(name: str, reports: Sequence[Report], paths: Sequence[Path]) -> Iterator[PaperRow]:
-    for report, path in zip(reports, paths, strict=True):
+def _controls(name: str, reports: Sequence[Report], paths: Sequence[Path], titles: Sequence[str]) -> Iterator[PaperRow]:
+    for report, path, title in zip(reports, paths, titles, strict=True):
         if (found := report["controls"].get(name)) is not None:
-            yield _row(f"{found['title']} ({_title(report)})", path, found)
+            yield _row(f"{found['title']} ({title})", path, found)
 
 
 def _row(method: str, path: Path, found: Mapping[str, Any]) -> PaperRow:

@@ -18,7 +18,8 @@ from factorctl.profiling.flops import count_flops
 from factorctl.profiling.sizes import ModelSizes
 
 pytestmark = pytest.mark.usefixtures("no_collection", "no_pictures")
-RECIPES = sorted((Path(__file__).parents[3] / "docs" / "paper-table").glob("*.toml"))
+DOCS = Path(__file__).parents[3] / "docs"
+RECIPES, UNSEEN = (sorted((DOCS / name).glob("*.toml")) for name in ("paper-table", "unseen-domains"))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,14 @@ def test_rows_are_those_of_the_reports_and_their_controls(reports: tuple[Path, P
     table = (tmp_path / "deep" / "table.md").read_text()
     assert "| method | active FFN | attention GFLOPs | FFN GFLOPs | perplexity | piqa | average | kept |" in table
     assert table.count("\n| ") == 1 + 1 + len(rows)
+
+
+def test_reports_of_the_same_split_are_told_apart(reports: tuple[Path, Path]) -> None:
+    a, b = reports
+    rows = cli("eval", "--paper-table", b, "--paper-table", a, "--paper-table", b, "--format", "json").json["rows"]
+    methods = [row["method"] for row in rows]
+    assert methods[1:4] == [f"1R4E2K, {b}", "1R4E3K", f"1R4E2K, {b}"]
+    assert f"KnowledgeFactor (1R4E2K, {b})" in methods
 
 
 def test_flops_are_those_of_profile_and_follow_the_active_share(reports: tuple[Path, Path], checkpoint: Path) -> None:
@@ -106,5 +115,19 @@ def test_the_recipes_of_the_docs_can_be_read_and_differ_in_what_they_are_named_f
     assert by_name["factorize"].top_k == expected  # type: ignore[union-attr]
 
 
-def test_there_are_four() -> None:
-    assert [path.stem for path in RECIPES] == ["1R4E1K", "1R4E2K", "1R4E3K", "knowledge-factor"]
+def test_there_are_five() -> None:
+    assert [path.stem for path in RECIPES] == ["1R4E1K", "1R4E2K", "1R4E3K", "knowledge-factor", "ours-1R4E2K"]
+
+
+@pytest.mark.parametrize("path", UNSEEN, ids=[path.stem for path in UNSEEN])
+def test_the_recipes_of_unseen_domains_keep_them_from_calibration_and_training(path: Path) -> None:
+    by_name = {stage.name: stage.config for stage in read_recipe(path).stages}
+    kept_out = "train-00.jsonl.xz:domain!=code+textbook"
+    assert (by_name["factorize"].calibration, by_name["finetune"].data) == (kept_out, kept_out)  # type: ignore[union-attr]
+    assert by_name["eval"].data == ("valid.jsonl.xz",)  # type: ignore[union-attr]
+
+
+def test_both_unseen_recipes_have_as_many_active_neurons() -> None:
+    shapes = [read_recipe(path).stages[0].config.shape_for(1536) for path in UNSEEN]  # type: ignore[union-attr]
+    assert [shape.top_k for shape in shapes] == [3, 0]
+    assert shapes[0].active_neurons == shapes[1].active_neurons
