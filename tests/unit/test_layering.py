@@ -28,9 +28,8 @@ LAYERS = {
 SIDEWAYS = {(part, "errors") for part in ("config", "contracts", "memory", "quantities")} | {("config", "quantities")}
 """Imports within a layer that are meant: the ground layer shares its errors, and options are quantities."""
 
-VERBS_SHARED = {("evaluate", "factorize"), ("frontier", "factorize"), ("trial", "evaluate")}
-"""Verbs that import one another: controls and tried splits are made as layers are, a try finds its two models as an
-evaluation does; a recipe calls all of them."""
+VERBS_SHARED = {("evaluate", "factorize"), ("frontier", "factorize")}
+"""Verbs that import one another: controls and tried splits are made as layers are; a recipe calls all of them."""
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "lm_eval", "matplotlib", "scipy", "ot", "gguf"}
 ENTRANCES = {"factorctl/__init__.py", "factorctl/__main__.py"}

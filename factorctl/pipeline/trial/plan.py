@@ -16,8 +16,8 @@ from factorctl.errors import UsageError
 from factorctl.memory import PROCESS_BYTES, free_memory, require_memory
 from factorctl.models.loading import holds_quantised_experts
 from factorctl.pipeline.common.devices import compute_dtype, torch_device
-from factorctl.pipeline.evaluate.subjects import (
-    EvalModel,
+from factorctl.pipeline.common.subjects import (
+    ComparedModel,
     find_checkpoint,
     find_reference,
     is_plain_dense,
@@ -37,8 +37,8 @@ class TryPlan:
     """Everything that is decided before the first weight is read."""
 
     config: TryConfig
-    model: EvalModel
-    reference: EvalModel
+    model: ComparedModel
+    reference: ComparedModel
     gguf: GgufModel | None
     """The file that takes the model's place."""
     runtimes: tuple[Runtime, Runtime]
@@ -132,7 +132,7 @@ def _given_prompts(config: TryConfig) -> list[str]:
     return [] if config.prompt is None else [config.prompt]
 
 
-def _runtimes(model: EvalModel, reference: EvalModel, gguf: GgufModel | None) -> tuple[Runtime, Runtime]:
+def _runtimes(model: ComparedModel, reference: ComparedModel, gguf: GgufModel | None) -> tuple[Runtime, Runtime]:
     """A native checkpoint and its dense model both in factorctl's runtime; exports and their dense model in stock."""
     if gguf is not None:
         return "transformers", "llama.cpp"
@@ -160,7 +160,7 @@ def expected_memory(plan: TryPlan) -> int:
     return PROCESS_BYTES + models + logits
 
 
-def _weight_bytes(model: EvalModel, dtype: torch.dtype) -> int:
+def _weight_bytes(model: ComparedModel, dtype: torch.dtype) -> int:
     return dtype.itemsize * CheckpointReader(model.path).num_values
 
 
