@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from factorctl.config.frontier import FrontierConfig
+from factorctl.config.quantities import parse_duration
 from factorctl.config.shape import FactorShape
 from factorctl.errors import UsageError
 from factorctl.pipeline.frontier.points import Point, best, front, marked, why_hopeless
 from factorctl.pipeline.frontier.search import between
 from factorctl.pipeline.frontier.splits import coarse_to_fine, families, name_of, static_shape, swept
 from factorctl.pipeline.frontier.state import SearchState
-from factorctl.quantities import parse_duration
 from factorctl.reporting.statistics import Estimate
 
 F = 1536
