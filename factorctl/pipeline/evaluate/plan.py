@@ -34,7 +34,7 @@ from factorctl.pipeline.common.subjects import (
     shared_tokenizer,
 )
 from factorctl.pipeline.common.time_estimate import gemm_rate
-from factorctl.pipeline.common.workspace import report_directory
+from factorctl.pipeline.common.workspace import refuse_directory, report_directory
 from factorctl.pipeline.evaluate.controls import CONTROLS, calibration_text, chosen_controls
 from factorctl.pipeline.evaluate.parts import Measurement
 from factorctl.pipeline.evaluate.texts import EvalText, read_text, text_names
@@ -146,6 +146,7 @@ def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:
     reference = find_reference(config, model, progress)
     tokenizer = shared_tokenizer(model, reference)
     out = report_directory(config.out, config.workspace, str(model.path.resolve()), "eval")
+    refuse_directory("--report", config.report, "report.md")
     window, stride = windowing(config, model, reference)
     controls = _controls(config, model, reference, remarks)
     dtype = compute_dtype(config.dtype, model.path, device, remarks)

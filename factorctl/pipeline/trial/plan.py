@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config.option import EVERY_ROLE, recorded
 from factorctl.config.trial import TryConfig
-from factorctl.errors import UsageError
 from factorctl.memory import PROCESS_BYTES, free_memory, require_memory
 from factorctl.models.loading import holds_quantised_experts
 from factorctl.pipeline.common.devices import compute_dtype, torch_device
@@ -23,6 +22,7 @@ from factorctl.pipeline.common.subjects import (
     is_plain_dense,
     shared_tokenizer,
 )
+from factorctl.pipeline.common.workspace import refuse_directory
 from factorctl.pipeline.trial.engines import Sampling
 from factorctl.pipeline.trial.gguf_model import GgufModel, find_gguf, require_same_vocabulary, require_the_cpu
 from factorctl.pipeline.trial.prompts import Prompt, prepare, read_prompts, takes_chat
@@ -82,8 +82,7 @@ def plan_try(config: TryConfig, progress: Progress) -> TryPlan:
         ResourceError: memory or device do not suffice.
     """
     remarks: list[str] = []
-    if config.out is not None and os.path.isdir(config.out):
-        raise UsageError(f"--out {config.out} is a directory", f"name a file: --out {config.out / 'try.json'}")
+    refuse_directory("--out", config.out, "try.json")
     given = _given_prompts(config)
     gguf = find_gguf(config.checkpoint, progress)
     if gguf is not None:

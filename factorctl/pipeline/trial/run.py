@@ -72,9 +72,7 @@ def try_models(config: TryConfig, listener: Listener, progress: Progress, *, lin
     plan = plan_try(config, progress)
     hardware = look_at_hardware(plan.device, plan.dtype)
     if hardware.busy:
-        plan.remarks.append(
-            f"the machine is busy: load {hardware.load_1min:g} on {hardware.cores} cores; trust no tokens/s"
-        )
+        plan.remarks.append(f"{hardware.busy_remark}; trust no tokens/s")
     for remark in plan.remarks:
         progress.note(remark)
     with sole_writer_of(config.out):
