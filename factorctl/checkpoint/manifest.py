@@ -14,17 +14,41 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from factorctl.checkpoint.manifest_fields import check_fields
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.files.hashing import FileRecord, hash_file
 from factorctl.files.names import MANIFEST_NAME as MANIFEST_NAME
-from factorctl.files.names import artefact_name, regular_file
+from factorctl.files.names import TEMPLATES, artefact_name, regular_file
 from factorctl.files.publishing import write_file
 from factorctl.files.strict_json import SEAL, dump_sealed, read_json_object, seal_of
 
 SCHEMA_VERSION = 1
 MAX_FILE_SIZE = 2**50
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+_Types = tuple[type, ...]
+_TEXT, _COUNT, _NUMBER = (str,), (int,), (int, float)
+
+REQUIRED_FIELDS: Mapping[str, Mapping[str, _Types]] = {
+    "source": {"id": _TEXT, "kind": _TEXT, "files": (dict,)},
+    "factored": {
+        "num_experts": _COUNT,
+        "top_k": _COUNT,
+        "expert_size": _COUNT,
+        "shared_size": _COUNT,
+        "gate": _TEXT,
+        "scale": _TEXT,
+        "notation": _TEXT,
+        "active_ffn_fraction": _NUMBER,
+    },
+}
+OPTIONAL_FIELDS: Mapping[str, Mapping[str, _Types]] = {
+    "source": {"revision": _TEXT, "path": _TEXT, "model_type": _TEXT, "card": (dict,)},
+    "details": {"strategy": (dict,), "layers": (list,), "calibration": (dict,), "identity_error": _NUMBER},
+}
+"""May be absent or null, depending on the verb and the source."""
+CALIBRATION_FIELDS: Mapping[str, _Types] = {"fingerprint": _TEXT, "tokens": _COUNT, "sources": (list,)}
+LARGEST_NUMBER = 2**53
+"""No number in a manifest is larger; what is computed with them stays within a float's exact range."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +184,7 @@ def _checked(raw: dict[str, Any], path: Path) -> Manifest:
             for name, value in expect("files", dict).items()
         },
     )
-    check_fields(raw, str(path))
+    _check_fields(raw, str(path))
     return manifest
 
 
@@ -171,6 +195,40 @@ def _record(name: str, value: Any, path: Path) -> FileRecord:
         if isinstance(sha256, str) and _SHA256.fullmatch(sha256) and size_is_sane:
             return FileRecord(sha256=sha256, size=size)
     raise IntegrityError(f"{path}: the record of file {name!r} needs a sha256 and a size")
+
+
+def _check_fields(raw: Mapping[str, Any], origin: str) -> None:
+    """Check the inner fields of a manifest whose outer ones are of the right types.
+
+    Raises:
+        IntegrityError: naming the first field that is missing, of the wrong type or out of all proportion.
+    """
+    for part, fields in REQUIRED_FIELDS.items():
+        _check(raw[part], fields, part, origin, optional=False)
+    for part, fields in OPTIONAL_FIELDS.items():
+        _check(raw[part], fields, part, origin, optional=True)
+    if calibration := raw["details"].get("calibration"):
+        _check(calibration, CALIBRATION_FIELDS, "details.calibration", origin, optional=False)
+    for index, layer in enumerate(raw["details"].get("layers") or []):
+        if not isinstance(layer, dict) or not isinstance(layer.get("refit", {}), dict):
+            raise IntegrityError(f"{origin}: field 'details.layers' has a damaged record {index}")
+    for name in raw["source"]["files"]:
+        if not name or "/" in name.removeprefix(f"{TEMPLATES}/") or "\0" in name or name in (".", ".."):
+            raise IntegrityError(f"{origin}: field 'source.files' names {name[:120]!r}, which is no plain file name")
+    for name, version in raw["libraries"].items():
+        if not isinstance(version, str):
+            raise IntegrityError(f"{origin}: field 'libraries.{name[:80]}' is of the wrong type")
+
+
+def _check(part: Mapping[str, Any], fields: Mapping[str, _Types], where: str, origin: str, *, optional: bool) -> None:
+    for name, types in fields.items():
+        value = part.get(name)
+        if value is None and optional:
+            continue
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise IntegrityError(f"{origin}: field '{where}.{name}' is missing or of the wrong type")
+        if isinstance(value, (int, float)) and abs(value) > LARGEST_NUMBER:
+            raise IntegrityError(f"{origin}: field '{where}.{name}' is out of range")
 
 
 def check_files(directory: Path, manifest: Manifest, *, hashes: bool = True) -> Iterable[str]:

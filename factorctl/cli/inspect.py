@@ -102,7 +102,7 @@ def verify(
 def plugins(output: FormatOpt = "text") -> None:
     """List partition strategies, their options and references, and the model aliases. Names broken plugins."""
     from factorctl.cli.render import rows_table, show
-    from factorctl.pipeline.inspect.plugins import list_plugins
+    from factorctl.pipeline.inspect.installation import list_plugins
 
     found = list_plugins()
     rows = [
@@ -121,7 +121,7 @@ def plugins(output: FormatOpt = "text") -> None:
 def doctor(workspace: WorkspaceOpt = DEFAULT_WORKSPACE, output: FormatOpt = "text") -> None:
     """Report versions, devices, the CPU kernel, free disk and memory, and whether the hub can be reached."""
     from factorctl.cli.render import facts_table, gigabytes, show
-    from factorctl.pipeline.inspect.doctor import diagnose
+    from factorctl.pipeline.inspect.installation import diagnose
 
     found = diagnose(workspace)
     facts: dict[str, object] = {

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 from factorctl.config.common import CALIBRATION, MODEL, OVERWRITE, REVISION, TEXT_FIELD, CommonConfig
 from factorctl.config.kinds import ANY_TEXT, TOKENS, Pairs
 from factorctl.config.option import Option
-from factorctl.config.shape import FactorShape, Gate, ScaleRule, factor_shape
+from factorctl.config.shape import MAX_EXPERTS, MIN_EXPERTS, FactorShape, Gate, ScaleRule, factor_shape
 from factorctl.errors import UsageError
 
 RouterInit = Literal["analytic", "random"]
@@ -41,10 +41,12 @@ class FactorizeConfig(CommonConfig):
     num_experts: Annotated[
         int | None,
         Option(
-            "Routed experts per layer, 2 to 128. [default: 24, 8 of them active, a quarter of the neurons shared, "
-            "scale fitted: the best that was measured]",
+            f"Routed experts per layer, {MIN_EXPERTS} to {MAX_EXPERTS}. [default: 24, 8 of them active, a quarter of "
+            "the neurons shared, scale fitted: the best that was measured]",
             flag="--experts",
             short="-n",
+            least=MIN_EXPERTS,
+            most=MAX_EXPERTS,
         ),
     ] = None
     """None means `RECOMMENDED`, whatever of it is not given."""

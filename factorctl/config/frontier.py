@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,7 +11,6 @@ from factorctl.config.factorize import RECOMMENDED
 from factorctl.config.kinds import NUMBER, TIME, TOKENS, WHOLE, Listed
 from factorctl.config.option import Option
 from factorctl.config.shape import MAX_EXPERTS, MIN_EXPERTS
-from factorctl.errors import UsageError
 
 Phase = Literal["prefill", "decode"]
 Kept = Literal["accuracy", "perplexity"]
@@ -49,13 +47,22 @@ class FrontierConfig(CommonConfig):
     ] = "accuracy"
     experts: Annotated[
         tuple[int, ...],
-        Option("Numbers of experts to try; a list.", short="-n", kind=Listed(WHOLE, "whole numbers", "8,32")),
+        Option(
+            "Numbers of experts to try; a list.",
+            short="-n",
+            kind=Listed(WHOLE, "whole numbers", "8,32"),
+            least=MIN_EXPERTS,
+            most=MAX_EXPERTS,
+        ),
     ] = (8,)
     """Few, which K sweeps in few steps. Each with each of `shared_fraction` is one partition, over which K is swept."""
     shared_fraction: Annotated[
         tuple[float, ...],
         Option(
-            "Shares of the neurons that are always on, to try; a list.", kind=Listed(NUMBER, "numbers", "0.125,0.25")
+            "Shares of the neurons that are always on, to try; a list.",
+            kind=Listed(NUMBER, "numbers", "0.125,0.25"),
+            least=0,
+            below=1,
         ),
     ] = (RECOMMENDED.shared_fraction,)
     strategy: Annotated[str, Option("Partition strategy of routed splits; see `factorctl plugins`.")] = "routed"
@@ -87,18 +94,6 @@ class FrontierConfig(CommonConfig):
         Option("Begin no split that would end later: 90s, 10m. [default: try all]", kind=TIME, role="how"),
     ] = None
     """Seconds."""
-
-    def faults(self) -> Iterator[UsageError]:
-        if not self.experts or not all(MIN_EXPERTS <= number <= MAX_EXPERTS for number in self.experts):
-            listed = ",".join(map(str, self.experts)) or "nothing"
-            yield UsageError(
-                f"--experts {listed} is out of range", f"choose numbers from {MIN_EXPERTS} to {MAX_EXPERTS}"
-            )
-        if not self.shared_fraction or not all(0 <= share < 1 for share in self.shared_fraction):
-            listed = ",".join(f"{share:g}" for share in self.shared_fraction) or "nothing"
-            yield UsageError(
-                f"--shared-fraction {listed} is out of range", "choose numbers from 0 up to, not including, 1"
-            )
 
     @property
     def has_budget(self) -> bool:

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin
 
-from factorctl.errors import UsageError, did_you_mean
-from factorctl.quantities import (
+from factorctl.config.quantities import (
     parse_byte_count,
     parse_duration,
     parse_token_count,
     show_byte_count,
     show_token_count,
 )
+from factorctl.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
 

@@ -50,25 +50,39 @@ class Option:
     most: float | None = None
     below: float | None = None
     hint: str | None = None
-    """What to choose where the value is out of range or no number; None: the range, or an example."""
+    """What to choose where the value is out of range or no number; None: the range, or an example.
+
+    `least`, `most` and `below` hold for a number, or for every one of a list, which then holds one at least."""
 
     def out_of_range(self, flag: str, value: Any) -> UsageError | None:
-        """Why a number cannot be this option's value; what is no number always can."""
-        if not isinstance(value, int | float):
+        """Why a number, or a list of them, cannot be this option's value; what is no number always can."""
+        is_list = isinstance(value, tuple)
+        numbers = value if is_list else (value,)
+        if not self._is_bounded or (numbers and all(map(self._allows, numbers))):
             return None
-        if all((self.least is None or value >= self.least, self.most is None or value <= self.most,
-                self.below is None or value < self.below)):  # fmt: skip
-            return None
+        shown = ",".join(f"{number:g}" if isinstance(number, float) else str(number) for number in numbers) or "nothing"
         if self.least == 1 and self.most is None and self.below is None:
-            return UsageError(f"{flag} {value} is no positive number", self.hint)
-        shown = f"{value:g}" if isinstance(value, float) else value
-        return UsageError(f"{flag} {shown} is out of range", self.hint or self._range())
+            fault = "holds no positive numbers only" if is_list else "is no positive number"
+            return UsageError(f"{flag} {shown} {fault}", self.hint)
+        return UsageError(
+            f"{flag} {shown} is out of range", self.hint or self._range("numbers" if is_list else "a number")
+        )
 
-    def _range(self) -> str:
+    @property
+    def _is_bounded(self) -> bool:
+        return any(bound is not None for bound in (self.least, self.most, self.below))
+
+    def _allows(self, value: Any) -> bool:
+        if not isinstance(value, int | float):
+            return True
+        return all((self.least is None or value >= self.least, self.most is None or value <= self.most,
+                    self.below is None or value < self.below))  # fmt: skip
+
+    def _range(self, wanted: str) -> str:
         if self.most is not None:
-            return f"choose a number from {self.least} to {self.most}"
+            return f"choose {wanted} from {self.least} to {self.most}"
         if self.below is not None:
-            return f"choose a number from {self.least:g} up to, not including, {self.below:g}"
+            return f"choose {wanted} from {self.least:g} up to, not including, {self.below:g}"
         return f"choose {self.least:g} or more"
 
 

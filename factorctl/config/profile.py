@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,6 @@ from factorctl.config.common import CHECKPOINT, TEXT_FIELD, TOP_K, CommonConfig
 from factorctl.config.kinds import WHOLE, Listed
 from factorctl.config.option import Option
 from factorctl.config.shape import ScaleRule
-from factorctl.errors import UsageError
 
 WHOLES = Listed(WHOLE, "whole numbers", "1,8,32")
 
@@ -21,11 +19,18 @@ class ProfileConfig(CommonConfig):
     """`factorctl profile`."""
 
     checkpoint: Annotated[Path | None, CHECKPOINT] = None
-    batch: Annotated[tuple[int, ...], Option("Sequences at once; a list.", kind=WHOLES)] = (1, 8)
-    prompt: Annotated[tuple[int, ...], Option("Tokens per sequence before decoding; a list.", kind=WHOLES)] = (128, 512)
+    batch: Annotated[
+        tuple[int, ...], Option("Sequences at once; a list.", kind=WHOLES, least=1, hint="for example --batch 1,8")
+    ] = (1, 8)
+    prompt: Annotated[
+        tuple[int, ...],
+        Option(
+            "Tokens per sequence before decoding; a list.", kind=WHOLES, least=1, hint="for example --prompt 128,512"
+        ),
+    ] = (128, 512)
     decode_tokens: Annotated[int, Option("Decoding steps per round.", least=1, hint="try 8")] = 8
     """Each one a sample."""
-    rounds: Annotated[int, Option("Interleaved rounds per regime, after one to warm up.")] = 10
+    rounds: Annotated[int, Option("Interleaved rounds per regime, after one to warm up.", least=1, hint="try 10")] = 10
     seconds: Annotated[float, Option("Begin no further round of a regime after this long.")] = 60.0
     """Three are run in any case."""
     top_k: Annotated[int | None, TOP_K] = None
@@ -40,9 +45,3 @@ class ProfileConfig(CommonConfig):
     plots: Annotated[Path | None, Option("Write the plots as PNG into this directory.", role="place")] = None
     out: Annotated[Path | None, Option("Write the JSON report with all samples here.", short="-o", role="place")] = None
     """None means no file."""
-
-    def faults(self) -> Iterator[UsageError]:
-        for option, values in (("--batch", self.batch), ("--prompt", self.prompt), ("--rounds", (self.rounds,))):
-            if not values or min(values) < 1:
-                listed = ",".join(str(value) for value in values) or "nothing"
-                yield UsageError(f"{option} {listed} holds no positive numbers only", f"for example {option} 1,8")

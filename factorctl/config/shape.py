@@ -51,18 +51,13 @@ def factor_shape(intermediate_size: int, *, num_experts: int, top_k: int | None,
     The shared size is the multiple of `num_experts` granularity nearest to `shared_fraction * F` that leaves
     equal experts, so that S + N*H = F exactly.
 
+    Args:
+        num_experts: from `MIN_EXPERTS` to `MAX_EXPERTS`, as the options that give it have seen to.
+        shared_fraction: from 0 up to, not including, 1, likewise.
+
     Raises:
         UsageError: when no equal split exists or K does not fit, naming the nearest valid values.
     """
-    if not MIN_EXPERTS <= num_experts <= MAX_EXPERTS:
-        raise UsageError(
-            f"--experts {num_experts} is out of range", f"choose a number from {MIN_EXPERTS} to {MAX_EXPERTS}"
-        )
-    if not 0 <= shared_fraction < 1:
-        raise UsageError(
-            f"--shared-fraction {shared_fraction:g} is out of range",
-            "choose a number from 0 up to, not including, 1",
-        )
     if shared_fraction == 0:
         shared_size = 0
         if intermediate_size % num_experts:

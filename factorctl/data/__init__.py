@@ -2,6 +2,5 @@
 
 `spec` parses what the user wrote and imports nothing heavy.
 `building.build_token_blocks` makes the cached blocks for calibration and training, `tokenizing.tokenize_documents` the
-documents for perplexity, `sampling.ModelSampler` the text of `self`, and `block_order.BlockOrder` the order in which a
-trainer visits blocks.
+documents for perplexity, and `sampling.ModelSampler` the text of `self`.
 """

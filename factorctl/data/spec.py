@@ -15,10 +15,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from factorctl.data.row_filter import RowFilter, split_filter
-from factorctl.data.splits import split_of, training_files
 from factorctl.errors import UsageError
 
 DEFAULT_PRETRAINING_DATA = "HuggingFaceFW/fineweb-edu:sample-10BT"
@@ -28,6 +27,14 @@ FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """What `datasets` writes beside the files of text."""
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Split -> the words by which files of the Hub's data sets name it."""
+_SPLIT_OF = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
+_WORD = re.compile(r"[a-z]+")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<config>[^@\s]+))?(?:@(?P<revision>\S+))?")
 _DESCRIPTION = "a local file or folder, a Hub dataset user/name[:config][@revision], or self"
 
@@ -207,3 +214,31 @@ def _is_hidden(relative: Path) -> bool:
 
 def _known_suffixes() -> str:
     return f"{', '.join(FORMATS)}, all but .parquet also with {', '.join(COMPRESSIONS)} behind it"
+
+
+def split_of(name: str) -> str | None:
+    """'train', 'validation' or 'test' for a path inside of a data set; None where no part of it names a split.
+
+    >>> split_of("data/test-00000-of-00001.parquet"), split_of("validation/a.jsonl.gz"), split_of("latest.txt")
+    ('test', 'validation', None)
+    """
+    path = PurePosixPath(name.lower())
+    for part in (path.name.partition(".")[0], *reversed(path.parts[:-1])):
+        words = _WORD.findall(part)
+        splits = [_SPLIT_OF[word] for word in words if word in _SPLIT_OF]
+        if splits:
+            return splits[0]
+    return None
+
+
+def training_files(files: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(read, left out): where files name a training split, those that name another one are left out.
+
+    A cloned data set holds its splits side by side, `train-00000-of-00002.parquet` and `test-00000-of-00001.parquet`
+    or `train/` and `validation/`. Streamed from the Hub only `train` is read, and a clone of it is the same text.
+    """
+    splits = {name: split_of(name) for name in files}
+    if "train" not in splits.values():
+        return tuple(files), ()
+    read = tuple(name for name in files if splits[name] in ("train", None))
+    return read, tuple(name for name in files if name not in read)

@@ -1,4 +1,4 @@
-"""How true each factored FFN is to the dense one, on what the factored model itself feeds it.
+"""How true each factored FFN is to the dense one, on what the factored model itself feeds it: measured and drawn.
 
 Every layer is judged on its own input, behind all factored layers below it: y is what its factored FFN gives there, t
 what its dense FFN would give. The router is held against the labels that this t gives (`ffn.labels`). All
@@ -10,20 +10,21 @@ B windows, L tokens, T = B*L, D hidden_size, N num_experts, K top_k.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import PreTrainedModel
 
-from factorctl.ffn.labels import agreement, dead_experts, expert_counts, par_labels
+from factorctl.ffn.labels import Teacher, agreement, dead_experts, expert_counts, par_labels
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.models.building import factored_ffns
 from factorctl.models.hooks import watched
 from factorctl.progress import Progress
-
-Teacher = Callable[[torch.Tensor], torch.Tensor]
-"""The dense FFN of one layer: inputs [T, D] -> outputs [T, D]."""
+from factorctl.reporting.pictures import draw_load, png
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,32 @@ def _entropy(shares: torch.Tensor) -> float:
     """Entropy of distributions along the last dimension over that of the uniform one, mean over the others."""
     nats = torch.special.entr(shares).sum(-1)
     return float(nats.mean()) / math.log(shares.shape[-1])
+
+
+def draw_fidelity(layers: Sequence[LayerFidelity], *, title: str, chance: float | None) -> bytes:
+    """A PNG: errors and agreement over the layers, and the load of every expert.
+
+    Args:
+        chance: agreement that a random choice would reach, K/N; None where nothing is routed.
+    """
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    _draw_errors(left, layers, chance)
+    right.set_title("Load of the experts")
+    draw_load(right, [layer.load for layer in layers if layer.load])
+    return png(figure)
+
+
+def _draw_errors(axes: Axes, layers: Sequence[LayerFidelity], chance: float | None) -> None:
+    places = [layer.layer for layer in layers]
+    axes.plot(places, [layer.relative_error for layer in layers], label="relative error", color="#c0392b")
+    axes.plot(places, [layer.median_error for layer in layers], label="median over tokens", color="#c0392b", ls=":")
+    if chance is not None:
+        agreements = [layer.agreement or 0.0 for layer in layers]
+        axes.plot(places, agreements, label="router agrees with teacher", color="#1f77b4")
+        axes.axhline(chance, color="#1f77b4", linewidth=0.8, ls="--", label="agreement by chance")
+    axes.set(xlabel="layer", title="Factored FFN against dense FFN", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")

@@ -14,11 +14,9 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from factorctl.ffn.labels import par_labels
+from factorctl.ffn.labels import Teacher, par_labels
 from factorctl.ffn.layer import Chooser, FactoredFFN
 from factorctl.models.building import factored_ffns
-
-Teacher = Callable[[torch.Tensor], torch.Tensor]
 
 
 class RandomChoice:

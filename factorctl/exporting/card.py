@@ -1,10 +1,11 @@
-"""README.md of an export: where it came from, what was checked, how to run it."""
+"""README.md of an export: where it came from, what was checked, how to run it. And what to type once it is there."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -16,10 +17,13 @@ from factorctl.config.finetune import FinetuneConfig
 from factorctl.config.option import command_line
 from factorctl.exporting.check.comparison import Agreement, Proof
 from factorctl.exporting.check.rounding import Rounding
+from factorctl.exporting.forms import Form
+from factorctl.exporting.gguf.file import GGUF_NAME
 
 _STAGES: Mapping[str, type] = {"factorize": FactorizeConfig, "finetune": FinetuneConfig}
 """What makes a native checkpoint."""
 METHOD = "https://arxiv.org/abs/2408.11855"
+_LIMITS = "more engines and their limits: docs/serve.md"
 
 
 @dataclass(frozen=True)
@@ -214,3 +218,23 @@ def _made_with(parent: Manifest, facts: CardFacts) -> str:
         f"`factorctl.json` ties this directory to its parent checkpoint (`{parent.sha256[:16]}`) and holds the full "
         "configuration and the sha256 of every file; `factorctl verify PATH` checks them."
     )
+
+
+def next_steps(out: Path, form: Form, *, has_tokenizer: bool) -> list[str]:
+    """Commands or Python for the export in `out`, the first to try first; the last line says where more stands.
+
+    Each works with what was written; nothing only looks near.
+    """
+    if form.container == "gguf":
+        model, modelfile = shlex.quote(str(out / GGUF_NAME)), shlex.quote(str(out / "Modelfile"))
+        return [f"llama-cli -m {model}", f"ollama create NAME -f {modelfile}", _LIMITS]
+    if form.quantised_experts:
+        return [_in_python("import factorctl", f"factorctl.load({str(out)!r})"), _LIMITS]
+    if "quantization_config" in form.config or not has_tokenizer:
+        loading = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
+        return [_in_python("from transformers import AutoModelForCausalLM", loading), _LIMITS]
+    return [f"vllm serve {shlex.quote(str(out))}", _LIMITS]
+
+
+def _in_python(imported: str, called: str) -> str:
+    return f"in Python: {imported}; model = {called}"

@@ -7,11 +7,15 @@ T tokens, D hidden_size, N num_experts, H expert_size, K top_k.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.paths import hidden_of_all
 
+Teacher = Callable[[torch.Tensor], torch.Tensor]
+"""The dense FFN of one layer: inputs [T, D] -> outputs [T, D]."""
 LABEL_CHUNK_TOKENS = 4096
 DEAD_SHARE = 0.01
 """An expert is dead when it gets less than this part of an even share of the tokens."""

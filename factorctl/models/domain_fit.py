@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from factorctl.errors import UsageError
-from factorctl.ffn.labels import distances_to_target, nearest
+from factorctl.ffn.labels import Teacher, distances_to_target, nearest
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.models.domains import Domains, choose_by_domain
 
@@ -31,8 +31,6 @@ TEXT_TOKENS = 256
 """Tokens that are taken from the beginning of a text."""
 READ_PER_TOKEN = 8
 """Tokens read for each that is calibrated on, so that rare domains are met."""
-
-Teacher = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -89,11 +89,6 @@ def experts_run_by(path: PathName, sizes: ModelSizes) -> int:
     return sizes.shape.num_experts if path in ("masked", "dense") else sizes.shape.top_k
 
 
-def expected_experts_hit(num_experts: int, top_k: int, tokens: int) -> float:
-    """N (1 - (1 - K/N)^T): experts that at least one of T uniformly routed tokens chooses."""
-    return float(num_experts * (1 - (1 - top_k / num_experts) ** tokens))
-
-
 def reduction(dense: float, model: float) -> float:
     """The share that was saved: 0.75 when a quarter is left."""
     return 1 - model / dense

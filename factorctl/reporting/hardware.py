@@ -32,6 +32,16 @@ class Hardware:
         """More work than cores: timings tell of the neighbours as much as of the model."""
         return self.load_1min > self.cores
 
+    @property
+    def busy_remark(self) -> str:
+        """What to say of a busy machine."""
+        return f"the machine is busy: load {self.load_1min:g} on {self.cores} cores"
+
+    @property
+    def no_kernel_remark(self) -> str:
+        """What to say where the kernel does not run."""
+        return f"computed by torch alone, without the compiled kernel: {self.no_kernel}"
+
 
 def look_at_hardware(device: torch.device, dtype: torch.dtype) -> Hardware:
     processor = processor_name()

@@ -27,8 +27,7 @@ from factorctl.training.load_watch import LoadWatch
 from factorctl.training.metrics import MetricsFile
 from factorctl.training.optimizers import Schedule, is_router, set_learning_rate
 from factorctl.training.out_of_memory import memory_explained
-from factorctl.training.router_refresh import refresh_routers
-from factorctl.training.selection import keep_order
+from factorctl.training.selection import keep_order, refresh_routers
 from factorctl.training.sharding import all_gathered
 from factorctl.training.signals import StopRequest, stop_request
 from factorctl.training.state import Progressed, newest_state, save_state, state_path

@@ -21,7 +21,7 @@ from factorctl.config.shape import FactorShape
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.models.building import decoder_layers, factored_ffns
 from factorctl.models.linears import use_few_token_linears
-from factorctl.profiling.flops import count_flops, expected_experts_hit, reduction
+from factorctl.profiling.flops import count_flops, reduction
 from factorctl.profiling.latency import Effort, Regime, measure_regime
 from factorctl.profiling.roofline import Machine, ceiling, measure_machine
 from factorctl.profiling.sizes import ModelSizes
@@ -30,6 +30,11 @@ from factorctl.reporting.hardware import look_at_hardware
 from factorctl.reporting.statistics import ratio_of_medians, spread
 
 WIDTH, INNER, VOCABULARY = 2048, 5632, 32000
+
+
+def expected_experts_hit(num_experts: int, top_k: int, tokens: int) -> float:
+    """N (1 - (1 - K/N)^T): experts that at least one of T uniformly routed tokens chooses."""
+    return float(num_experts * (1 - (1 - top_k / num_experts) ** tokens))
 
 
 def tinyllama(

@@ -23,9 +23,9 @@ import torch
 
 from factorctl.cli.render import progress_listener
 from factorctl.config.finetune import FinetuneConfig
+from factorctl.config.quantities import parse_token_count
 from factorctl.pipeline.finetune.model import build_distiller, training_blocks
 from factorctl.pipeline.finetune.plan import plan_finetune
-from factorctl.quantities import parse_token_count
 from factorctl.training.batches import Batches
 from factorctl.training.distiller import Distiller
 from factorctl.training.losses import agreement, par_loss

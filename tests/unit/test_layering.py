@@ -14,8 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = {
-    "config": 0, "contracts": 0, "errors": 0, "memory": 0, "processor": 0, "progress": 0, "quantities": 0,
-    "quiet": 0,
+    "config": 0, "contracts": 0, "errors": 0, "memory": 0, "processor": 0, "progress": 0, "quiet": 0,
     "files": 1, "partitions": 1,
     "checkpoint": 2, "data": 2, "ffn": 2,
     "models": 3, "reporting": 3,
@@ -25,12 +24,11 @@ LAYERS = {
 }  # fmt: skip
 """Part of factorctl -> layer. A part imports only from layers below its own."""
 
-SIDEWAYS = {(part, "errors") for part in ("config", "contracts", "memory", "quantities")} | {("config", "quantities")}
-"""Imports within a layer that are meant: the ground layer shares its errors, and options are quantities."""
+SIDEWAYS = {(part, "errors") for part in ("config", "contracts", "memory")}
+"""Imports within a layer that are meant: the ground layer shares its errors."""
 
-VERBS_SHARED = {("evaluate", "factorize"), ("frontier", "factorize"), ("trial", "evaluate")}
-"""Verbs that import one another: controls and tried splits are made as layers are, a try finds its two models as an
-evaluation does; a recipe calls all of them."""
+VERBS_SHARED = {("evaluate", "factorize"), ("frontier", "factorize")}
+"""Verbs that import one another: controls and tried splits are made as layers are; a recipe calls all of them."""
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "lm_eval", "matplotlib", "scipy", "ot", "gguf"}
 ENTRANCES = {"factorctl/__init__.py", "factorctl/__main__.py"}

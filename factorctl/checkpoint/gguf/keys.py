@@ -24,9 +24,6 @@ class Hyperparameters:
         """The key as it stands in the file."""
         return self._prefix + key
 
-    def has(self, key: str) -> bool:
-        return self.name(key) in self.header.keys
-
     def value(self, key: str, default: Any = None) -> Any:
         """The value, or `default`; a list of equal values (one per layer) counts as that value.
 

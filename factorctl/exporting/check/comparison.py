@@ -38,7 +38,7 @@ class Fidelity(StrEnum):
     INT8 = "8 bits"
     INT4 = "4 bits"
     STEPS = "every weight within a quantisation step"
-    """Checked weight by weight, `check.quantised`; logits are stated and need only be finite."""
+    """Checked weight by weight, `check.bnb_proof`; logits are stated and need only be finite."""
 
 
 @dataclass(frozen=True)

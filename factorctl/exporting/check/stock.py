@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from factorctl.errors import FactorctlError
 from factorctl.exporting.check import stock_process
 from factorctl.exporting.check.native import Question
+from factorctl.quiet import QUIET_ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,12 @@ def _request(job: StockJob, answers: Path) -> dict[str, Any]:
 
 
 def _run(program: Sequence[str], loader: str) -> list[dict[str, Any]]:
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     finished = subprocess.run(
         [sys.executable, *program],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **quiet},
+        env={**os.environ, **QUIET_ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
     )
     if finished.returncode:
         lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]

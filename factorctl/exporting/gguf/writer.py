@@ -9,8 +9,7 @@ from gguf import GGMLQuantizationType
 
 from factorctl.checkpoint.builder import ArtefactBuilder
 from factorctl.errors import UsageError
-from factorctl.exporting.check.gguf import check_gguf
-from factorctl.exporting.check.gguf_proof import prove_gguf
+from factorctl.exporting.check.gguf_proof import check_gguf, prove_gguf
 from factorctl.exporting.check.llama_cpp import has_llama_cpp, require_llama_cpp
 from factorctl.exporting.check.tokens import check_tokens, token_questions
 from factorctl.exporting.forms import stored_dtype

@@ -1,4 +1,4 @@
-"""Where artefacts and the newest checkpoint are."""
+"""Where artefacts and reports go, and where the newest checkpoint is."""
 
 from __future__ import annotations
 
@@ -39,6 +39,19 @@ def report_directory(out: Path | None, workspace: Path, model: str, suffix: str)
     if is_artefact(path):
         raise UsageError(f"{path} is a checkpoint: reports do not go into one", "choose another --out")
     return path
+
+
+def refuse_directory(option: str, file: Path | None, name: str) -> None:
+    """Find out before anything is measured that a report could not be written after it.
+
+    Args:
+        name: how the file may be called.
+
+    Raises:
+        UsageError: a directory stands where the file is to go.
+    """
+    if file is not None and os.path.isdir(file):
+        raise UsageError(f"{option} {file} is a directory", f"name a file: {option} {file / name}")
 
 
 def newest_checkpoint(workspace: Path, *, kind: str = "native") -> Path:

@@ -32,8 +32,9 @@ from factorctl.config.shape import FactorShape
 from factorctl.data.spec import parse_data_spec
 from factorctl.data.tokenizing import tokenize_documents
 from factorctl.evaluation.ffn_skipping import PAPER_SHARE, calibrate_threshold, skipping_ffns
-from factorctl.evaluation.routing_overrides import OracleChoice, RandomChoice, Teacher, choosing
+from factorctl.evaluation.routing_overrides import OracleChoice, RandomChoice, choosing
 from factorctl.ffn.dense import cast_ffn, dense_output
+from factorctl.ffn.labels import Teacher
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.building import factored_ffns
@@ -42,8 +43,8 @@ from factorctl.models.families import DenseModel, read_dense_model
 from factorctl.models.loading import NativeCheckpoint
 from factorctl.pipeline.common.calibration import calibration_blocks
 from factorctl.pipeline.common.recorded_source import holds_dense_values
+from factorctl.pipeline.common.subjects import ComparedModel, load_model
 from factorctl.pipeline.evaluate.control_models import moefication_model, static_model
-from factorctl.pipeline.evaluate.subjects import EvalModel, load_model
 from factorctl.progress import Progress
 from factorctl.training.teacher import TeacherFFN, own_tensors
 
@@ -66,8 +67,8 @@ class ControlKit:
     """What controls are made from."""
 
     config: EvalConfig
-    model: EvalModel
-    reference: EvalModel
+    model: ComparedModel
+    reference: ComparedModel
     """The dense source."""
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
@@ -122,12 +123,12 @@ class ControlKit:
         )
         return [DomainText(document.ids, document.domain) for document in found]
 
-    def load(self, model: EvalModel, top_k: int | None = None) -> PreTrainedModel:
+    def load(self, model: ComparedModel, top_k: int | None = None) -> PreTrainedModel:
         with self.progress.stage(f"Loading {model.id}"):
             return load_model(model, dtype=self.dtype, device=self.device, top_k=top_k)
 
 
-def calibration_text(config: EvalConfig, model: EvalModel) -> tuple[str, str | None]:
+def calibration_text(config: EvalConfig, model: ComparedModel) -> tuple[str, str | None]:
     """`--calibration`, else what `factorize` recorded that it calibrated on, else `self`; and its `--text-field`."""
     recorded = model.manifest.config if model.manifest is not None else {}
     if config.calibration or not isinstance(recorded.get("calibration"), str):
@@ -186,7 +187,7 @@ def oracle_teachers(kit: ControlKit) -> Callable[[int, FactoredFFN], Teacher]:
     return lambda layer, _: dense_ffn_of(layer)
 
 
-def dense_ffns(reference: EvalModel, dtype: torch.dtype, device: torch.device) -> Callable[[int], Teacher]:
+def dense_ffns(reference: ComparedModel, dtype: torch.dtype, device: torch.device) -> Callable[[int], Teacher]:
     """The dense source's FFN of a layer as a function, read when it is asked for."""
     dense, reader = read_dense_model(reference.path), CheckpointReader(reference.path)
 

@@ -26,17 +26,17 @@ from factorctl.models.families import read_dense_model
 from factorctl.pipeline.common.devices import compute_dtype, torch_device
 from factorctl.pipeline.common.provenance import library_versions
 from factorctl.pipeline.common.recorded_source import holds_dense_values
-from factorctl.pipeline.common.time_estimate import gemm_rate
-from factorctl.pipeline.common.workspace import report_directory
-from factorctl.pipeline.evaluate.controls import CONTROLS, calibration_text, chosen_controls
-from factorctl.pipeline.evaluate.parts import Measurement
-from factorctl.pipeline.evaluate.subjects import (
-    EvalModel,
+from factorctl.pipeline.common.subjects import (
+    ComparedModel,
     find_checkpoint,
     find_reference,
     is_source_of,
     shared_tokenizer,
 )
+from factorctl.pipeline.common.time_estimate import gemm_rate
+from factorctl.pipeline.common.workspace import refuse_directory, report_directory
+from factorctl.pipeline.evaluate.controls import CONTROLS, calibration_text, chosen_controls
+from factorctl.pipeline.evaluate.parts import Measurement
 from factorctl.pipeline.evaluate.texts import EvalText, read_text, text_names
 from factorctl.progress import Progress
 
@@ -53,8 +53,8 @@ class EvalPlan:
     """Everything that is decided before the first weight is read."""
 
     config: EvalConfig
-    model: EvalModel
-    reference: EvalModel
+    model: ComparedModel
+    reference: ComparedModel
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     device: torch.device
@@ -146,6 +146,7 @@ def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:
     reference = find_reference(config, model, progress)
     tokenizer = shared_tokenizer(model, reference)
     out = report_directory(config.out, config.workspace, str(model.path.resolve()), "eval")
+    refuse_directory("--report", config.report, "report.md")
     window, stride = windowing(config, model, reference)
     controls = _controls(config, model, reference, remarks)
     dtype = compute_dtype(config.dtype, model.path, device, remarks)
@@ -175,7 +176,7 @@ def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:
     )
 
 
-def windowing(config: EvalConfig, model: EvalModel, reference: EvalModel) -> tuple[int, int]:
+def windowing(config: EvalConfig, model: ComparedModel, reference: ComparedModel) -> tuple[int, int]:
     """(window, stride): the window no longer than the default or the models' context allows."""
     contexts = [one.context for one in (model, reference) if one.context is not None]
     context = min(contexts, default=None)
@@ -197,7 +198,7 @@ def _tasks(config: EvalConfig, remarks: list[str], progress: Progress) -> list[T
     return plans
 
 
-def _controls(config: EvalConfig, model: EvalModel, reference: EvalModel, remarks: list[str]) -> list[str]:
+def _controls(config: EvalConfig, model: ComparedModel, reference: ComparedModel, remarks: list[str]) -> list[str]:
     if config.controls == "none":
         return []
     if model.native is None:
@@ -217,7 +218,7 @@ def _controls(config: EvalConfig, model: EvalModel, reference: EvalModel, remark
 
 
 def _calibration(
-    config: EvalConfig, model: EvalModel, controls: Sequence[str], progress: Progress
+    config: EvalConfig, model: ComparedModel, controls: Sequence[str], progress: Progress
 ) -> list[dict[str, Any]] | None:
     """What identifies the calibration text, read before the work starts so that a missing file is found now."""
     if not any(CONTROLS[name].calibrates for name in controls):
@@ -227,7 +228,9 @@ def _calibration(
     return [{**record, "text_field": text_field} for record in identify_sources(spec, None, progress)]
 
 
-def _can_measure_fidelity(config: EvalConfig, model: EvalModel, reference: EvalModel, remarks: list[str]) -> bool:
+def _can_measure_fidelity(
+    config: EvalConfig, model: ComparedModel, reference: ComparedModel, remarks: list[str]
+) -> bool:
     if not config.fidelity or model.native is None:
         return False
     if not config.data:
@@ -240,7 +243,13 @@ def _can_measure_fidelity(config: EvalConfig, model: EvalModel, reference: EvalM
 
 
 def expected_memory(
-    model: EvalModel, reference: EvalModel, dtype: torch.dtype, *, window: int, controls: Sequence[str], tasks: bool
+    model: ComparedModel,
+    reference: ComparedModel,
+    dtype: torch.dtype,
+    *,
+    window: int,
+    controls: Sequence[str],
+    tasks: bool,
 ) -> int:
     """Bytes of the largest model in the compute dtype, with what a batch needs beside it."""
     values = max(CheckpointReader(one.path).num_values for one in (model, reference))

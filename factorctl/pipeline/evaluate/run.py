@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from factorctl.config.evaluate import EvalConfig
-from factorctl.evaluation.fidelity_plot import draw_fidelity
+from factorctl.evaluation.fidelity import draw_fidelity
 from factorctl.evaluation.perplexity import PerplexityComparison, TextScore, by_domain, compare_text
 from factorctl.files.publishing import make_directory, sole_writer_of, write_file
 from factorctl.memory import peak_memory

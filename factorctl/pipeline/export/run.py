@@ -12,7 +12,7 @@ from factorctl.checkpoint.builder import building
 from factorctl.checkpoint.manifest import Manifest
 from factorctl.config.export import ExportConfig
 from factorctl.config.option import recorded
-from factorctl.exporting.card import CardFacts, export_card
+from factorctl.exporting.card import CardFacts, export_card, next_steps
 from factorctl.exporting.check.hard_gate import (
     FP16_MAX_SHIFT,
     MAX_SHIFT,
@@ -35,7 +35,6 @@ from factorctl.files.hashing import hash_value
 from factorctl.memory import peak_memory
 from factorctl.models.families import ffn_prefix
 from factorctl.pipeline.common.provenance import library_versions
-from factorctl.pipeline.export.next_steps import next_steps
 from factorctl.pipeline.export.plan import ExportPlan, plan_export, writer_for
 from factorctl.progress import Progress
 

@@ -31,7 +31,6 @@ from factorctl.contracts import (
 from factorctl.errors import UsageError
 from factorctl.ffn.dense import cast_ffn
 from factorctl.ffn.layer import FactoredFFN
-from factorctl.ffn.router_init import random_router
 from factorctl.ffn.slicing import FactoredTensors, slice_ffn
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.models.building import filled_ffn
@@ -41,6 +40,8 @@ from factorctl.pipeline.common.devices import storage_dtype
 
 SAMPLE_TOKENS = 32
 """Tokens on which the identity of a layer is checked."""
+ROUTER_STD = 0.02
+"""Of a router before anything was learned, as in FactorLLM."""
 HELDOUT_SHARE = 1 / 8
 """Share of the calibration tokens that judges the refit and never enters it."""
 
@@ -196,6 +197,12 @@ class LayerFactory:
         parameter = ffn.get_parameter(name)
         tensors[name] = parameter.detach().to("cpu", tensors[name].dtype).clone()
         parameter.copy_(tensors[name])
+
+
+def random_router(num_experts: int, hidden_size: int, *, seed: int, layer: int) -> torch.Tensor:
+    """[N, D] float32, normal with standard deviation 0.02; the same for the same seed and layer."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + layer)
+    return torch.randn(num_experts, hidden_size, generator=generator) * ROUTER_STD
 
 
 def as_stored(layer: int, source: DenseFFN, dtype: DTypeName) -> DenseFFN:

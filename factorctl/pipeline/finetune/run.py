@@ -32,10 +32,9 @@ from factorctl.training.distiller import Distiller
 from factorctl.training.heldout import Heldout, measure
 from factorctl.training.load_watch import dead_experts
 from factorctl.training.loop import LoopOptions, TrainingLoop
-from factorctl.training.metrics import MetricsFile
+from factorctl.training.metrics import MetricsFile, draw_training
 from factorctl.training.optimizers import Schedule, make_optimizers
 from factorctl.training.out_of_memory import memory_explained
-from factorctl.training.plotting import draw_training
 from factorctl.training.selection import to_unit_spread
 from factorctl.training.state import Progressed, incomplete_states, newest_state, remove_states, restore_state
 

@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from factorctl.evaluation.perplexity import TextScore, score_text
-from factorctl.ffn.slicing import FactoredTensors
-from factorctl.ffn.spec import FactoredSpec
-from factorctl.models.assembling import assembled
-from factorctl.models.building import factored_ffns
 from factorctl.models.loading import load_dense
 from factorctl.pipeline.frontier.plan import DECODE_TOKENS, FrontierPlan
 from factorctl.pipeline.frontier.texts import SearchTexts
@@ -34,14 +30,6 @@ class Quality:
 
     perplexity: float
     accuracy: float
-
-
-def assemble(plan: FrontierPlan, spec: FactoredSpec, layers: list[FactoredTensors]) -> PreTrainedModel:
-    """The split as a model that runs as a loaded checkpoint does; `layers` are used up."""
-    model = assembled(plan.dense, spec, plan.reader, layers, dtype=plan.dtype, device=plan.device)
-    for ffn in factored_ffns(model):
-        ffn.keep_experts_together()
-    return model
 
 
 def dense_quality(plan: FrontierPlan, texts: SearchTexts, progress: Progress) -> Quality:

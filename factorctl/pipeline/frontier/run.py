@@ -142,11 +142,9 @@ def _remarks(
 ) -> list[str]:
     remarks = list(plan.remarks)
     if hardware.busy:
-        remarks.append(
-            f"the machine is busy: load {hardware.load_1min:g} on {hardware.cores} cores; speeds are uncertain"
-        )
+        remarks.append(f"{hardware.busy_remark}; speeds are uncertain")
     if hardware.no_kernel:
-        remarks.append(f"computed by torch alone, without the compiled kernel: {hardware.no_kernel}")
+        remarks.append(hardware.no_kernel_remark)
     if untried:
         remarks.append(
             f"no time was left for {', '.join(map(name_of, untried))}; the same command with more --time goes on there"

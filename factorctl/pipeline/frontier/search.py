@@ -11,8 +11,9 @@ from itertools import pairwise
 
 from factorctl.config.frontier import FrontierConfig
 from factorctl.config.shape import FactorShape
+from factorctl.models.assembling import assembled
 from factorctl.pipeline.frontier.exports import export_of
-from factorctl.pipeline.frontier.measure import Quality, Speed, assemble, quality_of, speed_of
+from factorctl.pipeline.frontier.measure import Quality, Speed, quality_of, speed_of
 from factorctl.pipeline.frontier.partitions import SharedPass
 from factorctl.pipeline.frontier.plan import FrontierPlan
 from factorctl.pipeline.frontier.points import Point, meets, why_hopeless
@@ -128,7 +129,7 @@ class Search:
         point = self._unmeasured(shape, walked.drift)
         if walked.dropped is not None:
             return replace(point, dropped=walked.dropped)
-        model = assemble(plan, walked.spec, walked.layers)
+        model = assembled(plan.dense, walked.spec, plan.reader, walked.layers, dtype=plan.dtype, device=plan.device)
         quality = quality_of(model, plan, texts, f"Judging {point.name}", self.progress)
         with self.progress.stage(f"Timing {point.name}"):
             speed = speed_of(model, plan, texts, rounds=rounds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from factorctl.config.option import EVERY_ROLE, recorded
 from factorctl.config.profile import ProfileConfig
-from factorctl.errors import ResourceError, UsageError
+from factorctl.errors import ResourceError
 from factorctl.ffn.choice import steps_for
 from factorctl.ffn.tuned import cache_file, write_tuned
 from factorctl.files.publishing import make_directory, sole_writer_of, write_file
@@ -22,7 +21,7 @@ from factorctl.models.building import factored_ffns
 from factorctl.models.loading import NativeCheckpoint, load, open_checkpoint
 from factorctl.pipeline.common.devices import compute_dtype, torch_device
 from factorctl.pipeline.common.provenance import library_versions
-from factorctl.pipeline.common.workspace import newest_checkpoint
+from factorctl.pipeline.common.workspace import newest_checkpoint, refuse_directory
 from factorctl.pipeline.profile.html_report import html_page
 from factorctl.pipeline.profile.text import profile_text
 from factorctl.profiling.attribution import FfnCost, ffn_cost
@@ -87,24 +86,14 @@ def profile(config: ProfileConfig, progress: Progress) -> ProfileResult:
         ResourceError: the machine is busy and quiet was demanded, or the device is not there.
         FlopMismatchError: the two FLOP counts differ by more than 0.1%.
     """
-    refuse_directories(config)
+    refuse_directory("--out", config.out, "profile.json")
+    refuse_directory("--html", config.html, "profile.html")
     with sole_writer_of(config.out, config.html, config.plots):
         result = _profiled(config, progress)
         write_outputs(result)
     for remark in result.remarks:
         progress.note(remark)
     return result
-
-
-def refuse_directories(config: ProfileConfig) -> None:
-    """Find out before the measurements that a report could not be written after them.
-
-    Raises:
-        UsageError: a directory stands where a file is to go.
-    """
-    for option, file, file_type in (("--out", config.out, ".json"), ("--html", config.html, ".html")):
-        if file is not None and os.path.isdir(file):
-            raise UsageError(f"{option} {file} is a directory", f"name a file: {option} {file / 'profile'}{file_type}")
 
 
 def _profiled(config: ProfileConfig, progress: Progress) -> ProfileResult:
@@ -115,7 +104,7 @@ def _profiled(config: ProfileConfig, progress: Progress) -> ProfileResult:
     hardware = look_at_hardware(device, dtype)
     flag_busy(hardware, config, remarks)
     if hardware.no_kernel:
-        remarks.append(f"computed by torch alone, without the compiled kernel: {hardware.no_kernel}")
+        remarks.append(hardware.no_kernel_remark)
     with progress.stage("Loading the checkpoint"):
         model = load(checkpoint.path, top_k=config.top_k, scale=config.scale, dtype=dtype, device=device, verify=False)
     tokens, text_name = profile_text(config, checkpoint, remarks, progress)
@@ -164,10 +153,9 @@ def flag_busy(hardware: Hardware, config: ProfileConfig, remarks: list[str]) -> 
     """
     if not hardware.busy:
         return
-    found = f"the machine is busy: load {hardware.load_1min:g} on {hardware.cores} cores"
     if config.require_quiet:
-        raise ResourceError(found, "stop what else runs, or leave out --require-quiet")
-    remarks.append(f"{found}; trust ratios, not milliseconds")
+        raise ResourceError(hardware.busy_remark, "stop what else runs, or leave out --require-quiet")
+    remarks.append(f"{hardware.busy_remark}; trust ratios, not milliseconds")
 
 
 def tune(subject: Subject, progress: Progress) -> TuningReport:

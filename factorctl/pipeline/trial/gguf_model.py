@@ -17,7 +17,7 @@ from factorctl.exporting.check.llama_cpp import require_llama_cpp
 from factorctl.exporting.gguf.file import GGUF_NAME
 from factorctl.files.first_bytes import is_gguf
 from factorctl.files.hashing import hash_file
-from factorctl.pipeline.evaluate.subjects import EvalModel
+from factorctl.pipeline.common.subjects import ComparedModel
 from factorctl.progress import Progress
 
 
@@ -40,9 +40,9 @@ class GgufModel:
     def context(self) -> int:
         return int(self.header.keys[f"{self.header.architecture}.context_length"])
 
-    def as_model(self) -> EvalModel:
+    def as_model(self) -> ComparedModel:
         """As the other verbs see a model."""
-        return EvalModel(
+        return ComparedModel(
             self.file,
             self.file.name,
             "export",

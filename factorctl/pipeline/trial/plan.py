@@ -14,17 +14,17 @@ from factorctl.checkpoint.aliases import ALIASES
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config.option import EVERY_ROLE, recorded
 from factorctl.config.trial import TryConfig
-from factorctl.errors import UsageError
 from factorctl.memory import PROCESS_BYTES, free_memory, require_memory
 from factorctl.models.loading import holds_quantised_experts
 from factorctl.pipeline.common.devices import compute_dtype, torch_device
-from factorctl.pipeline.evaluate.subjects import (
-    EvalModel,
+from factorctl.pipeline.common.subjects import (
+    ComparedModel,
     find_checkpoint,
     find_reference,
     is_plain_dense,
     shared_tokenizer,
 )
+from factorctl.pipeline.common.workspace import refuse_directory
 from factorctl.pipeline.trial.engines import Sampling
 from factorctl.pipeline.trial.gguf_model import GgufModel, find_gguf, require_same_vocabulary, require_the_cpu
 from factorctl.pipeline.trial.prompts import Prompt, prepare, read_prompts, takes_chat
@@ -39,8 +39,8 @@ class TryPlan:
     """Everything that is decided before the first weight is read."""
 
     config: TryConfig
-    model: EvalModel
-    reference: EvalModel
+    model: ComparedModel
+    reference: ComparedModel
     gguf: GgufModel | None
     """The file that takes the model's place."""
     runtimes: tuple[Runtime, Runtime]
@@ -84,8 +84,7 @@ def plan_try(config: TryConfig, progress: Progress) -> TryPlan:
         ResourceError: memory or device do not suffice.
     """
     remarks: list[str] = []
-    if config.out is not None and os.path.isdir(config.out):
-        raise UsageError(f"--out {config.out} is a directory", f"name a file: --out {config.out / 'try.json'}")
+    refuse_directory("--out", config.out, "try.json")
     _require_the_checkpoint_first(config)
     given = _given_prompts(config)
     gguf = find_gguf(config.checkpoint, progress)
@@ -149,7 +148,7 @@ def _given_prompts(config: TryConfig) -> list[str]:
     return [] if config.prompt is None else [config.prompt]
 
 
-def _runtimes(model: EvalModel, reference: EvalModel, gguf: GgufModel | None) -> tuple[Runtime, Runtime]:
+def _runtimes(model: ComparedModel, reference: ComparedModel, gguf: GgufModel | None) -> tuple[Runtime, Runtime]:
     """A native checkpoint and its dense model both in factorctl's runtime; exports and their dense model in stock."""
     if gguf is not None:
         return "transformers", "llama.cpp"
@@ -177,7 +176,7 @@ def expected_memory(plan: TryPlan) -> int:
     return PROCESS_BYTES + models + logits
 
 
-def _weight_bytes(model: EvalModel, dtype: torch.dtype) -> int:
+def _weight_bytes(model: ComparedModel, dtype: torch.dtype) -> int:
     return dtype.itemsize * CheckpointReader(model.path).num_values
 
 

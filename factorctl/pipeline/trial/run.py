@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from factorctl.config.trial import TryConfig
 from factorctl.errors import UsageError
 from factorctl.files.publishing import make_directory, sole_writer_of, write_file
+from factorctl.models.assembling import dense_twin
 from factorctl.models.filling import adopt_generation_config
 from factorctl.models.loading import load
 from factorctl.pipeline.common.provenance import library_versions
-from factorctl.pipeline.evaluate.subjects import EvalModel, load_model, load_stock
+from factorctl.pipeline.common.subjects import ComparedModel, load_model, load_stock
 from factorctl.pipeline.trial.comparison import count_alike, described, first_difference
-from factorctl.pipeline.trial.dense_twin import dense_twin
 from factorctl.pipeline.trial.engines import Engine, Sampling
 from factorctl.pipeline.trial.llama_cpp_engine import LlamaCppEngine
 from factorctl.pipeline.trial.plan import Runtime, TryPlan, notation, plan_try, resolved_config
@@ -72,9 +72,7 @@ def try_models(config: TryConfig, listener: Listener, progress: Progress, *, lin
     plan = plan_try(config, progress)
     hardware = look_at_hardware(plan.device, plan.dtype)
     if hardware.busy:
-        plan.remarks.append(
-            f"the machine is busy: load {hardware.load_1min:g} on {hardware.cores} cores; trust no tokens/s"
-        )
+        plan.remarks.append(f"{hardware.busy_remark}; trust no tokens/s")
     for remark in plan.remarks:
         progress.note(remark)
     with sole_writer_of(config.out):
@@ -206,7 +204,7 @@ def _engine_of_the_model(plan: TryPlan, ends: frozenset[int]) -> Engine:
     )
 
 
-def _loaded(model: EvalModel, runtime: Runtime, plan: TryPlan) -> PreTrainedModel:
+def _loaded(model: ComparedModel, runtime: Runtime, plan: TryPlan) -> PreTrainedModel:
     if runtime == "bitsandbytes":
         return load(model.path, dtype=plan.dtype, device=plan.device, verify=False)
     if model.native is not None:

@@ -201,6 +201,7 @@ def test_an_unfinished_checkpoint_and_a_wrong_place_for_the_report(
         (("--few-shot", -1), "--few-shot -1 is out of range"),
         (("--batch-size", "big"), "--batch-size big is neither auto nor a number"),
         (("--data-tokens", "none"), "--data-tokens 'none' is not a number of tokens"),
+        (("--report", "/"), "--report / is a directory"),
         (("--controls", "--calibration", "gone.txt"), "--calibration 'gone.txt' was not found"),
     ],
 )

@@ -204,7 +204,7 @@ def test_emulated_bfloat16_is_left_out_aloud(
     [
         ({"batch": (0,)}, r"--batch 0 holds no positive numbers only"),
         ({"prompt": ()}, r"--prompt nothing holds no positive numbers only"),
-        ({"rounds": 0}, r"--rounds 0 holds"),
+        ({"rounds": 0}, r"--rounds 0 is no positive number"),
         ({"decode_tokens": 0}, r"--decode-tokens 0 is no positive number"),
     ],
 )

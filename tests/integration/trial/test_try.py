@@ -23,9 +23,9 @@ from factorctl.config.export import ExportConfig
 from factorctl.errors import ExitCode
 from factorctl.exporting.gguf.writer import GgufWriter
 from factorctl.exporting.jobs import Verified
+from factorctl.models.assembling import dense_twin
 from factorctl.models.loading import load_dense
 from factorctl.pipeline.export.run import export
-from factorctl.pipeline.trial.dense_twin import dense_twin
 from factorctl.progress import SilentProgress
 
 NEW = 12

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factorctl.calibration.load_limit import with_prices
+from factorctl.calibration.closed_form import with_prices
 from factorctl.ffn.labels import expert_counts
 from factorctl.ffn.routing import logit_spread
 

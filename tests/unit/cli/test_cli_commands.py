@@ -317,7 +317,7 @@ def test_plugins_lists_strategies_and_aliases() -> None:
 
 
 def test_doctor_reports_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("factorctl.pipeline.inspect.doctor._hub_state", lambda: "reachable")
+    monkeypatch.setattr("factorctl.pipeline.inspect.installation._hub_state", lambda: "reachable")
     found = cli("doctor", "--workspace", tmp_path / "not" / "yet", "--format", "json").json
     assert found["factorctl"] == factorctl.__version__
     assert found["libraries"]["torch"] == torch.__version__.split("+")[0] or found["libraries"]["torch"]
@@ -331,8 +331,8 @@ def test_doctor_reports_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 @pytest.mark.parametrize("reason", [None, "no C++ compiler (c++) is installed"])
 def test_doctor_says_whether_the_cpu_kernel_runs(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("factorctl.pipeline.inspect.doctor._hub_state", lambda: "reachable")
-    monkeypatch.setattr("factorctl.pipeline.inspect.doctor.reason_without", lambda: reason)
+    monkeypatch.setattr("factorctl.pipeline.inspect.installation._hub_state", lambda: "reachable")
+    monkeypatch.setattr("factorctl.pipeline.inspect.installation.reason_without", lambda: reason)
     assert cli("doctor", "--format", "json").json["no_kernel"] == reason
     assert ("compiled" if reason is None else "torch computes alone") in cli("doctor").stdout
 

@@ -16,7 +16,6 @@ from support.texts import BOS, EOS, WORDS, build, document_text, make_tokenizer,
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from factorctl.data import block_files, building
-from factorctl.data.block_order import BlockOrder
 from factorctl.data.blocks import open_token_blocks
 from factorctl.data.documents import Document
 from factorctl.data.identity import tokenizer_fingerprint
@@ -420,22 +419,3 @@ def test_tokenize_empty(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UsageError, match=r"'.*empty.txt' holds no text to evaluate"):
         tokenize_documents(parse_data_spec(str(tmp_path / "empty.txt")), make_tokenizer())
-
-
-def test_block_order() -> None:
-    order = BlockOrder(seed=3, num_blocks=7)
-    visited = order.rows(0, 21)
-    for epoch in range(3):
-        assert sorted(visited[7 * epoch : 7 * epoch + 7].tolist()) == list(range(7))
-    assert visited[:7].tolist() != visited[7:14].tolist()
-    resumed = BlockOrder(seed=3, num_blocks=7)
-    assert np.concatenate([resumed.rows(5, 9), resumed.rows(14, 7)]).tolist() == visited[5:].tolist()
-    assert BlockOrder(seed=4, num_blocks=7).rows(0, 21).tolist() != visited.tolist()
-    assert order.epoch(14) == 2.0
-    with pytest.raises(UsageError, match="there are no blocks"):
-        BlockOrder(seed=0, num_blocks=0)
-
-
-def test_block_order_is_fixed_for_good() -> None:
-    """A run that is resumed under another numpy must see the same blocks."""
-    assert BlockOrder(seed=0, num_blocks=10).rows(0, 10).tolist() == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from factorctl.config.quantities import parse_token_count
 from factorctl.data.row_filter import RowFilter
 from factorctl.data.spec import (
     DEFAULT_PRETRAINING_DATA,
@@ -16,7 +17,6 @@ from factorctl.data.spec import (
     parse_data_spec,
 )
 from factorctl.errors import ExitCode, UsageError
-from factorctl.quantities import parse_token_count
 
 
 def test_self() -> None:

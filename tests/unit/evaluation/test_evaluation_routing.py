@@ -12,8 +12,7 @@ from support.tiny import calibrated, factorize_quietly, some_ids
 import factorctl
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.evaluation.ffn_skipping import SkipState, _greed, calibrate_threshold, skipping_ffns
-from factorctl.evaluation.fidelity import LayerFidelity, Teacher, measure_fidelity
-from factorctl.evaluation.fidelity_plot import draw_fidelity
+from factorctl.evaluation.fidelity import LayerFidelity, Teacher, draw_fidelity, measure_fidelity
 from factorctl.evaluation.routing_overrides import OracleChoice, RandomChoice, choosing
 from factorctl.ffn.dense import dense_output
 from factorctl.models.building import factored_ffns

@@ -11,7 +11,6 @@ from huggingface_hub import ModelCard
 from support.command_line import config_of
 
 from factorctl.checkpoint.manifest import Manifest
-from factorctl.checkpoint.source_card import source_card
 from factorctl.config.export import ExportConfig
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.finetune import FinetuneConfig
@@ -20,6 +19,7 @@ from factorctl.exporting.card import CardFacts, export_card
 from factorctl.exporting.origin import base_name, licence_of
 from factorctl.exporting.reports import _results, evaluation_table
 from factorctl.pipeline.common.model_card import native_card
+from factorctl.pipeline.common.recorded_source import source_card
 from factorctl.pipeline.recipe.read import STAGES
 from factorctl.training.presets import PRESETS
 

@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.option import command_line
+from factorctl.config.quantities import parse_byte_count
 from factorctl.config.shape import FactorShape
 from factorctl.errors import UsageError
 from factorctl.exporting.check.comparison import (
@@ -34,7 +35,6 @@ from factorctl.exporting.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer
 from factorctl.exporting.stock.config import rope_keys
 from factorctl.exporting.stock.folding import Folding, is_power_of_two, scale_rounding
 from factorctl.ffn.spec import FactoredSpec
-from factorctl.quantities import parse_byte_count
 
 N, K, H, D = 4, 2, 12, 32
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from factorctl.checkpoint.manifest import check_files, read_manifest
 from factorctl.config.export import ExportConfig
 from factorctl.errors import IntegrityError
-from factorctl.exporting.stock.tokenizer_files import portable_bytes, portable_config
+from factorctl.exporting.stock.writer import portable_bytes, portable_config
 
 
 @pytest.mark.parametrize(

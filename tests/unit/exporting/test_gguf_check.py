@@ -10,7 +10,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from factorctl.exporting.check.gguf import _mixed_fault
+from factorctl.exporting.check.gguf_proof import _mixed_fault
 
 NAME = "blk.0.ffn_up_exps.weight"
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from factorctl.config.evaluate import EvalConfig
 from factorctl.errors import UsageError
-from factorctl.pipeline.evaluate.subjects import find_checkpoint, find_reference, shared_tokenizer
+from factorctl.pipeline.common.subjects import find_checkpoint, find_reference, shared_tokenizer
 from factorctl.pipeline.factorize.plan import plan_factorize
 from factorctl.pipeline.factorize.run import factorize
 from factorctl.progress import SilentProgress

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from factorctl.config.frontier import FrontierConfig
+from factorctl.config.quantities import parse_duration
 from factorctl.config.shape import FactorShape
 from factorctl.errors import UsageError
 from factorctl.pipeline.frontier.points import Point, best, front, marked, why_hopeless
 from factorctl.pipeline.frontier.search import between
 from factorctl.pipeline.frontier.splits import coarse_to_fine, families, name_of, static_shape, swept
 from factorctl.pipeline.frontier.state import SearchState
-from factorctl.quantities import parse_duration
 from factorctl.reporting.statistics import Estimate
 
 F = 1536
@@ -212,7 +212,8 @@ def test_what_is_no_time_is_refused(text: str) -> None:
         ({"active": 1.5}, "--active 1.5 is out of range"),
         ({"keep": 0.0}, "--keep 0 is out of range"),
         ({"speed_up": -1.0}, "--speed-up -1 is out of range"),
-        ({"experts": (8, 1)}, "--experts 8,1 is out of range"),
+        ({"experts": (8, 1)}, "--experts 8,1 is out of range\nHint: choose numbers from 2 to 128"),
+        ({"experts": ()}, "--experts nothing is out of range"),
         ({"shared_fraction": (1.0,)}, "--shared-fraction 1 is out of range"),
         ({"rounds": 0}, "--rounds 0 is no positive number"),
     ],

@@ -14,7 +14,6 @@ from factorctl.profiling.flop_check import FlopMismatchError, check_flops, count
 from factorctl.profiling.flops import (
     attended_pairs,
     count_flops,
-    expected_experts_hit,
     experts_run_by,
     reduction,
     sweep_top_k,
@@ -75,7 +74,6 @@ def test_shared_neurons_are_counted_once_and_k_0_has_no_router() -> None:
 
 def test_executed_experts_by_path() -> None:
     assert [experts_run_by(path, TINYLLAMA) for path in ("masked", "dense", "grouped", "loop")] == [4, 4, 2, 2]
-    assert expected_experts_hit(4, 2, 8) == pytest.approx(4 * (1 - 0.5**8))
 
 
 def test_sweep_has_the_papers_rows() -> None:

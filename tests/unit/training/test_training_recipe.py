@@ -15,11 +15,9 @@ from factorctl.errors import UsageError
 from factorctl.ffn.layer import FactoredFFN
 from factorctl.progress import SilentProgress
 from factorctl.training import load_watch
-from factorctl.training.batches import plan_batches
 from factorctl.training.load_watch import LoadWatch, dead_experts
-from factorctl.training.metrics import MetricsFile
+from factorctl.training.metrics import MetricsFile, draw_training
 from factorctl.training.optimizers import Schedule, choose_trained, make_optimizers, set_learning_rate
-from factorctl.training.plotting import draw_training
 from factorctl.training.presets import LossWeights, batch_tokens_of, recipe_of
 
 
@@ -146,40 +144,6 @@ def test_eight_bit_adamw_keeps_the_routers_state_in_float32() -> None:
     assert holder.mlp.router.numel() > 4096, "large enough that bitsandbytes alone would quantise it"
     assert routers.state[holder.mlp.router]["exp_avg"].dtype == torch.float32
     assert not torch.equal(holder.mlp.down, before)
-
-
-def test_batches_fill_up_to_whole_steps() -> None:
-    plan = plan_batches(1000, batch_tokens=100, block_length=16, micro_batch=None, world_size=1)
-    assert (plan.batch_blocks, plan.batch_tokens, plan.steps) == (7, 112, 9)
-    assert plan.tokens == 1008
-
-
-def test_the_micro_batch_is_the_largest_that_divides_the_batch_and_fits() -> None:
-    plan = plan_batches(10**6, batch_tokens=8192, block_length=1024, micro_batch=None, world_size=1)
-    assert (plan.micro_batch, plan.rounds) == (4, 2)
-    assert plan_batches(10**6, batch_tokens=8192, block_length=1024, micro_batch=3, world_size=1).rounds == 3
-
-
-def test_one_process_with_two_rounds_takes_what_two_processes_take() -> None:
-    one = plan_batches(1000, batch_tokens=64, block_length=16, micro_batch=2, world_size=1)
-    two = plan_batches(1000, batch_tokens=64, block_length=16, micro_batch=2, world_size=2)
-    assert (one.rounds, two.rounds, one.steps) == (2, 1, two.steps)
-    alone = [one.first_visit(3, round_, 0) for round_ in range(2)]
-    assert alone == [two.first_visit(3, 0, rank) for rank in range(2)]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tokens": 0}, "--tokens 0 leaves nothing to train on"),
-        ({"batch_tokens": 8}, "--batch-tokens 8 is less than one sequence of 16 tokens"),
-        ({"micro_batch": 0}, "--micro-batch 0 is out of range"),
-    ],
-)
-def test_bad_sizes_are_refused(options: dict[str, Any], message: str) -> None:
-    sizes = {"tokens": 100, "batch_tokens": 32, "block_length": 16, "micro_batch": None, "world_size": 1} | options
-    with pytest.raises(UsageError, match=message):
-        plan_batches(sizes.pop("tokens"), **sizes)
 
 
 def test_a_dead_expert_is_named_once_with_its_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,7 @@ from factorctl.training.losses import agreement, par_loss
 from factorctl.training.muon import Muon, blocks_of, orthogonal
 from factorctl.training.optimizers import make_optimizers
 from factorctl.training.presets import LossWeights, recipe_of
-from factorctl.training.router_refresh import DAMPING, refresh_routers
-from factorctl.training.selection import MIN_SHARPNESS, keep_order, to_unit_spread
+from factorctl.training.selection import MIN_SHARPNESS, REFRESH_DAMPING, keep_order, refresh_routers, to_unit_spread
 from factorctl.training.straight_through import as_if_all_ran
 from factorctl.training.twin_ffn import TwinFFN, twins
 
@@ -178,7 +177,7 @@ def test_a_refresh_finds_what_a_linear_map_can_and_leaves_the_gates_as_unequal(c
     assert float(agreement(found_TN.topk(2).indices, wanted_TN.topk(2).indices)) > 0.99
     assert inequality() == pytest.approx(before, rel=1e-4)
     if target == "labels":
-        predicted_TN = wanted_TN / (1 + DAMPING)  # of inputs of unit covariance
+        predicted_TN = wanted_TN / (1 + REFRESH_DAMPING)  # of inputs of unit covariance
         torch.testing.assert_close(found_TN, 0.5 * 2 * predicted_TN, atol=0.3, rtol=0.02)  # temperature N/K times that
 
 

@@ -1,4 +1,4 @@
-"""The two models of an evaluation: found, checked and hashed first; loaded one at a time, in the same dtype, later."""
+"""The two models that are compared: found, checked and hashed first; loaded one at a time, in the same dtype, later."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from factorctl.progress import Progress
 
 
 @dataclass(frozen=True)
-class EvalModel:
-    """A model that will be evaluated; no weight of it is read yet."""
+class ComparedModel:
+    """One of the two; no weight of it is read yet."""
 
     path: Path
     id: str
@@ -61,8 +61,8 @@ class NamesModels(Protocol):
     def workspace(self) -> Path: ...
 
 
-def find_checkpoint(config: NamesModels, progress: Progress) -> EvalModel:
-    """The model that is evaluated, every file of an artefact verified.
+def find_checkpoint(config: NamesModels, progress: Progress) -> ComparedModel:
+    """The model that is held against another, every file of an artefact verified.
 
     Raises:
         UsageError: there is none.
@@ -75,7 +75,7 @@ def find_checkpoint(config: NamesModels, progress: Progress) -> EvalModel:
     return find_model(str(newest), progress)
 
 
-def find_reference(config: NamesModels, model: EvalModel, progress: Progress) -> EvalModel:
+def find_reference(config: NamesModels, model: ComparedModel, progress: Progress) -> ComparedModel:
     """What `model` is compared with: `--against`, else the dense source that its manifest records.
 
     Raises:
@@ -101,7 +101,7 @@ def find_reference(config: NamesModels, model: EvalModel, progress: Progress) ->
     return reference
 
 
-def is_source_of(model: EvalModel, reference: EvalModel) -> bool:
+def is_source_of(model: ComparedModel, reference: ComparedModel) -> bool:
     """Whether the manifest of `model` names the weights of `reference`, by their hashes."""
     if model.manifest is None or reference.description is None:
         return False
@@ -110,7 +110,7 @@ def is_source_of(model: EvalModel, reference: EvalModel) -> bool:
     return bool(names) and all(found.get(name) == dict(recorded[name]) for name in names)
 
 
-def find_model(name: str, progress: Progress) -> EvalModel:
+def find_model(name: str, progress: Progress) -> ComparedModel:
     """A native checkpoint, an export, or what `MODEL` means elsewhere: directory, .gguf file, alias, Hub id.
 
     Raises:
@@ -126,14 +126,14 @@ def find_model(name: str, progress: Progress) -> EvalModel:
     return _plain(find_source(name, progress), progress)
 
 
-def _artefact(path: Path, progress: Progress) -> EvalModel:
+def _artefact(path: Path, progress: Progress) -> ComparedModel:
     manifest = read_manifest(path)
     with progress.stage(f"Verifying {path.name}", total=len(manifest.files), unit="files") as task:
         for _ in check_files(path, manifest):
             task.advance()
     if manifest.kind == "native":
         native = open_checkpoint(path, verify=False)
-        return EvalModel(
+        return ComparedModel(
             path,
             path.name,
             "native",
@@ -147,15 +147,15 @@ def _artefact(path: Path, progress: Progress) -> EvalModel:
             f"{path} is a GGUF export, which transformers does not run",
             "evaluate the native checkpoint it was made from: the export was compared with it before it was published",
         )
-    return EvalModel(path, path.name, "export", manifest.sha256, **_sizes(_read_config(path)), manifest=manifest)
+    return ComparedModel(path, path.name, "export", manifest.sha256, **_sizes(_read_config(path)), manifest=manifest)
 
 
-def _plain(source: Source, progress: Progress, *, known_as: str | None = None) -> EvalModel:
+def _plain(source: Source, progress: Progress, *, known_as: str | None = None) -> ComparedModel:
     for note in source.notes:
         progress.note(note)
     with progress.stage(f"Hashing {source.id}"):
         description = describe_source(source)
-    return EvalModel(
+    return ComparedModel(
         source.path,
         known_as or source.id,
         "dense",
@@ -182,7 +182,7 @@ def _sizes(config: Any) -> dict[str, Any]:
 
 
 def load_model(
-    model: EvalModel, *, dtype: torch.dtype, device: torch.device, top_k: int | None = None
+    model: ComparedModel, *, dtype: torch.dtype, device: torch.device, top_k: int | None = None
 ) -> PreTrainedModel:
     """The model in memory, ready to score; `top_k` only for a native checkpoint.
 
@@ -220,8 +220,8 @@ def load_stock(directory: Path, dtype: torch.dtype, device: torch.device) -> Pre
     return loaded
 
 
-def shared_tokenizer(model: EvalModel, reference: EvalModel) -> PreTrainedTokenizerBase:
-    """The one tokenizer that both models are evaluated with.
+def shared_tokenizer(model: ComparedModel, reference: ComparedModel) -> PreTrainedTokenizerBase:
+    """The one tokenizer that both models are given text with.
 
     Raises:
         UsageError: neither has one, or their vocabularies differ.
@@ -243,7 +243,7 @@ def shared_tokenizer(model: EvalModel, reference: EvalModel) -> PreTrainedTokeni
 
 
 def _refuse_other_vocabulary(
-    model: EvalModel, ours: PreTrainedTokenizerBase, reference: EvalModel, theirs: PreTrainedTokenizerBase
+    model: ComparedModel, ours: PreTrainedTokenizerBase, reference: ComparedModel, theirs: PreTrainedTokenizerBase
 ) -> None:
     mine, other = ours.get_vocab(), theirs.get_vocab()
     if mine == other:
@@ -256,7 +256,7 @@ def _refuse_other_vocabulary(
     )
 
 
-def _tokenizer(model: EvalModel) -> PreTrainedTokenizerBase | None:
+def _tokenizer(model: ComparedModel) -> PreTrainedTokenizerBase | None:
     if not has_tokenizer(model.path):
         return None
     config = model.native.dense.config if model.native is not None else None

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from factorctl.exporting.card import next_steps
 from factorctl.exporting.check.comparison import Fidelity
 from factorctl.exporting.forms import Form
-from factorctl.pipeline.export.next_steps import next_steps
 
 
 def form(**changes: Any) -> Form:

@@ -1,4 +1,4 @@
-"""`factorctl doctor`: what this machine offers."""
+"""`factorctl doctor` and `plugins`: what this machine offers, and whose strategies are installed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import psutil
 import torch
 
 from factorctl import __version__
+from factorctl.checkpoint.aliases import ALIASES
 from factorctl.ffn.kernel.cpu import reason_without
 from factorctl.files.cache import cache_directory
 from factorctl.memory import available_memory
+from factorctl.partitions import StrategyInfo, available
 from factorctl.pipeline.common.provenance import library_versions
 from factorctl.processor import has_fast_bfloat16, processor_name, usable_cores
 
@@ -70,3 +72,17 @@ def _hub_state() -> str:
     except (TransportError, OSError, RuntimeError) as error:
         return f"not reachable ({type(error).__name__}): the model `demo` and local directories work without it"
     return "reachable"
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """What can be chosen by name."""
+
+    strategies: list[StrategyInfo]
+    aliases: dict[str, str]
+    """Short name of a model -> what it stands for."""
+
+
+def list_plugins() -> Plugins:
+    """Every installed strategy, broken ones with their fault, and the model aliases."""
+    return Plugins(available(), dict(ALIASES))
