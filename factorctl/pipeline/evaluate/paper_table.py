@@ -67,7 +67,7 @@ def paper_table(paths: Sequence[Path]) -> PaperTable:
         raise UsageError(f"the reports compare with different dense models ({named})", "give reports of one of them")
     titles = _titles(reports, paths)
     rows = [_row("dense", paths[0], reports[0]["dense"])]
-    rows += [_row(*row, report["model"]) for *row, report in zip(titles, paths, reports, strict=True)]
+    rows += [_row(title, path, report["model"]) for title, path, report in zip(titles, paths, reports, strict=True)]
     rows += [row for name in CONTROL_ROWS for row in _controls(name, reports, paths, titles)]
     remarks = list(differing_options(reports))
     if rows[0].attention_gflops is None:

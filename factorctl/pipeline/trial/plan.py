@@ -14,6 +14,7 @@ from factorctl.checkpoint.aliases import ALIASES
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config.option import EVERY_ROLE, recorded
 from factorctl.config.trial import TryConfig
+from factorctl.errors import UsageError
 from factorctl.memory import PROCESS_BYTES, free_memory, require_memory
 from factorctl.models.loading import holds_quantised_experts
 from factorctl.pipeline.common.devices import compute_dtype, torch_device
