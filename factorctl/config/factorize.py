@@ -30,7 +30,7 @@ RECOMMENDED = Split(24, 8, 0.25, "fitted")
 
 
 CALIBRATION_TOKENS = 16_384
-"""Held-out perplexity gains less than 1% beyond, and on a CPU every token is waited for: docs/design.md."""
+"""What a CPU can be asked to wait for: twice as many keep a few percent more, docs/design.md has how much."""
 
 
 @dataclass(frozen=True)
