@@ -41,8 +41,9 @@ class FactorizeConfig(CommonConfig):
     num_experts: Annotated[
         int | None,
         Option(
-            f"Routed experts per layer, {MIN_EXPERTS} to {MAX_EXPERTS}. [default: 24, 8 of them active, a quarter of "
-            "the neurons shared, scale fitted: the best that was measured]",
+            f"Routed experts per layer, {MIN_EXPERTS} to {MAX_EXPERTS}. [default: {RECOMMENDED.num_experts}, "
+            f"{RECOMMENDED.top_k} of them active, a quarter of the neurons shared, scale fitted: the best that was "
+            "measured]",
             flag="--experts",
             short="-n",
             least=MIN_EXPERTS,

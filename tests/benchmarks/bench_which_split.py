@@ -28,6 +28,7 @@ from routing_report import Score, excess, paired
 from factorctl.cli.render import progress_listener
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.profile import ProfileConfig
+from factorctl.config.shape import FactorShape
 from factorctl.pipeline.factorize.run import factorize
 from factorctl.pipeline.profile.run import profile
 from factorctl.reporting.pictures import png
@@ -43,8 +44,6 @@ class Row:
     """One split of the table."""
 
     cell: Cell
-    notation: str
-    active: float
     untrained: float
     """Excess over the dense model in nats per token, as is the next one."""
     trained: float | None
@@ -59,12 +58,12 @@ class Row:
         return self.cell.method != STATIC
 
     @property
-    def shares(self) -> bool:
-        return "+" in self.notation
+    def shape(self) -> FactorShape:
+        return self.cell.shape(DEMO_NEURONS)
 
     @property
     def percent(self) -> int:
-        return round(100 * self.active)
+        return round(100 * self.shape.active_ffn_fraction)
 
 
 def main() -> int:
@@ -156,8 +155,6 @@ def rows_of(arguments: argparse.Namespace) -> Iterator[Row]:
         speed = speeds.get(cell.name, {})
         yield Row(
             cell,
-            untrained["notation"],
-            untrained["active"] / untrained["neurons"],
             excess(Score.of(untrained), dense),
             None if trained is None else excess(Score.of(trained), dense),
             paired(Score.of(trained), Score.of(control)) if beside and trained and control else "",
@@ -188,7 +185,7 @@ def report_lines(rows: Sequence[Row], hardware: str, picture: str) -> Iterator[s
 
 
 def title(row: Row) -> str:
-    return row.notation if row.routed else f"static ({row.notation})"
+    return row.shape.notation if row.routed else f"static ({row.shape.notation})"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -213,14 +210,15 @@ def draw(rows: Sequence[Row]) -> bytes:
     for axes, phase in zip(figure.subplots(1, 2, sharey=True), ("prefill", "decode"), strict=True):
         complete = [row for row in rows if row.trained is not None and getattr(row, phase) is not None]
         for row in complete:
-            marker = "s" if not row.routed else "o" if row.shares else "^"
+            marker = "s" if not row.routed else "o" if row.shape.shared_size else "^"
             colour = COLOURS[min(COLOURS, key=lambda known: abs(known - row.percent))]
             face = colour if on_front(row, rows, phase) else "white"
             axes.scatter(getattr(row, phase), row.trained, marker=marker, facecolors=face, edgecolors=colour, zorder=2)
             if row.routed:
-                experts = row.notation.partition("E")[0].rpartition("R")[2]
                 place = (getattr(row, phase), row.trained)
-                axes.annotate(experts, place, (4, 3), textcoords="offset points", fontsize=7, color=colour)
+                axes.annotate(
+                    str(row.shape.num_experts), place, (4, 3), textcoords="offset points", fontsize=7, color=colour
+                )
         front = sorted((getattr(row, phase), row.trained) for row in complete if on_front(row, rows, phase))
         axes.plot([x for x, _ in front], [y for _, y in front], color="#555555", linewidth=1, zorder=1)
         axes.set(xlabel=f"{phase}: times as fast as the dense model")

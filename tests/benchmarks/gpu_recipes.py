@@ -40,7 +40,7 @@ def main() -> int:
     codes = {recipe: ended(process, deadline) for recipe, process in running.items()}
     for recipe, code in codes.items():
         print(f"{recipe}: {'done' if code == 0 else f'ended with {code}'}", flush=True)
-    rows = [str(folder) for folder in sorted(work.glob(f"runs/{PAPER_TABLE}-*/eval")) if folder.is_dir()]
+    rows = [str(report) for report in sorted(work.glob(f"runs/{PAPER_TABLE}-*/eval/results.json"))]  # what is finished
     if rows:
         words = [word for row in rows for word in ("--paper-table", row)]
         codes["table"] = factorctl(["eval", *words, "--report", "paper-table.md"], work, work / "table.log").wait()

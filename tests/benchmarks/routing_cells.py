@@ -51,10 +51,6 @@ SPLITS: Mapping[str, Split] = {
     "50-72": Split(72, 24, 0.25),
     "25-84": Split(84, 12, 0.125),
     "50-2of4": Split(4, 2),
-    # experts of 16 neurons beside other shares
-    "75-48h": Split(48, 24, 0.5),
-    "75-60": Split(60, 36, 0.375),
-    "75-84": Split(84, 60, 0.125),
     # experts of the same five sizes at every share: 192 to 12 of the demo's neurons
     **{f"75-{6 * n}": Split(6 * n, 4 * n, 0.25) for n in (1, 2, 4, 8, 16)},
     **{f"50-{6 * n}": Split(6 * n, 2 * n, 0.25) for n in (1, 2, 4, 8, 16)},
