@@ -97,8 +97,6 @@ class CalibrationStream:
         return torch.cat([dense_output(ffn, activation, x_CD) for x_CD in x_TD.split(CHUNK_TOKENS)])
 
     def _sample(self) -> TokenSample:
-        """At most `SAMPLE_TOKENS` of the tokens, evenly spread, in their order."""
-        tokens = self.tokens
-        every = slice(None, None, -(-len(tokens) // SAMPLE_TOKENS))
-        hidden_TF = self._activations(tokens.x_TD[every]) if tokens.hidden_TF is None else tokens.hidden_TF[every]
-        return TokenSample(tokens.x_TD[every], hidden_TF, tokens.weight_T[every])
+        sample = self.tokens.spread(SAMPLE_TOKENS)
+        hidden_TF = self._activations(sample.x_TD) if sample.hidden_TF is None else sample.hidden_TF
+        return TokenSample(sample.x_TD, hidden_TF, sample.weight_T)

@@ -1,12 +1,20 @@
-"""The closed-form steps on one layer, in order: router, scale, refit; and once more, now that the refit is known."""
+"""The closed-form steps on one layer, in order: router, scale, refit; and once more, now that they are known."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from factorctl.calibration.closed_form import RefitResult, fit_router, fit_scale, refit_down
+from factorctl.calibration.closed_form import (
+    REFIT_DAMPINGS,
+    RefitResult,
+    fit_router,
+    fit_scale,
+    refit_down,
+    relative_error,
+)
 from factorctl.calibration.tokens import Tokens
 from factorctl.ffn.layer import FactoredFFN
 
@@ -27,30 +35,43 @@ class LayerFit:
 
         What is fitted is rounded to `dtype`: the layer runs what will be stored, not what was computed.
 
-        A refit changes what an expert is good for, so the router that was fitted before it no longer knows. Router and
-        refit are fitted once more, the refit pulled toward the source's values as the first one, and kept where that
-        lowers the held-out error.
+        Two turns. The router of the first judges every expert beside a random choice of others, and a refit changes
+        what an expert is good for; the second knows whom the first one chooses, and what they give now. Its refit is
+        pulled toward the source's values like the first one, by the damping that the first one found. It is kept where
+        it lowers the held-out error.
         """
         source_DF = ffn.down.detach().clone()
-        first = self._once(ffn, fitting, heldout, source_DF, dtype)
-        if first is None or not (self.router and ffn.routes):
+        first = self._once(ffn, fitting, heldout, source_DF, dtype, REFIT_DAMPINGS)
+        if not (self.router and ffn.routes):
             return first
         router_ND, down_DF, scale_a = ffn.router.detach().clone(), ffn.down.detach().clone(), ffn.scale_a
-        second = self._once(ffn, fitting, heldout, source_DF, dtype)
-        assert second is not None
-        if second.error_after < first.error_after:
-            return replace(second, error_before=first.error_before, kept=True)
-        ffn.router.copy_(router_ND)
-        ffn.down.copy_(down_DF)
-        ffn.scale_a = scale_a
-        return first
+        error = relative_error(ffn, heldout)
+        dampings = (first.damping,) if first is not None and first.kept else REFIT_DAMPINGS
+        second = self._once(ffn, fitting, heldout, source_DF, dtype, dampings)
+        if relative_error(ffn, heldout) >= error:
+            ffn.router.copy_(router_ND)
+            ffn.down.copy_(down_DF)
+            ffn.scale_a = scale_a
+            return first
+        if first is None or second is None:
+            return None
+        damping = second.damping if second.kept else first.damping
+        return RefitResult(first.error_before, second.error_after, damping, kept=first.kept or second.kept)
 
     def _once(
-        self, ffn: FactoredFFN, fitting: Tokens, heldout: Tokens, source_DF: torch.Tensor, dtype: torch.dtype
+        self,
+        ffn: FactoredFFN,
+        fitting: Tokens,
+        heldout: Tokens,
+        source_DF: torch.Tensor,
+        dtype: torch.dtype,
+        dampings: Sequence[float],
     ) -> RefitResult | None:
         if self.router:
             fit_router(ffn, fitting, self.load_limit if ffn.routes else None)
             ffn.router.copy_(ffn.router.to(dtype))
         if self.scale:
             fit_scale(ffn, fitting)
-        return refit_down(ffn, fitting, heldout, dtype=dtype, around_DF=source_DF) if self.refit else None
+        if not self.refit:
+            return None
+        return refit_down(ffn, fitting, heldout, dtype=dtype, around_DF=source_DF, dampings=dampings)

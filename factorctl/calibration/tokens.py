@@ -42,6 +42,10 @@ class Tokens:
         """The first `first` tokens and the rest."""
         return self[:first], self[first:]
 
+    def spread(self, count: int) -> Tokens:
+        """At most `count` of the tokens, evenly spread, in their order."""
+        return self[:: -(-len(self) // count)]
+
     def __getitem__(self, rows: slice) -> Tokens:
         hidden_TF = None if self.hidden_TF is None else self.hidden_TF[rows]
         return Tokens(self.x_TD[rows], self.t_TD[rows], self.weight_T[rows], hidden_TF)

@@ -26,23 +26,44 @@ def par_distances(
 ) -> torch.Tensor:
     """||o_e - share*t||^2 - ||share*t||^2 = ||o_e||^2 - 2 share <o_e, t> for every expert, [T, N].
 
-    o_e = W_down,e h_e is expert e's output. Neither it nor [T, N, D] is formed where H <= D: <o_e, t> is h_e on
-    W_down,e^T t, and ||o_e||^2 is h_e^T G_e h_e with the Gram matrix G_e = W_down,e^T W_down,e [H, H]. Wider experts
-    take their outputs one by one.
-
     Args:
         share: what of the target one expert should give; K/N in FactorLLM (arXiv 2408.11855), whose t/(N/K) it is.
     """
-    if down_NDH.shape[2] > down_NDH.shape[1]:
+    if _wide(down_NDH):
+        along_TN, square_TN = along_and_square(hidden_TNH, down_NDH, target_TD)
+        return square_TN - 2 * share * along_TN
+    hidden_NTH, pulled_NTH, gram_NHH = _factors(hidden_TNH, down_NDH, target_TD)
+    return (hidden_NTH * torch.baddbmm(pulled_NTH, hidden_NTH, gram_NHH, beta=-2 * share)).sum(-1).T
+
+
+def along_and_square(
+    hidden_TNH: torch.Tensor, down_NDH: torch.Tensor, target_TD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """<o_e, t> and ||o_e||^2 of every expert, each [T, N], where o_e = W_down,e h_e is what the expert gives.
+
+    Neither it nor [T, N, D] is formed where H <= D: <o_e, t> is h_e on W_down,e^T t, and ||o_e||^2 is h_e^T G_e h_e
+    with the Gram matrix G_e = W_down,e^T W_down,e [H, H]. Wider experts take their outputs one by one.
+    """
+    if _wide(down_NDH):
         outputs = (hidden_TH @ down_DH.T for hidden_TH, down_DH in zip(hidden_TNH.unbind(1), down_NDH, strict=True))
-        columns = [o_TD.square().sum(1) - 2 * share * (o_TD * target_TD).sum(1) for o_TD in outputs]
-        return torch.stack(columns, dim=1)
-    hidden_NTH = hidden_TNH.transpose(0, 1)
-    gram_NHH = down_NDH.transpose(1, 2) @ down_NDH
+        columns = [((o_TD * target_TD).sum(1), o_TD.square().sum(1)) for o_TD in outputs]
+        along_TN, square_TN = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+        return along_TN, square_TN
+    hidden_NTH, pulled_NTH, gram_NHH = _factors(hidden_TNH, down_NDH, target_TD)
+    return (hidden_NTH * pulled_NTH).sum(-1).T, (hidden_NTH * (hidden_NTH @ gram_NHH)).sum(-1).T
+
+
+def _wide(down_NDH: torch.Tensor) -> bool:
+    return down_NDH.shape[2] > down_NDH.shape[1]
+
+
+def _factors(
+    hidden_TNH: torch.Tensor, down_NDH: torch.Tensor, target_TD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h_e, W_down,e^T t and G_e, expert by expert."""
     down_DR = down_NDH.transpose(0, 1).flatten(1)  # a view where it is cut out of a layer's: one product for all
     pulled_NTH = (target_TD @ down_DR).view_as(hidden_TNH).transpose(0, 1)
-    pulled_NTH = torch.baddbmm(pulled_NTH, hidden_NTH, gram_NHH, beta=-2 * share)
-    return (hidden_NTH * pulled_NTH).sum(-1).T
+    return hidden_TNH.transpose(0, 1), pulled_NTH, down_NDH.transpose(1, 2) @ down_NDH
 
 
 @torch.no_grad()

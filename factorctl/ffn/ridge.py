@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import nn
 
@@ -25,12 +27,17 @@ class RidgeMoments(nn.Module):
 
     def solve(self, damping: float, around_IO: torch.Tensor | None = None) -> torch.Tensor:
         """W [I, O], pulled toward `around_IO` (zero if None)."""
-        pull = damping * float(self.gram_II.diagonal().mean())
-        regular_II = self.gram_II.double()
-        regular_II.diagonal().add_(max(pull, torch.finfo(torch.float32).tiny))
+        return next(self.solutions((damping,), around_IO))
+
+    def solutions(self, dampings: Iterable[float], around_IO: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """As `solve`, for one damping after the other."""
+        mean = float(self.gram_II.diagonal().mean())
         residual_IO = self.cross_IO if around_IO is None else self.cross_IO - self.gram_II @ around_IO
-        change_IO = torch.cholesky_solve(residual_IO.double(), _cholesky(regular_II)).float()
-        return change_IO if around_IO is None else around_IO + change_IO
+        for damping in dampings:
+            regular_II = self.gram_II.double()
+            regular_II.diagonal().add_(max(damping * mean, torch.finfo(torch.float32).tiny))
+            change_IO = torch.cholesky_solve(residual_IO.double(), _cholesky(regular_II)).float()
+            yield change_IO if around_IO is None else around_IO + change_IO
 
 
 def _cholesky(matrix_II: torch.Tensor) -> torch.Tensor:

@@ -48,10 +48,11 @@ def make_tokens(ffn: FactoredFFN, count: int = 600) -> Tokens:
     return Tokens(x_TD, dense_target(ffn, x_TD), torch.ones(count))
 
 
+@pytest.mark.parametrize("top_k", [0, 1, 2, N])
 @pytest.mark.parametrize("shared", [0, 5])
 @pytest.mark.parametrize("bias", [False, True])
-def test_benefit_is_the_drop_in_squared_error(shared: int, bias: bool) -> None:
-    ffn = make_ffn(shared=shared, bias=bias).double()
+def test_benefit_is_the_drop_in_squared_error_beside_the_others_that_run(shared: int, bias: bool, top_k: int) -> None:
+    ffn = make_ffn(shared=shared, bias=bias, top_k=top_k, gate="hard", scale_a=1.25).double()
     x_TD = torch.randn(7, D, dtype=torch.float64)
     t_TD = dense_target(ffn, x_TD)
     found_TN = benefits(ffn, Tokens(x_TD, t_TD, torch.ones(7, dtype=torch.float64)))
@@ -60,11 +61,15 @@ def test_benefit_is_the_drop_in_squared_error(shared: int, bias: bool) -> None:
         if shared:
             gate, up = (ffn.shared_gate_up @ x + (ffn.shared_gate_up_bias if bias else 0)).split(shared)
             fixed += ffn.down[:, :shared] @ (torch.nn.functional.silu(gate) * up)
+        outputs = []
         for e in range(N):
             gate, up = (ffn.gate_up[e] @ x + (ffn.gate_up_bias[e] if bias else 0)).split(H)
             first = shared + e * H
-            output = ffn.down[:, first : first + H] @ (torch.nn.functional.silu(gate) * up)
-            drop = (t_TD[t] - fixed).square().sum() - (t_TD[t] - fixed - output).square().sum()
+            outputs.append(1.25 * ffn.down[:, first : first + H] @ (torch.nn.functional.silu(gate) * up))
+        chosen = set((ffn.router @ x).topk(top_k).indices.tolist())
+        for e in range(N):
+            left_TD = t_TD[t] - fixed - sum((outputs[other] for other in chosen - {e}), torch.zeros_like(fixed))
+            drop = left_TD.square().sum() - (left_TD - outputs[e]).square().sum()
             assert float(found_TN[t, e]) == pytest.approx(float(drop), rel=1e-9)
 
 

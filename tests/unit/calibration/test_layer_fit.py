@@ -9,7 +9,7 @@ import torch
 from test_calibration_closed_form import make_ffn, make_tokens
 
 from factorctl.calibration import layer_fit
-from factorctl.calibration.closed_form import RefitResult, fit_router, refit_down, relative_error
+from factorctl.calibration.closed_form import REFIT_DAMPINGS, RefitResult, fit_router, refit_down, relative_error
 from factorctl.calibration.layer_fit import LayerFit
 
 ALL = LayerFit(router=True, scale=True, refit=True)
@@ -27,24 +27,54 @@ def test_two_turns_are_at_least_as_good_as_one() -> None:
     assert relative_error(ffn, heldout) == pytest.approx(result.error_after, rel=1e-4)
 
 
-def test_a_second_turn_that_does_not_help_leaves_the_first_one_s_values(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_second_turn_that_does_not_help_leaves_the_first_one_s_values(
+    refit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ffn = make_ffn(shared=5)
     fitting, heldout = make_tokens(ffn, 1200).split(1000)
-    genuine, seen = refit_down, []
+    genuine, seen = fit_router, []
 
-    def worse_each_time(*args: object, **options: object) -> RefitResult:
-        result = genuine(*args, **options)  # type: ignore[arg-type]
+    def reversed_the_second_time(*args: object) -> None:
         seen.append((ffn.router.clone(), ffn.down.clone(), ffn.scale_a))
-        return replace(result, error_after=float(len(seen)))
+        genuine(*args)  # type: ignore[arg-type]
+        if len(seen) == 2:
+            ffn.router.neg_()
 
-    monkeypatch.setattr(layer_fit, "refit_down", worse_each_time)
-    result = ALL.apply(ffn, fitting, heldout)
+    once = make_ffn(shared=5)
+    replace(ALL, refit=refit)._once(once, fitting, heldout, once.down.clone(), torch.float32, REFIT_DAMPINGS)
+    monkeypatch.setattr(layer_fit, "fit_router", reversed_the_second_time)
+    result = replace(ALL, refit=refit).apply(ffn, fitting, heldout)
     assert len(seen) == 2
+    assert torch.equal(ffn.router, once.router)
+    assert torch.equal(ffn.down, once.down)
+    assert ffn.scale_a == once.scale_a
+    assert (result is not None) == refit
+    if result is not None:
+        assert relative_error(ffn, heldout) == pytest.approx(result.error_after, rel=1e-4)
+
+
+def test_the_second_turn_takes_the_damping_that_the_first_one_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn, genuine, tried = make_ffn(shared=5), refit_down, []
+    fitting, heldout = make_tokens(ffn, 1200).split(1000)
+
+    def noted(*args: object, **options: object) -> RefitResult:
+        tried.append(options["dampings"])
+        return genuine(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(layer_fit, "refit_down", noted)
+    result = ALL.apply(ffn, fitting, heldout)
     assert result is not None
-    assert result.error_after == 1.0
-    assert torch.equal(ffn.router, seen[0][0])
-    assert torch.equal(ffn.down, seen[0][1])
-    assert ffn.scale_a == seen[0][2]
+    assert tried == [REFIT_DAMPINGS, (result.damping,)]
+
+
+def test_the_second_turn_helps_a_router_without_a_refit_too() -> None:
+    """Few experts beside many others: the second router knows which ones will be there."""
+    ffn, once = make_ffn(shared=5, top_k=3), make_ffn(shared=5, top_k=3)
+    fitting, heldout = make_tokens(ffn, 1200).split(1000)
+    fit_router(once, fitting)
+    assert LayerFit(router=True).apply(ffn, fitting, heldout) is None
+    assert relative_error(ffn, heldout) < relative_error(once, heldout)
 
 
 def test_both_refits_are_pulled_toward_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
