@@ -22,7 +22,13 @@ class RidgeMoments(nn.Module):
         self.register_buffer("cross_IO", torch.zeros(inputs, outputs, dtype=torch.float32, device=device))
 
     def add(self, x_TI: torch.Tensor, y_TO: torch.Tensor) -> None:
-        self.gram_II.addmm_(x_TI.T, x_TI)
+        half = x_TI.shape[1] // 2
+        first_TI, second_TI = x_TI.tensor_split([half], dim=1)
+        across_II = first_TI.T @ second_TI  # once: a Gram matrix is symmetric
+        self.gram_II[:half, :half].addmm_(first_TI.T, first_TI)
+        self.gram_II[half:, half:].addmm_(second_TI.T, second_TI)
+        self.gram_II[:half, half:] += across_II
+        self.gram_II[half:, :half] += across_II.T
         self.cross_IO.addmm_(x_TI.T, y_TO)
 
     def solve(self, damping: float, around_IO: torch.Tensor | None = None) -> torch.Tensor:

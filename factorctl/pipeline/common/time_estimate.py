@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from factorctl.calibration.closed_form import REFIT_DAMPINGS, SHARPNESS_TOKENS, SHARPNESSES
+from factorctl.calibration.closed_form import REFIT_DAMPINGS, SCALE_TOKENS, SHARPNESS_TOKENS, SHARPNESSES
 from factorctl.calibration.stream import BATCH_TOKENS
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.shape import FactorShape
@@ -133,18 +133,19 @@ def _fitting_flops(config: FactorizeConfig, shape: FactorShape, width: int, *, c
     """Of the closed-form steps of one layer and of the way on through what they gave, activations at hand."""
     tokens, inner = config.calibration_tokens, shape.intermediate_size
     down = 2 * width * inner * tokens + 3 * FLOPS_PER_ELEMENT * tokens * inner
+    turns = 2 if config.router == "analytic" and shape.routes else 1
     flops = 0.0
     if compressed:
         flops += (1 + 1 / 8) * down  # onward, and the held-out tokens' error
     if config.router == "analytic":
         benefits = 2 * down
         sharpness = len(SHARPNESSES) * down * min(1.0, SHARPNESS_TOKENS / tokens)
-        flops += benefits + 2 * width**2 * tokens + FLOAT64_COST * width**3 / 3 + sharpness
+        flops += turns * (benefits + 2 * width**2 * tokens + FLOAT64_COST * width**3 / 3 + sharpness)
     if config.split.scale == "fitted":
-        flops += down
+        flops += turns * down * min(1.0, SCALE_TOKENS / tokens)
     if config.refit:
-        solve = inner**3 / 3 + 4 * inner**2 * width
-        flops += down + 2 * inner**2 * tokens + len(REFIT_DAMPINGS) * (FLOAT64_COST * solve + down / 8)
+        solve, solved = inner**3 / 3 + 4 * inner**2 * width, len(REFIT_DAMPINGS) + turns - 1
+        flops += turns * (down + 2 * inner**2 * tokens) + solved * (FLOAT64_COST * solve + down / 8)
     return flops
 
 
