@@ -8,7 +8,7 @@ T tokens, D hidden_size, N num_experts, K top_k, F intermediate_size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ NEAR_TIE = 1e-4
 SHARPNESS_TOKENS = 2048
 SCALE_TOKENS = 4096
 """Enough for one number."""
-REFIT_DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
+MIDDLE_DAMPING, HIGHER_DAMPINGS, LOWER_DAMPINGS = 0.3, (1.0, 3.0), (0.1, 0.03)
 """Candidates for the pull toward the original values; held-out tokens choose."""
 SHARPNESSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 """Candidates for the `logit_spread` of the router; 0 gives uniform gates and is kept tiny so that order survives."""
@@ -223,17 +223,19 @@ def refit_down(
     *,
     dtype: torch.dtype = torch.float32,
     around_DF: torch.Tensor | None = None,
-    dampings: Sequence[float] = REFIT_DAMPINGS,
+    thorough: bool = True,
 ) -> RefitResult:
     """Refit W_down to the target, given the routing:  min ||Z W^T - t||^2 + damping * ||W - W0||^2.
 
     Z [T, F] holds the shared neurons' activations and the routed ones times their gate weight, zero where an expert
     was not chosen. The damping with the least error on held-out tokens wins; if none lowers it, the layer keeps its
-    values. Candidates are rounded to `dtype`, in which the result will be stored, before they are judged. At K = 0 the
-    columns that never run stay as they are, and the damping still counts by the mean square of all F activations.
+    values. The search goes up from the middle one while that helps, or else down. Candidates are rounded to `dtype`, in
+    which the result will be stored, before they are judged. At K = 0 the columns that never run stay as they are, and
+    the damping still counts by the mean square of all F activations.
 
     Args:
         around_DF: W0; None takes the layer's present values.
+        thorough: False tries the middle damping alone.
     """
     running = ffn.shape.intermediate_size if ffn.top_k else ffn.shape.shared_size
     moments = RidgeMoments(running, ffn.hidden_size, tokens.x_TD.device)
@@ -246,12 +248,21 @@ def refit_down(
     present_DR = down_DR.detach().clone()
     pulled_to_RD = (present_DR if around_DF is None else around_DF[:, :running]).T
     before = _error_behind(ffn, judges)
-    best_error, best_damping, best_DR = before, 0.0, present_DR
-    pulls = [damping * running / ffn.shape.intermediate_size for damping in dampings]
-    for damping, refitted_RD in zip(dampings, moments.solutions(pulls, around_IO=pulled_to_RD), strict=True):
-        down_DR.copy_(refitted_RD.T.to(dtype))
-        error = _error_behind(ffn, judges)
-        if error < best_error:
-            best_error, best_damping, best_DR = error, damping, down_DR.detach().clone()
-    down_DR.copy_(best_DR)
-    return RefitResult(before, best_error, best_damping, kept=best_error < before)
+    solve = moments.solver(pulled_to_RD)
+
+    def refitted(damping: float) -> tuple[float, float, torch.Tensor]:
+        down_DR.copy_(solve(damping * running / ffn.shape.intermediate_size).T.to(dtype))
+        return _error_behind(ffn, judges), damping, down_DR.detach().clone()
+
+    middle = best = refitted(MIDDLE_DAMPING)
+    for damping in HIGHER_DAMPINGS if thorough else ():
+        if (candidate := refitted(damping))[0] >= best[0]:
+            break
+        best = candidate
+    for damping in LOWER_DAMPINGS if thorough and best is middle else ():
+        if (candidate := refitted(damping))[0] >= best[0]:
+            break
+        best = candidate
+    error, damping, refitted_DR = best if best[0] < before else (before, 0.0, present_DR)
+    down_DR.copy_(refitted_DR)
+    return RefitResult(before, error, damping, kept=error < before)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from factorctl.calibration.closed_form import (
-    REFIT_DAMPINGS,
     RefitResult,
     fit_router,
     fit_scale,
@@ -36,18 +34,17 @@ class LayerFit:
         What is fitted is rounded to `dtype`: the layer runs what will be stored, not what was computed.
 
         Two turns. The router of the first judges every expert beside a random choice of others, and a refit changes
-        what an expert is good for; the second knows whom the first one chooses, and what they give now. Its refit is
-        pulled toward the source's values like the first one, by the damping that the first one found. It is kept where
-        it lowers the held-out error.
+        what an expert is good for; the second knows whom the first one chooses, and what they give now. So the first
+        may do with half of the tokens and one damping. Both refits are pulled toward the source's values, and the
+        second turn is kept where it lowers the held-out error.
         """
         source_DF = ffn.down.detach().clone()
-        first = self._once(ffn, fitting, heldout, source_DF, dtype, REFIT_DAMPINGS)
         if not (self.router and ffn.routes):
-            return first
+            return self._turn(ffn, fitting, heldout, source_DF, dtype)
+        first = self._turn(ffn, fitting.spread(len(fitting) // 2), heldout, source_DF, dtype, thorough=False)
         router_ND, down_DF, scale_a = ffn.router.detach().clone(), ffn.down.detach().clone(), ffn.scale_a
         error = relative_error(ffn, heldout)
-        dampings = (first.damping,) if first is not None and first.kept else REFIT_DAMPINGS
-        second = self._once(ffn, fitting, heldout, source_DF, dtype, dampings)
+        second = self._turn(ffn, fitting, heldout, source_DF, dtype)
         if relative_error(ffn, heldout) >= error:
             ffn.router.copy_(router_ND)
             ffn.down.copy_(down_DF)
@@ -58,14 +55,15 @@ class LayerFit:
         damping = second.damping if second.kept else first.damping
         return RefitResult(first.error_before, second.error_after, damping, kept=first.kept or second.kept)
 
-    def _once(
+    def _turn(
         self,
         ffn: FactoredFFN,
         fitting: Tokens,
         heldout: Tokens,
         source_DF: torch.Tensor,
         dtype: torch.dtype,
-        dampings: Sequence[float],
+        *,
+        thorough: bool = True,
     ) -> RefitResult | None:
         if self.router:
             fit_router(ffn, fitting, self.load_limit if ffn.routes else None)
@@ -74,4 +72,4 @@ class LayerFit:
             fit_scale(ffn, fitting)
         if not self.refit:
             return None
-        return refit_down(ffn, fitting, heldout, dtype=dtype, around_DF=source_DF, dampings=dampings)
+        return refit_down(ffn, fitting, heldout, dtype=dtype, around_DF=source_DF, thorough=thorough)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -33,17 +33,20 @@ class RidgeMoments(nn.Module):
 
     def solve(self, damping: float, around_IO: torch.Tensor | None = None) -> torch.Tensor:
         """W [I, O], pulled toward `around_IO` (zero if None)."""
-        return next(self.solutions((damping,), around_IO))
+        return self.solver(around_IO)(damping)
 
-    def solutions(self, dampings: Iterable[float], around_IO: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
-        """As `solve`, for one damping after the other."""
+    def solver(self, around_IO: torch.Tensor | None = None) -> Callable[[float], torch.Tensor]:
+        """`solve` for one damping after the other."""
         mean = float(self.gram_II.diagonal().mean())
         residual_IO = self.cross_IO if around_IO is None else self.cross_IO - self.gram_II @ around_IO
-        for damping in dampings:
+
+        def solve(damping: float) -> torch.Tensor:
             regular_II = self.gram_II.double()
             regular_II.diagonal().add_(max(damping * mean, torch.finfo(torch.float32).tiny))
             change_IO = torch.cholesky_solve(residual_IO.double(), _cholesky(regular_II)).float()
-            yield change_IO if around_IO is None else around_IO + change_IO
+            return change_IO if around_IO is None else around_IO + change_IO
+
+        return solve
 
 
 def _cholesky(matrix_II: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from factorctl.calibration.closed_form import REFIT_DAMPINGS, SCALE_TOKENS, SHARPNESS_TOKENS, SHARPNESSES
+from factorctl.calibration.closed_form import SCALE_TOKENS, SHARPNESS_TOKENS, SHARPNESSES
 from factorctl.calibration.stream import BATCH_TOKENS
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.shape import FactorShape
@@ -133,7 +133,7 @@ def _fitting_flops(config: FactorizeConfig, shape: FactorShape, width: int, *, c
     """Of the closed-form steps of one layer and of the way on through what they gave, activations at hand."""
     tokens, inner = config.calibration_tokens, shape.intermediate_size
     down = 2 * width * inner * tokens + 3 * FLOPS_PER_ELEMENT * tokens * inner
-    turns = 2 if config.router == "analytic" and shape.routes else 1
+    turns = 1.5 if config.router == "analytic" and shape.routes else 1.0  # the first one is on half of the tokens
     flops = 0.0
     if compressed:
         flops += (1 + 1 / 8) * down  # onward, and the held-out tokens' error
@@ -144,7 +144,7 @@ def _fitting_flops(config: FactorizeConfig, shape: FactorShape, width: int, *, c
     if config.split.scale == "fitted":
         flops += turns * down * min(1.0, SCALE_TOKENS / tokens)
     if config.refit:
-        solve, solved = inner**3 / 3 + 4 * inner**2 * width, len(REFIT_DAMPINGS) + turns - 1
+        solve, solved = inner**3 / 3 + 4 * inner**2 * width, 2 * turns + 1
         flops += turns * (down + 2 * inner**2 * tokens) + solved * (FLOAT64_COST * solve + down / 8)
     return flops
 

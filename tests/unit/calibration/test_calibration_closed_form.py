@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from factorctl.calibration import closed_form
 from factorctl.calibration.closed_form import (
     benefits,
     expert_load,
@@ -22,6 +25,7 @@ from factorctl.calibration.closed_form import (
 from factorctl.calibration.tokens import Tokens
 from factorctl.config.shape import FactorShape
 from factorctl.ffn.layer import FactoredFFN
+from factorctl.ffn.ridge import RidgeMoments
 
 D, N, H = 16, 4, 6
 
@@ -136,6 +140,41 @@ def test_the_refit_lowers_the_held_out_error(shared: int, top_k: int, bias: bool
     assert result.error_before == pytest.approx(before)
     assert result.error_after < 0.99 * before
     assert relative_error(ffn, heldout) == pytest.approx(result.error_after, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("best", "walk"),
+    [
+        (0.01, [0.3, 1.0, 0.1, 0.03]),
+        (0.09, [0.3, 1.0, 0.1, 0.03]),
+        (0.3, [0.3, 1.0, 0.1]),
+        (0.9, [0.3, 1.0, 3.0]),
+        (9.0, [0.3, 1.0, 3.0]),
+    ],
+)
+def test_the_search_for_a_damping_goes_where_the_error_falls(
+    best: float, walk: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up or down from the middle, no further than it helps."""
+    ffn, tried = make_ffn(), []
+    genuine = RidgeMoments.solver
+
+    def noted(self: RidgeMoments, around_IO: torch.Tensor | None = None) -> Callable[[float], torch.Tensor]:
+        def solve(damping: float) -> torch.Tensor:
+            tried.append(damping)
+            return genuine(self, around_IO)(damping)
+
+        return solve
+
+    def error(*_: object) -> float:
+        return abs(math.log(tried[-1] / best)) if tried else 10.0
+
+    monkeypatch.setattr(RidgeMoments, "solver", noted)
+    monkeypatch.setattr(closed_form, "_error_behind", error)
+    fitting, heldout = make_tokens(ffn).split(500)
+    result = refit_down(ffn, fitting, heldout)
+    assert tried == pytest.approx(walk)
+    assert result.damping == min(walk, key=lambda damping: abs(math.log(damping / best)))
 
 
 def test_a_refit_that_does_not_help_keeps_the_values() -> None:

@@ -9,8 +9,10 @@ import torch
 from test_calibration_closed_form import make_ffn, make_tokens
 
 from factorctl.calibration import layer_fit
-from factorctl.calibration.closed_form import REFIT_DAMPINGS, RefitResult, fit_router, refit_down, relative_error
+from factorctl.calibration.closed_form import RefitResult, fit_router, refit_down, relative_error
 from factorctl.calibration.layer_fit import LayerFit
+from factorctl.calibration.tokens import Tokens
+from factorctl.ffn.layer import FactoredFFN
 
 ALL = LayerFit(router=True, scale=True, refit=True)
 
@@ -18,8 +20,8 @@ ALL = LayerFit(router=True, scale=True, refit=True)
 def test_two_turns_are_at_least_as_good_as_one() -> None:
     ffn, once = make_ffn(shared=5), make_ffn(shared=5)
     fitting, heldout = make_tokens(ffn, 1200).split(1000)
-    fit_router(once, fitting)
-    one = refit_down(once, fitting, heldout)
+    fit_router(once, fitting.spread(500))
+    one = refit_down(once, fitting.spread(500), heldout)
     result = replace(ALL, scale=False).apply(ffn, fitting, heldout)
     assert result is not None
     assert result.error_before == pytest.approx(one.error_before)
@@ -42,7 +44,8 @@ def test_a_second_turn_that_does_not_help_leaves_the_first_one_s_values(
             ffn.router.neg_()
 
     once = make_ffn(shared=5)
-    replace(ALL, refit=refit)._once(once, fitting, heldout, once.down.clone(), torch.float32, REFIT_DAMPINGS)
+    half = fitting.spread(500)
+    replace(ALL, refit=refit)._turn(once, half, heldout, once.down.clone(), torch.float32, thorough=False)
     monkeypatch.setattr(layer_fit, "fit_router", reversed_the_second_time)
     result = replace(ALL, refit=refit).apply(ffn, fitting, heldout)
     assert len(seen) == 2
@@ -54,18 +57,17 @@ def test_a_second_turn_that_does_not_help_leaves_the_first_one_s_values(
         assert relative_error(ffn, heldout) == pytest.approx(result.error_after, rel=1e-4)
 
 
-def test_the_second_turn_takes_the_damping_that_the_first_one_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    ffn, genuine, tried = make_ffn(shared=5), refit_down, []
+def test_the_first_turn_does_with_half_of_the_tokens_and_one_damping(monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn, genuine, turns = make_ffn(shared=5), refit_down, []
     fitting, heldout = make_tokens(ffn, 1200).split(1000)
 
-    def noted(*args: object, **options: object) -> RefitResult:
-        tried.append(options["dampings"])
-        return genuine(*args, **options)  # type: ignore[arg-type]
+    def noted(ffn: FactoredFFN, tokens: Tokens, *args: object, **options: object) -> RefitResult:
+        turns.append((len(tokens), options["thorough"]))
+        return genuine(ffn, tokens, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(layer_fit, "refit_down", noted)
-    result = ALL.apply(ffn, fitting, heldout)
-    assert result is not None
-    assert tried == [REFIT_DAMPINGS, (result.damping,)]
+    ALL.apply(ffn, fitting, heldout)
+    assert turns == [(500, False), (1000, True)]
 
 
 def test_the_second_turn_helps_a_router_without_a_refit_too() -> None:
