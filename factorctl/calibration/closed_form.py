@@ -8,6 +8,7 @@ T tokens, D hidden_size, N num_experts, K top_k, F intermediate_size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -33,8 +34,8 @@ SCALE_TOKENS = 4096
 """Enough for one number."""
 MIDDLE_DAMPING, HIGHER_DAMPINGS, LOWER_DAMPINGS = 0.3, (1.0, 3.0), (0.1, 0.03)
 """Candidates for the pull toward the original values; held-out tokens choose."""
-SHARPNESSES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
-"""Candidates for the `logit_spread` of the router; 0 gives uniform gates and is kept tiny so that order survives."""
+SHARPNESSES = (1e-3, 0.1, 0.25, 0.5, 1.0, 2.0)
+"""Candidates for the `logit_spread` of the router; the first gives uniform gates, just enough that order survives."""
 
 
 def hidden_in_order(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
@@ -107,7 +108,7 @@ def fit_router(ffn: FactoredFFN, tokens: Tokens, load_limit: float | None = None
     """Set the router to the ridge regression of each expert's benefit on x, then choose its sharpness.
 
     Order of the logits decides which experts run; their spread decides how unequal the softmax gate weighs them.
-    The regression fixes the first, a search over `SHARPNESSES` for the least output error the second.
+    The regression fixes the first, a search that goes up `SHARPNESSES` while the output error falls the second.
 
     A choice hangs on the order of a token's logits alone, so every token's benefits are taken at mean 0 and deviation
     1. As they are, they are a thousand times larger for the few tokens with massive activations: those alone would be
@@ -130,13 +131,14 @@ def fit_router(ffn: FactoredFFN, tokens: Tokens, load_limit: float | None = None
         ffn.router.copy_(direction_ND)
         return
     sample = tokens.spread(SHARPNESS_TOKENS)
-
-    def error(sharpness: float) -> float:
-        ffn.router.copy_(direction_ND * max(sharpness, 1e-3))
-        return relative_error(ffn, sample)
-
-    best = min(SHARPNESSES, key=error)
-    ffn.router.copy_(direction_ND * max(best, 1e-3))
+    best, least = SHARPNESSES[0], math.inf
+    for sharpness in SHARPNESSES:
+        ffn.router.copy_(direction_ND * sharpness)
+        error = relative_error(ffn, sample)
+        if error >= least:
+            break
+        best, least = sharpness, error
+    ffn.router.copy_(direction_ND * best)
 
 
 def with_prices(
@@ -223,7 +225,7 @@ def refit_down(
     *,
     dtype: torch.dtype = torch.float32,
     around_DF: torch.Tensor | None = None,
-    thorough: bool = True,
+    damping: float | None = None,
 ) -> RefitResult:
     """Refit W_down to the target, given the routing:  min ||Z W^T - t||^2 + damping * ||W - W0||^2.
 
@@ -235,7 +237,7 @@ def refit_down(
 
     Args:
         around_DF: W0; None takes the layer's present values.
-        thorough: False tries the middle damping alone.
+        damping: None searches for it.
     """
     running = ffn.shape.intermediate_size if ffn.top_k else ffn.shape.shared_size
     moments = RidgeMoments(running, ffn.hidden_size, tokens.x_TD.device)
@@ -254,15 +256,15 @@ def refit_down(
         down_DR.copy_(solve(damping * running / ffn.shape.intermediate_size).T.to(dtype))
         return _error_behind(ffn, judges), damping, down_DR.detach().clone()
 
-    middle = best = refitted(MIDDLE_DAMPING)
-    for damping in HIGHER_DAMPINGS if thorough else ():
-        if (candidate := refitted(damping))[0] >= best[0]:
+    first = best = refitted(MIDDLE_DAMPING if damping is None else damping)
+    for higher in HIGHER_DAMPINGS if damping is None else ():
+        if (candidate := refitted(higher))[0] >= best[0]:
             break
         best = candidate
-    for damping in LOWER_DAMPINGS if thorough and best is middle else ():
-        if (candidate := refitted(damping))[0] >= best[0]:
+    for lower in LOWER_DAMPINGS if damping is None and best is first else ():
+        if (candidate := refitted(lower))[0] >= best[0]:
             break
         best = candidate
-    error, damping, refitted_DR = best if best[0] < before else (before, 0.0, present_DR)
+    error, used, refitted_DR = best if best[0] < before else (before, 0.0, present_DR)
     down_DR.copy_(refitted_DR)
-    return RefitResult(before, error, damping, kept=error < before)
+    return RefitResult(before, error, used, kept=error < before)

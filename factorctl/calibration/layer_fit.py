@@ -16,6 +16,9 @@ from factorctl.calibration.closed_form import (
 from factorctl.calibration.tokens import Tokens
 from factorctl.ffn.layer import FactoredFFN
 
+FIRST_TURN_DAMPING = 1.0
+"""Half of the tokens want a stronger pull than all of them."""
+
 
 @dataclass(frozen=True)
 class LayerFit:
@@ -41,7 +44,7 @@ class LayerFit:
         source_DF = ffn.down.detach().clone()
         if not (self.router and ffn.routes):
             return self._turn(ffn, fitting, heldout, source_DF, dtype)
-        first = self._turn(ffn, fitting.spread(len(fitting) // 2), heldout, source_DF, dtype, thorough=False)
+        first = self._turn(ffn, fitting.spread(len(fitting) // 2), heldout, source_DF, dtype, FIRST_TURN_DAMPING)
         router_ND, down_DF, scale_a = ffn.router.detach().clone(), ffn.down.detach().clone(), ffn.scale_a
         error = relative_error(ffn, heldout)
         second = self._turn(ffn, fitting, heldout, source_DF, dtype)
@@ -62,8 +65,7 @@ class LayerFit:
         heldout: Tokens,
         source_DF: torch.Tensor,
         dtype: torch.dtype,
-        *,
-        thorough: bool = True,
+        damping: float | None = None,
     ) -> RefitResult | None:
         if self.router:
             fit_router(ffn, fitting, self.load_limit if ffn.routes else None)
@@ -72,4 +74,4 @@ class LayerFit:
             fit_scale(ffn, fitting)
         if not self.refit:
             return None
-        return refit_down(ffn, fitting, heldout, dtype=dtype, around_DF=source_DF, thorough=thorough)
+        return refit_down(ffn, fitting, heldout, dtype=dtype, around_DF=source_DF, damping=damping)

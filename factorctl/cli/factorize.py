@@ -53,7 +53,7 @@ def _show_plan(plan: FactorizePlan, output: OutputFormat) -> None:
         "active_ffn_fraction": shape.active_ffn_fraction,
         "strategy": plan.provenance.name,
         "calibrates": plan.calibrates,
-        "calibration_tokens": plan.config.calibration_tokens if plan.calibrates else 0,
+        "calibration_tokens": plan.config.calibrated_on if plan.calibrates else 0,
         "layers": plan.dense.num_layers,
         "disk_bytes": plan.disk_bytes,
         "memory_bytes": plan.memory_bytes,

@@ -29,8 +29,9 @@ RECOMMENDED = Split(24, 8, 0.25, "fitted")
 """Half of the FFN active. No split of the demo model that was measured is both better and faster: docs/design.md."""
 
 
-CALIBRATION_TOKENS = 16_384
-"""What a CPU can be asked to wait for: twice as many keep a few percent more, docs/design.md has how much."""
+CALIBRATION_TOKENS: Mapping[str, int] = {"cuda": 65_536, "cpu": 16_384}
+"""By type of device. Beyond 64K a split without refit gains nothing, one with it 2% for every doubling; a CPU can be
+asked to wait for a quarter of that: docs/design.md."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,16 @@ class FactorizeConfig(CommonConfig):
     ] = None
     calibration: Annotated[str, CALIBRATION] = "self"
     calibration_tokens: Annotated[
-        int,
+        int | None,
         Option(
-            "How many tokens to calibrate on (64K is 64,000).",
+            "How many tokens to calibrate on (64K is 64,000). [default: {cpu:,}, {cuda:,} on a GPU]".format(
+                **CALIBRATION_TOKENS
+            ),
             kind=TOKENS,
             least=1,
-            hint=f"try {CALIBRATION_TOKENS}",
+            hint=f"try {CALIBRATION_TOKENS['cpu']}",
         ),
-    ] = CALIBRATION_TOKENS
+    ] = None
     text_field: Annotated[str | None, TEXT_FIELD] = None
     """Of the calibration text's rows."""
     revision: Annotated[str | None, REVISION] = None
@@ -128,11 +131,22 @@ class FactorizeConfig(CommonConfig):
             default.scale if self.scale is None else self.scale,
         )
 
-    def resolved(self) -> FactorizeConfig:
-        """The same with its split and strategy spelled out."""
+    @property
+    def calibrated_on(self) -> int:
+        """Tokens, once `resolved`."""
+        assert self.calibration_tokens is not None, "resolved"
+        return self.calibration_tokens
+
+    def resolved(self, device_type: str = "cpu") -> FactorizeConfig:
+        """The same with its split, strategy and number of calibration tokens spelled out."""
         split = self.split
         routes = self.router == "analytic" and split.top_k not in (0, split.num_experts)
-        return replace(self, **split._asdict(), strategy=self.strategy or ("routed" if routes else "clustered"))
+        return replace(
+            self,
+            **split._asdict(),
+            strategy=self.strategy or ("routed" if routes else "clustered"),
+            calibration_tokens=self.calibration_tokens or CALIBRATION_TOKENS[device_type],
+        )
 
     def shape_for(self, intermediate_size: int) -> FactorShape:
         """The sizes that this gives an FFN of so many neurons.

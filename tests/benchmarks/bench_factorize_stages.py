@@ -24,7 +24,7 @@ from factorctl.calibration import layer_fit
 from factorctl.calibration.compressed_stream import CalibrationStream
 from factorctl.checkpoint.sources import resolve
 from factorctl.cli.render import progress_listener
-from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.factorize import CALIBRATION_TOKENS, FactorizeConfig
 from factorctl.files.cache import cache_directory
 from factorctl.models.loading import load_dense
 from factorctl.pipeline.factorize import layers
@@ -48,7 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--calibration-tokens", type=int, default=FactorizeConfig.calibration_tokens)
+    parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS["cpu"])
     parser.add_argument("--experts", type=int, help="the recommended split without")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--shared-fraction", type=float)

@@ -44,7 +44,7 @@ def calibration_blocks(
         parse_data_spec(config.calibration, text_field=config.text_field, option="--calibration"),
         tokenizer,
         block_length=block_length,
-        tokens=config.calibration_tokens,
+        tokens=config.calibrated_on,
         seed=config.seed,
         cache_dir=cache_directory() / "blocks",
         heldout_fraction=0,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from factorctl.calibration.closed_form import SCALE_TOKENS, SHARPNESS_TOKENS, SHARPNESSES
+from factorctl.calibration.closed_form import SCALE_TOKENS, SHARPNESS_TOKENS
 from factorctl.calibration.stream import BATCH_TOKENS
 from factorctl.config.factorize import FactorizeConfig
 from factorctl.config.shape import FactorShape
@@ -98,7 +98,7 @@ def factorize_seconds(
     Args:
         sampling: None where the text is not sampled from the model.
     """
-    tokens, layers, width = config.calibration_tokens, dense.num_layers, dense.hidden_size
+    tokens, layers, width = config.calibrated_on, dense.num_layers, dense.hidden_size
     seconds = {"reading and writing": PASSES_OVER_BYTES * dense.source_bytes / rates.hashed_bytes}
     if calibrates and sampling is not None:
         drawn = tokens + sampling.document_length
@@ -122,7 +122,7 @@ def _partition_flops(config: FactorizeConfig, shape: FactorShape, width: int) ->
         return clustering
     if config.strategy != "routed":
         return 0.0
-    tokens = min(config.calibration_tokens, SAMPLE_TOKENS)
+    tokens = min(config.calibrated_on, SAMPLE_TOKENS)
     masses = 8 * FLOPS_PER_ELEMENT * tokens * inner
     router = 2 * tokens * width**2 + FLOAT64_COST * width**3 / 3
     a_round = 6 * tokens * inner * experts + 4 * tokens * width * experts
@@ -131,7 +131,7 @@ def _partition_flops(config: FactorizeConfig, shape: FactorShape, width: int) ->
 
 def _fitting_flops(config: FactorizeConfig, shape: FactorShape, width: int, *, compressed: bool) -> float:
     """Of the closed-form steps of one layer and of the way on through what they gave, activations at hand."""
-    tokens, inner = config.calibration_tokens, shape.intermediate_size
+    tokens, inner = config.calibrated_on, shape.intermediate_size
     down = 2 * width * inner * tokens + 3 * FLOPS_PER_ELEMENT * tokens * inner
     turns = 1.5 if config.router == "analytic" and shape.routes else 1.0  # the first one is on half of the tokens
     flops = 0.0
@@ -139,7 +139,7 @@ def _fitting_flops(config: FactorizeConfig, shape: FactorShape, width: int, *, c
         flops += (1 + 1 / 8) * down  # onward, and the held-out tokens' error
     if config.router == "analytic":
         benefits = 2 * down
-        sharpness = len(SHARPNESSES) * down * min(1.0, SHARPNESS_TOKENS / tokens)
+        sharpness = 2 * down * min(1.0, SHARPNESS_TOKENS / tokens)
         flops += turns * (benefits + 2 * width**2 * tokens + FLOAT64_COST * width**3 / 3 + sharpness)
     if config.split.scale == "fitted":
         flops += turns * down * min(1.0, SCALE_TOKENS / tokens)

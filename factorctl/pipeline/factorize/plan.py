@@ -61,7 +61,7 @@ class FactorizePlan:
     @property
     def memory_bytes(self) -> int:
         """Peak of the run's resident memory."""
-        tokens = self.config.calibration_tokens if self.calibrates else 0
+        tokens = self.config.calibrated_on if self.calibrates else 0
         return self._peak_bytes(tokens, refit=self.config.refit)
 
     @property
@@ -109,7 +109,7 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
         UsageError: an option does not fit the model, the strategy or the output.
         ResourceError: disk or memory do not suffice.
     """
-    config = config.resolved()
+    config = config.resolved(torch_device(config.device).type)
     assert config.strategy is not None, "resolved"
     strategy, provenance = get_strategy(config.strategy)
     check_option_names(strategy, config.strategy_options)

@@ -29,7 +29,7 @@ def recipe_text(plan: FrontierPlan, point: Point, head: list[str]) -> str:
         "scale": base.scale,
         "refit": base.refit,
         "calibration": base.calibration,
-        "calibration-tokens": base.calibration_tokens,
+        "calibration-tokens": base.calibrated_on,
         "text-field": base.text_field,
     }
     tables = {"factorize": factorize}

@@ -10,7 +10,7 @@ from test_calibration_closed_form import make_ffn, make_tokens
 
 from factorctl.calibration import layer_fit
 from factorctl.calibration.closed_form import RefitResult, fit_router, refit_down, relative_error
-from factorctl.calibration.layer_fit import LayerFit
+from factorctl.calibration.layer_fit import FIRST_TURN_DAMPING, LayerFit
 from factorctl.calibration.tokens import Tokens
 from factorctl.ffn.layer import FactoredFFN
 
@@ -45,7 +45,7 @@ def test_a_second_turn_that_does_not_help_leaves_the_first_one_s_values(
 
     once = make_ffn(shared=5)
     half = fitting.spread(500)
-    replace(ALL, refit=refit)._turn(once, half, heldout, once.down.clone(), torch.float32, thorough=False)
+    replace(ALL, refit=refit)._turn(once, half, heldout, once.down.clone(), torch.float32, FIRST_TURN_DAMPING)
     monkeypatch.setattr(layer_fit, "fit_router", reversed_the_second_time)
     result = replace(ALL, refit=refit).apply(ffn, fitting, heldout)
     assert len(seen) == 2
@@ -62,12 +62,12 @@ def test_the_first_turn_does_with_half_of_the_tokens_and_one_damping(monkeypatch
     fitting, heldout = make_tokens(ffn, 1200).split(1000)
 
     def noted(ffn: FactoredFFN, tokens: Tokens, *args: object, **options: object) -> RefitResult:
-        turns.append((len(tokens), options["thorough"]))
+        turns.append((len(tokens), options["damping"]))
         return genuine(ffn, tokens, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(layer_fit, "refit_down", noted)
     ALL.apply(ffn, fitting, heldout)
-    assert turns == [(500, False), (1000, True)]
+    assert turns == [(500, FIRST_TURN_DAMPING), (1000, None)]
 
 
 def test_the_second_turn_helps_a_router_without_a_refit_too() -> None:

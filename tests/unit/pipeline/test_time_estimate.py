@@ -66,7 +66,7 @@ def test_what_is_not_done_takes_no_time() -> None:
     assert seconds(strategy="contiguous")["partitioning"] == 0
     assert seconds(strategy="clustered")["partitioning"] < seconds(strategy="routed")["partitioning"]
     assert seconds(router="random")["fitting"] < seconds()["fitting"] < seconds(refit=True)["fitting"]
-    config = FactorizeConfig(model="m", num_experts=4, strategy="contiguous", router="random")
+    config = FactorizeConfig(model="m", num_experts=4, strategy="contiguous", router="random").resolved()
     shape = factor_shape(128, num_experts=4, top_k=2, shared_fraction=0)
     parts = factorize_seconds(config, shape, SIZE, SELF, RATES, calibrates=False, compressed=False)
     assert parts == {"reading and writing": 4 * 400_000 / 1e9, "partitioning": 0}
