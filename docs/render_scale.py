@@ -81,15 +81,14 @@ def training_memory(dense: DenseModel, *, gpus: int, lean: bool) -> int:
     return sum(expected_memory(plan, model).values())
 
 
-def factorize_memory(dense: DenseModel, *, calibrated: bool) -> int:
-    """Peak bytes of `factorize` as its plan estimates them, for a bf16 checkpoint."""
+def factorize_memory(dense: DenseModel, tokens: int) -> int:
+    """Peak bytes of `factorize` as its plan estimates them, for a bf16 checkpoint; with tokens it also refits."""
     shards: dict[str, int] = {}
     for name, parameter in empty_dense_model(dense).named_parameters():
         shard = shard_of(name)
         shards[shard] = shards.get(shard, 0) + 2 * parameter.numel()
-    tokens = CALIBRATION_TOKENS if calibrated else 0
     return peak_bytes(
-        dense, max(shards.values()), calibration_tokens=tokens, hands_out_tokens=calibrated, refit=calibrated
+        dense, max(shards.values()), calibration_tokens=tokens, hands_out_tokens=tokens > 0, refit=tokens > 0
     )
 
 
@@ -114,13 +113,15 @@ def hours(seconds: float) -> str:
 
 
 def tables() -> Iterator[str]:
-    yield "| model | weights, bf16 | factorize, weights only | factorize, calibrated with refit |"
-    yield "|---|---:|---:|---:|"
+    calibrated = (CALIBRATION_TOKENS["cpu"], CALIBRATION_TOKENS["cuda"])
+    named = " | ".join(f"calibrated on {tokens:,} tokens" for tokens in calibrated)
+    yield f"| model | weights, bf16 | factorize, weights only | {named} |"
+    yield "|---|---:|---:|---:|---:|"
     for name in MODELS:
         dense = dense_of(name)
         weights = 2 * sum(p.numel() for p in empty_dense_model(dense).parameters())
-        plain, calibrated = (factorize_memory(dense, calibrated=flag) for flag in (False, True))
-        yield f"| {name} | {gigabytes(weights)} | {gigabytes(plain)} | {gigabytes(calibrated)} |"
+        sizes = [weights, *(factorize_memory(dense, tokens) for tokens in (0, *calibrated))]
+        yield f"| {name} | {' | '.join(map(gigabytes, sizes))} |"
     yield ""
     yield "| model | finetune, one GPU | one GPU, adamw-8bit, 4-bit teacher | each of 8, FSDP2 | 40M tokens, " + (
         ", ".join(SUSTAINED) + " |"
