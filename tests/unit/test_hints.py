@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from conftest import DenseSource
 from support.tiny import calibrated, factorize_quietly, weights_only
@@ -65,6 +67,23 @@ def test_a_source_without_tokenizer_can_be_factorized_as_the_hint_says(
     assert refused.value.hint is not None
     assert "--experts N --router random, without --refit and --shared-fraction" in refused.value.hint
     factorize_quietly(weights_only(source, tmp_path / "o", strategy=None))
+
+
+def test_what_the_gpu_cannot_hold(
+    dense_source: DenseSource, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens, and what is computed for them; the model's own tensors stay with the processor."""
+    config = calibrated(dense_source(), tmp_path / "o", text_file, calibration_tokens=64_000)
+    monkeypatch.setattr(factorize_plan, "torch_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(factorize_plan, "free_memory", lambda _: 10**6)
+    with pytest.raises(ResourceError) as refused:
+        plan_factorize(config, SilentProgress())
+    assert refused.value.message.endswith("GB of memory are needed on the GPU; 0.0 GB are available")
+    assert refused.value.hint is not None
+    assert refused.value.hint.startswith("lower --calibration-tokens, or choose --device cpu, or ")
+    monkeypatch.setattr(factorize_plan, "free_memory", lambda _: 10**12)
+    assert plan_factorize(config, SilentProgress()).config.calibration_tokens == 64_000
+    assert plan_factorize(replace(config, calibration_tokens=None), SilentProgress()).config.calibrated_on == 65_536
 
 
 @pytest.mark.parametrize(("inner", "hint"), [(48, "try 4 or 6, or --shared-fraction 0.25"), (131, "add --shared")])

@@ -21,7 +21,7 @@ from factorctl.data.spec import parse_data_spec
 from factorctl.errors import IntegrityError, UsageError
 from factorctl.ffn.spec import FactoredSpec
 from factorctl.files.publishing import refuse_existing, require_disk_space
-from factorctl.memory import PROCESS_BYTES, available_memory, require_memory
+from factorctl.memory import PROCESS_BYTES, available_memory, free_memory, require_memory
 from factorctl.models.building import empty_dense_model
 from factorctl.models.families import DenseModel, read_dense_model
 from factorctl.models.filling import stored_tensors
@@ -107,7 +107,7 @@ def plan_factorize(config: FactorizeConfig, progress: Progress) -> FactorizePlan
 
     Raises:
         UsageError: an option does not fit the model, the strategy or the output.
-        ResourceError: disk or memory do not suffice.
+        ResourceError: disk or memory, the GPU's included, do not suffice; or there is no GPU where one was asked for.
     """
     config = config.resolved(torch_device(config.device).type)
     assert config.strategy is not None, "resolved"
@@ -179,6 +179,11 @@ def peak_bytes(
 def require_resources(plan: FactorizePlan) -> None:
     """Refuse before the work starts what disk or memory cannot hold."""
     require_disk_space(plan.out.parent, plan.disk_bytes)
+    device = torch_device(plan.config.device)
+    if device.type == "cuda":
+        calibrating = plan.memory_bytes - plan.least_memory_bytes
+        hint = f"lower --calibration-tokens, or choose --device cpu, or {WITHOUT_CALIBRATION}"
+        require_memory(calibrating, free_memory(device), hint=hint, purpose=" on the GPU")
     available = available_memory()
     if plan.least_memory_bytes > available:
         hint = "free some memory, or take a machine that has more: the largest layer alone does not fit"
