@@ -91,17 +91,17 @@ def benefits(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
     With y the layer's output, r = t - y and a the weight of an expert:
         2a <o_e, r> + a^2 ||o_e||^2   for an expert that is among the K,
         2a <o_e, r> - a^2 ||o_e||^2   for one that would join them.
-    Judged alone, beside the shared neurons, an expert takes the credit for what others give as well: with 48 of 72
-    chosen that costs a tenth of the layer's error.
+    Judged alone, beside the shared neurons, an expert takes the credit for what others give as well: routers fitted to
+    that choose many of a kind, and with 48 of 72 chosen the layers' errors are 2 to 3% larger.
     """
-    hidden_TR, share = hidden_in_order(ffn, tokens), ffn.shape.shared_size
-    routed_TNH = hidden_TR[:, share:].unflatten(1, (ffn.shape.num_experts, -1))
-    chosen_TN = scatter_weights(ffn.route(tokens.x_TD), ffn.shape.num_experts)
-    running_TR = torch.cat([hidden_TR[:, :share], (routed_TNH * chosen_TN.unsqueeze(-1)).flatten(1)], dim=1)
+    hidden_TR, shared = hidden_in_order(ffn, tokens), ffn.shape.shared_size
+    routed_TNH = hidden_TR[:, shared:].unflatten(1, (ffn.shape.num_experts, -1))
+    weights_TN = scatter_weights(ffn.route(tokens.x_TD), ffn.shape.num_experts)
+    running_TR = torch.cat([hidden_TR[:, :shared], (routed_TNH * weights_TN.unsqueeze(-1)).flatten(1)], dim=1)
     missing_TD = tokens.t_TD - F.linear(running_TR, ffn.down, ffn.down_bias)
     along_TN, square_TN = along_and_square(routed_TNH, ffn.experts.down_NDH, missing_TD)
     a = ffn.scale_a
-    return 2 * a * along_TN + a**2 * torch.where(chosen_TN > 0, square_TN, -square_TN)
+    return 2 * a * along_TN + a**2 * torch.where(weights_TN > 0, square_TN, -square_TN)
 
 
 def fit_router(ffn: FactoredFFN, tokens: Tokens, load_limit: float | None = None) -> None:
