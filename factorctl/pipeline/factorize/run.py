@@ -79,7 +79,7 @@ def factorize(config: FactorizeConfig, progress: Progress) -> FactorizeResult:
     device = torch_device(config.device)
     with progress.stage("Hashing the source"):
         source = describe_source(plan.source)
-    blocks = calibration_blocks(plan.source, plan.dense, source, config, progress) if plan.calibrates else None
+    blocks = calibration_blocks(plan.source, plan.dense, source, plan.config, progress) if plan.calibrates else None
     identity = _fingerprint(plan, source, blocks)
     num_shards = plan.dense.num_layers + 1
     with building(
