@@ -8,9 +8,10 @@ T tokens, D hidden_size, N num_experts, K top_k, F intermediate_size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from factorctl.ffn.paths import hidden_of_all
 from factorctl.ffn.ridge import RidgeMoments
 from factorctl.ffn.routing import logit_spread, scatter_weights
 
+T = TypeVar("T")
 ROUTER_DAMPING = 1e-3
 PRICE_ROUNDS = 200
 PRICED_SHARE = 0.97
@@ -51,7 +53,11 @@ def weighted_hidden(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
 
     All R = F of them may run, but where K = 0: there the S shared ones alone do.
     """
-    hidden_TF = hidden_in_order(ffn, tokens)
+    return _weighted(ffn, tokens, hidden_in_order(ffn, tokens))
+
+
+def _weighted(ffn: FactoredFFN, tokens: Tokens, hidden_TF: torch.Tensor) -> torch.Tensor:
+    """`weighted_hidden` from the activations in storage order, which are overwritten."""
     if ffn.top_k == ffn.shape.num_experts:
         return hidden_TF
     shared_TS, routed_TR = hidden_TF.tensor_split([ffn.shape.shared_size], dim=1)
@@ -94,14 +100,13 @@ def benefits(ffn: FactoredFFN, tokens: Tokens) -> torch.Tensor:
     Judged alone, beside the shared neurons, an expert takes the credit for what others give as well: routers fitted to
     that choose many of a kind, and with 48 of 72 chosen the layers' errors are 2 to 3% larger.
     """
-    hidden_TR, shared = hidden_in_order(ffn, tokens), ffn.shape.shared_size
-    routed_TNH = hidden_TR[:, shared:].unflatten(1, (ffn.shape.num_experts, -1))
-    weights_TN = scatter_weights(ffn.route(tokens.x_TD), ffn.shape.num_experts)
-    running_TR = torch.cat([hidden_TR[:, :shared], (routed_TNH * weights_TN.unsqueeze(-1)).flatten(1)], dim=1)
-    missing_TD = tokens.t_TD - F.linear(running_TR, ffn.down, ffn.down_bias)
+    hidden_TF = hidden_in_order(ffn, tokens)
+    missing_TD = tokens.t_TD - _down(ffn, _weighted(ffn, tokens, hidden_TF.clone()))
+    routed_TNH = hidden_TF[:, ffn.shape.shared_size :].unflatten(1, (ffn.shape.num_experts, -1))
     along_TN, square_TN = along_and_square(routed_TNH, ffn.experts.down_NDH, missing_TD)
+    runs_TN = scatter_weights(ffn.route(tokens.x_TD), ffn.shape.num_experts) > 0
     a = ffn.scale_a
-    return 2 * a * along_TN + a**2 * torch.where(weights_TN > 0, square_TN, -square_TN)
+    return 2 * a * along_TN + a**2 * torch.where(runs_TN, square_TN, -square_TN)
 
 
 def fit_router(ffn: FactoredFFN, tokens: Tokens, load_limit: float | None = None) -> None:
@@ -131,14 +136,24 @@ def fit_router(ffn: FactoredFFN, tokens: Tokens, load_limit: float | None = None
         ffn.router.copy_(direction_ND)
         return
     sample = tokens.spread(SHARPNESS_TOKENS)
-    best, least = SHARPNESSES[0], math.inf
-    for sharpness in SHARPNESSES:
+
+    def tried(sharpness: float) -> tuple[float, torch.Tensor]:
         ffn.router.copy_(direction_ND * sharpness)
-        error = relative_error(ffn, sample)
-        if error >= least:
+        return relative_error(ffn, sample), ffn.router.detach().clone()
+
+    _, router_ND = _last_to_fall(map(tried, SHARPNESSES))
+    ffn.router.copy_(router_ND)
+
+
+def _last_to_fall(candidates: Iterable[tuple[float, T]]) -> tuple[float, T]:
+    """Of (error, what has it) the last one before the error no longer falls; none is made beyond."""
+    remaining = iter(candidates)
+    best = next(remaining)
+    for candidate in remaining:
+        if candidate[0] >= best[0]:
             break
-        best, least = sharpness, error
-    ffn.router.copy_(direction_ND * best)
+        best = candidate
+    return best
 
 
 def with_prices(
@@ -201,7 +216,7 @@ def fit_scale(ffn: FactoredFFN, tokens: Tokens) -> float:
     for chunk in tokens.spread(SCALE_TOKENS).chunks():
         hidden_TF = weighted_hidden(ffn, chunk)
         fixed_TD = ffn.always_on(hidden_TF[:, : ffn.shape.shared_size])
-        routed_TD = F.linear(hidden_TF, ffn.down, ffn.down_bias) - fixed_TD
+        routed_TD = _down(ffn, hidden_TF) - fixed_TD
         along += float((routed_TD * (chunk.t_TD - fixed_TD) * chunk.weight_T1).sum())
         norm += float((routed_TD.square() * chunk.weight_T1).sum())
     ffn.scale_a = along / norm if norm else 1.0
@@ -252,19 +267,14 @@ def refit_down(
     before = _error_behind(ffn, judges)
     solve = moments.solver(pulled_to_RD)
 
-    def refitted(damping: float) -> tuple[float, float, torch.Tensor]:
-        down_DR.copy_(solve(damping * running / ffn.shape.intermediate_size).T.to(dtype))
-        return _error_behind(ffn, judges), damping, down_DR.detach().clone()
+    def refitted(pull: float) -> tuple[float, tuple[float, torch.Tensor]]:
+        down_DR.copy_(solve(pull * running / ffn.shape.intermediate_size).T.to(dtype))
+        return _error_behind(ffn, judges), (pull, down_DR.detach().clone())
 
     first = best = refitted(MIDDLE_DAMPING if damping is None else damping)
-    for higher in HIGHER_DAMPINGS if damping is None else ():
-        if (candidate := refitted(higher))[0] >= best[0]:
-            break
-        best = candidate
-    for lower in LOWER_DAMPINGS if damping is None and best is first else ():
-        if (candidate := refitted(lower))[0] >= best[0]:
-            break
-        best = candidate
-    error, used, refitted_DR = best if best[0] < before else (before, 0.0, present_DR)
+    for others in (HIGHER_DAMPINGS, LOWER_DAMPINGS) if damping is None else ():
+        if best is first:
+            best = _last_to_fall(chain([first], map(refitted, others)))
+    error, (used, refitted_DR) = best if best[0] < before else (before, (0.0, present_DR))
     down_DR.copy_(refitted_DR)
     return RefitResult(before, error, used, kept=error < before)

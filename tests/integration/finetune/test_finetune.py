@@ -225,7 +225,7 @@ def test_a_lost_or_wrong_teacher_is_refused(refitted: Path, text: Path, tmp_path
 def test_bfloat16_and_checkpointing_train_too(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     exact = tune(config(checkpoint, text, tmp_path / "exact"))
     rough = tune(config(checkpoint, text, tmp_path / "rough", precision="bfloat16", gradient_checkpointing=True))
-    assert rough.perplexity_after == pytest.approx(exact.perplexity_after, rel=0.1)
+    assert rough.perplexity_after == pytest.approx(exact.perplexity_after, rel=0.05)
     assert CheckpointReader(tmp_path / "rough").entry("model.layers.0.mlp.gate_up").dtype == torch.float32
 
 
@@ -244,9 +244,10 @@ def test_bfloat16_and_checkpointing_train_too(checkpoint: Path, text: Path, tmp_
 def test_every_way_to_train_does_in_bfloat16_which_is_a_gpus_default(
     options: dict[str, Any], refitted: Path, text: Path, tmp_path: Path
 ) -> None:
+    options = {"heldout_tokens": 512, **options}  # on 128 a few flipped choices are worth 6%
     exact = tune(config(refitted, text, tmp_path / "exact", **options))
     rough = tune(config(refitted, text, tmp_path / "rough", precision="bfloat16", **options))
-    assert rough.perplexity_after == pytest.approx(exact.perplexity_after, rel=0.1)
+    assert rough.perplexity_after == pytest.approx(exact.perplexity_after, rel=0.05)
 
 
 def test_a_half_precision_teacher(checkpoint: Path, text: Path, tmp_path: Path) -> None:
