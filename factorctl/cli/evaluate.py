@@ -13,7 +13,6 @@ import typer
 from factorctl.cli.command import Asked
 from factorctl.cli.options import OutputFormat
 from factorctl.config.evaluate import EvalConfig
-from factorctl.errors import ResourceError
 
 if TYPE_CHECKING:
     from factorctl.pipeline.evaluate.plan import EvalPlan
@@ -64,13 +63,7 @@ def evaluate(
     from factorctl.pipeline.evaluate.run import evaluate as run_evaluation
 
     command = shlex.join(["factorctl", *sys.argv[1:]])
-    try:
-        result = run_evaluation(config, progress, command=command)
-    except (KeyboardInterrupt, ResourceError):
-        if not config.resume:
-            progress.note("the same command with --resume reuses the measurements that are finished")
-        raise
-    _show_result(result, asked.output)
+    _show_result(run_evaluation(config, progress, command=command), asked.output)
 
 
 def _show_result(result: EvalResult, output: OutputFormat) -> None:

@@ -55,3 +55,14 @@ def test_an_evaluation_says_how_its_measurements_are_reused(bench: Bench, tmp_pa
         again = place.run(None, "--resume")
         assert "5 of 5 measurements were taken from an earlier run" in again.outcome.stdout
         assert place.result() == place.wanted
+
+
+def test_an_evaluation_without_measurements_promises_none(bench: Bench, tmp_path: Path, tally: Tally) -> None:
+    place = bench.place("eval", tmp_path / "place")
+    place = dataclasses.replace(place, arguments=tuple(word for word in place.arguments if word != "--resume"))
+    with tally.case("Ctrl-C or SIGTERM", "eval, before its first measurement"):
+        points = bench.points("eval")
+        first = next(number for number, point in enumerate(points) if "runs/out/parts/" in point)
+        fate = place.run(signalled_at(first, signal.SIGINT))
+        assert fate.code == 130
+        assert "--resume" not in fate.message

@@ -51,6 +51,8 @@ class PartStore:
     directory: Path
     resume: bool
     progress: Progress
+    kept: int = 0
+    """Parts that this run finished."""
 
     def find(self, part: Measurement) -> dict[str, Any] | None:
         """The result of a finished part, or None where it has to be computed."""
@@ -81,6 +83,7 @@ class PartStore:
         }
         make_directory(self.directory)
         write_file(self.path_of(part), dump_json(content))
+        self.kept += 1
 
     def path_of(self, part: Measurement, suffix: str = ".json") -> Path:
         return self.directory / f"{part.stem}{suffix}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from factorctl.config.evaluate import EvalConfig
+from factorctl.errors import ResourceError
 from factorctl.evaluation.fidelity import draw_fidelity
 from factorctl.evaluation.perplexity import PerplexityComparison, TextScore, by_domain, compare_text
 from factorctl.files.publishing import make_directory, sole_writer_of, write_file
@@ -51,13 +53,24 @@ def evaluate(config: EvalConfig, progress: Progress, *, command: str | None = No
     plan = plan_evaluation(config, progress)
     store = PartStore(plan.out / PARTS_NAME, config.resume, progress)
     counts = {"computed": 0, "reused": 0}
-    with sole_writer_of(plan.out, config.samples, config.report):
+    with sole_writer_of(plan.out, config.samples, config.report), _saying_what_is_kept(store):
         measured = {subject: measure_subject(plan, subject, store, counts, progress) for subject in plan.subjects}
         result = _result(plan, measured, command=command, seconds=time.monotonic() - started, parts=counts)
         write_outputs(plan, measured, result, store)
     for remark in result.remarks:
         progress.note(remark)
     return result
+
+
+@contextmanager
+def _saying_what_is_kept(store: PartStore) -> Iterator[None]:
+    """Where the run is cut short, how to go on from what it has finished."""
+    try:
+        yield
+    except (KeyboardInterrupt, ResourceError):
+        if store.kept and not store.resume:
+            store.progress.note("the same command with --resume reuses the measurements that are finished")
+        raise
 
 
 def _result(
