@@ -25,11 +25,20 @@ BLOCK_LENGTH = 512
 def calibration_blocks(
     source: Source, dense: DenseModel, description: dict[str, Any], config: FactorizeConfig, progress: Progress
 ) -> TokenBlocks:
-    """Token blocks for `config.calibration`, from the cache where they were made before.
+    """Token blocks for `config.calibration`, with a word on where they come from when nobody gave text.
 
     Raises:
         UsageError: no tokenizer, one of another model, or no text.
     """
+    if config.calibration == "self":
+        progress.note("calibrating on text sampled from the model itself; give --calibration DATA for your own")
+    return source_blocks(source, dense, description, config, progress)
+
+
+def source_blocks(
+    source: Source, dense: DenseModel, description: dict[str, Any], config: FactorizeConfig, progress: Progress
+) -> TokenBlocks:
+    """Token blocks for `config.calibration`, from the cache where they were made before; raises the same."""
     tokenizer = load_tokenizer(source.path, hint=ADD_TOKENIZER, rows=int(dense.config.vocab_size))
     block_length = calibration_block_length(dense)
     sampler = ModelSampler(
@@ -38,8 +47,6 @@ def calibration_blocks(
         tokenizer=tokenizer,
         document_length=block_length,
     )
-    if config.calibration == "self":
-        progress.note("calibrating on text sampled from the model itself; give --calibration DATA for your own")
     blocks = build_token_blocks(
         parse_data_spec(config.calibration, text_field=config.text_field, option="--calibration"),
         tokenizer,

@@ -17,7 +17,7 @@ from factorctl.data.tokenizing import tokenize_documents
 from factorctl.errors import UsageError
 from factorctl.evaluation.perplexity import TextDocument
 from factorctl.files.hashing import hash_value
-from factorctl.pipeline.common.calibration import calibration_blocks
+from factorctl.pipeline.common.calibration import calibration_blocks, source_blocks
 from factorctl.pipeline.common.source_tokenizer import ADD_TOKENIZER
 from factorctl.pipeline.common.tokenizers import load_tokenizer
 from factorctl.pipeline.frontier.plan import FrontierPlan
@@ -55,7 +55,7 @@ def read_texts(plan: FrontierPlan, description: dict[str, object], progress: Pro
         drawn = replace(
             plan.base.config, calibration="self", calibration_tokens=config.data_tokens, seed=config.seed + 1
         )
-        more = calibration_blocks(plan.source, plan.dense, description, drawn, progress).train
+        more = source_blocks(plan.source, plan.dense, description, drawn, progress).train
         heldout = [TextDocument(str(row), [int(token) for token in ids]) for row, ids in enumerate(more)]
         name = "self, another seed"
     else:

@@ -271,6 +271,18 @@ def test_held_out_documents_are_none_that_calibration_saw(config: FrontierConfig
         assert ",".join(map(str, document.ids[:20])) not in rows
 
 
+def test_without_any_text_the_model_samples_both_and_says_so_once(config: FrontierConfig) -> None:
+    progress = SilentProgress()
+    plan = plan_frontier(dataclasses.replace(config, calibration="self"), progress)
+    texts = read_texts(plan, describe_source(plan.source), progress)
+    assert texts.heldout_name == "self, another seed"
+    assert texts.calibration_BL[0].tolist() != texts.heldout[0].ids
+    assert [note for note in progress.notes if "sample" in note] == [
+        "calibrating on text sampled from the model itself; give --calibration DATA for your own",
+        "quality is measured on text that the model samples itself; give --data for your own",
+    ]
+
+
 def test_a_text_that_calibration_used_up_is_refused(config: FrontierConfig, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(Path(config.calibration).read_text().splitlines(keepends=True)[:5]))
