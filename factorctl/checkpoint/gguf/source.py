@@ -13,6 +13,7 @@ from factorctl.checkpoint.gguf.vocabulary import end_tokens, write_tokenizer
 from factorctl.checkpoint.gguf.weights import GgufWeights, account_for_tensors
 from factorctl.checkpoint.writer import shard_name, write_index, write_shard
 from factorctl.errors import UsageError, in_one_line
+from factorctl.files.first_bytes import is_gguf, refuse_as_model
 from factorctl.files.hashing import hash_file
 from factorctl.files.publishing import (
     OF_CACHES,
@@ -25,8 +26,10 @@ from factorctl.files.publishing import (
 from factorctl.files.strict_json import dump_json
 from factorctl.progress import Progress
 
-READING = 2
+READING = 3
 """Version of how GGUF files are read: what an older one left in the cache is not taken."""
+TYPES_NAME = "tensor-types.txt"
+"""In a copy: what its GGUF file was stored as, in words."""
 
 GgufCheck = Callable[[Path, Path, Progress], str]
 """A second opinion on (the file, what was read from it) before that is kept; returns a remark, raises what it finds."""
@@ -50,16 +53,28 @@ def dequantised(path: Path, *, cache: Path, check: GgufCheck | None, progress: P
         UsageError: a key, tensor or token of the file has no exact counterpart in transformers.
         IntegrityError: the file lacks a tensor, or `check` found that it computes something else.
     """
-    header = read_gguf_header(path)
+    if not is_gguf(path):
+        raise refuse_as_model(path)
     sha256 = hash_file(path).sha256
-    types = ", ".join(header.tensor_types)
     home, remarks = cached_copy(sha256, cache), list[str]()
     if not home.exists():  # a finished cache entry is used without a lock, also where it cannot be written
         with sole_writer(home, wait=True):
             if not home.exists():
-                remarks = _convert(header, home, types, check, progress)
-    note = f"{path.name} holds {types} weights: dequantised once to float32, kept in {home}"
+                remarks = _convert(read_gguf_header(path), home, check, progress)
+    note = f"{path.name} holds {_types(home, path)} weights: dequantised once to float32, kept in {home}"
     return Dequantised(home, sha256, (note, *remarks))
+
+
+def _types(home: Path, path: Path) -> str:
+    """What the file's tensors are stored as. Its copy remembers: a header with a vocabulary takes seconds to read."""
+    try:
+        return (home / TYPES_NAME).read_text(encoding="utf-8")
+    except OSError:
+        return _named_types(read_gguf_header(path))
+
+
+def _named_types(header: GgufHeader) -> str:
+    return ", ".join(header.tensor_types)
 
 
 def cached_copy(sha256: str, cache: Path) -> Path:
@@ -67,13 +82,14 @@ def cached_copy(sha256: str, cache: Path) -> Path:
     return cache / "gguf" / f"{sha256[:16]}-{READING}"
 
 
-def _convert(header: GgufHeader, home: Path, types: str, check: GgufCheck | None, progress: Progress) -> list[str]:
-    weights = _weights(header)
+def _convert(header: GgufHeader, home: Path, check: GgufCheck | None, progress: Progress) -> list[str]:
+    weights, types = _weights(header), _named_types(header)
     require_disk_space(home.parent, weights.num_bytes)
     with writable(home, OF_CACHES), cache_entry(home) as partial:
         remarks = write_tokenizer(header, partial)
         _write_config(header, weights.config, partial)
         _write_weights(weights, partial, f"Dequantising {header.path.name} ({types}) to float32", progress)
+        write_file(partial / TYPES_NAME, types.encode())
         if check is not None:
             remarks.append(check(header.path, partial, progress))
     return remarks

@@ -28,6 +28,7 @@ from huggingface_hub.errors import HTTPError as TransportError
 from support.tiny import LETTERS, SPECIAL, directory_bytes, factorize_quietly, make_model, weights_only
 
 from factorctl.checkpoint import hub_source, wheel_source
+from factorctl.checkpoint.gguf import source as gguf_source
 from factorctl.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.checkpoint.sources import Source, copied_files, resolve
@@ -216,7 +217,7 @@ def write_gguf(path: Path, *, without: str | None = None, model: Any = None) -> 
     return path
 
 
-def test_a_gguf_file_is_dequantised_once_and_says_so(tmp_path: Path) -> None:
+def test_a_gguf_file_is_dequantised_once_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "cache"
     source = resolved(path, cache)
     assert (source.id, source.kind) == ("tiny.gguf", "gguf")
@@ -228,9 +229,15 @@ def test_a_gguf_file_is_dequantised_once_and_says_so(tmp_path: Path) -> None:
         assert tensor.dtype == torch.float32
         assert torch.allclose(tensor, model.state_dict()[name], atol=0.02)
     before = {file: (source.path / file).stat().st_mtime_ns for file in directory_bytes(source.path)}
-    assert resolved(path, cache).path == source.path
+    headers, genuine = [], gguf_source.read_gguf_header
+    monkeypatch.setattr(gguf_source, "read_gguf_header", lambda path: headers.append(path) or genuine(path))
+    again = resolved(path, cache)
+    assert (again.path, again.notes[0]) == (source.path, source.notes[0])
+    assert not headers, "a header with a vocabulary takes seconds to read"
     assert {file: (source.path / file).stat().st_mtime_ns for file in before} == before
     assert sorted(p.name for p in (cache / "gguf").iterdir()) == [source.path.name]
+    (source.path / gguf_source.TYPES_NAME).unlink()
+    assert resolved(path, cache).notes[0] == source.notes[0]
 
 
 def test_a_gguf_source_is_factorized_with_its_note_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
