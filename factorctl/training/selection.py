@@ -107,4 +107,4 @@ def refresh_routers(layers: Iterable[TwinFFN]) -> None:
 def spread_of(router_ND: torch.Tensor, moments: RidgeMoments) -> torch.Tensor:
     """How far its logits lie apart on the tokens that were collected: root of their summed square, less their means."""
     centred_ND = router_ND - router_ND.mean(0)
-    return ((centred_ND @ moments.gram_II.to(router_ND.dtype)) * centred_ND).sum().clamp_min(0).sqrt()
+    return ((centred_ND @ moments.gram().to(router_ND.dtype)) * centred_ND).sum().clamp_min(0).sqrt()

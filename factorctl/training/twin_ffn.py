@@ -221,7 +221,7 @@ class TwinFFN(nn.Module):
             self.report = report
             if self.moments is not None and hint.refresh_TN is not None and torch.is_grad_enabled():
                 with torch.no_grad():
-                    self.moments.add(wide(x_TD), hint.refresh_TN.to(self.moments.gram_II.dtype))
+                    self.moments.add(wide(x_TD), hint.refresh_TN.to(self.moments.upper_II.dtype))
 
     def _reported(self, x_TD: torch.Tensor, y_TD: torch.Tensor, hint: Hint) -> LayerReport:
         labels_TK, _, t_TD = hint

@@ -370,7 +370,7 @@ def test_what_routers_and_matrices_have_collected_comes_back(
     saved = CheckpointReader.of_file(tmp_path / "tuned.training" / "state-00000002" / "layer-00000.safetensors")
     assert any(name.endswith(".sharpness") for name in saved.entries)
     if "router_refresh" in changes:
-        gram = next(name for name in saved.entries if name.endswith(".moments.gram_II"))
+        gram = next(name for name in saved.entries if name.endswith(".moments.upper_II"))
         assert float(saved.read(gram).trace()) > 0
     run(dataclasses.replace(config, resume=True))
     assert directory_bytes(config.out) == directory_bytes(straight.out)

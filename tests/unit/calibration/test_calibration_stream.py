@@ -15,6 +15,7 @@ from factorctl.calibration.statistics import StatsCollector, most_active, token_
 from factorctl.calibration.stream import LayerwiseModel
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.contracts import PATTERN_TOKENS, DenseFFN, Stat
+from factorctl.ffn import ridge
 from factorctl.ffn.dense import dense_hidden
 from factorctl.ffn.ridge import RidgeMoments
 from factorctl.models.families import read_dense_model
@@ -125,12 +126,18 @@ def test_token_weights_are_finite_also_for_a_stream_of_zeros() -> None:
     assert (weights > 0).all()
 
 
+@pytest.mark.parametrize("panel", [3, ridge.PANEL])
 @pytest.mark.parametrize("damping", [1e-3, 0.3])
-def test_ridge_against_the_normal_equations_in_float64(damping: float) -> None:
+def test_ridge_against_the_normal_equations_in_float64(
+    damping: float, panel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ridge, "PANEL", panel)
     x_TI, y_TO, around_IO = torch.randn(200, 7), torch.randn(200, 3), torch.randn(7, 3)
     moments = RidgeMoments(7, 3, CPU)
     for rows in (slice(0, 50), slice(50, 200)):
         moments.add(x_TI[rows], y_TO[rows])
+    assert torch.allclose(moments.gram(), x_TI.T @ x_TI, atol=1e-4)
+    assert torch.equal(moments.gram(), moments.gram().T)
     x, y, w0 = x_TI.double(), y_TO.double(), around_IO.double()
     pull = damping * (x.T @ x).diagonal().mean() * torch.eye(7, dtype=torch.float64)
     for start, wanted in ((None, torch.zeros(7, 3).double()), (around_IO, w0)):
