@@ -21,6 +21,15 @@ FIRST_TURN_DAMPING = 1.0
 
 
 @dataclass(frozen=True)
+class FitResult:
+    """How near a layer now comes to its target, and what the refit had to do with it."""
+
+    error: float
+    """`relative_error` on held-out tokens."""
+    refit: RefitResult | None
+
+
+@dataclass(frozen=True)
 class LayerFit:
     """Which steps are taken."""
 
@@ -31,8 +40,8 @@ class LayerFit:
 
     def apply(
         self, ffn: FactoredFFN, fitting: Tokens, heldout: Tokens, dtype: torch.dtype = torch.float32
-    ) -> RefitResult | None:
-        """Fit the layer to `fitting`; `heldout` tokens judge the refit and enter nothing.
+    ) -> FitResult:
+        """Fit the layer to `fitting`; `heldout` tokens judge it and enter nothing.
 
         What is fitted is rounded to `dtype`: the layer runs what will be stored, not what was computed.
 
@@ -46,17 +55,13 @@ class LayerFit:
             return self._turn(ffn, fitting, heldout, source_DF, dtype)
         first = self._turn(ffn, fitting.spread(len(fitting) // 2), heldout, source_DF, dtype, FIRST_TURN_DAMPING)
         router_ND, down_DF, scale_a = ffn.router.detach().clone(), ffn.down.detach().clone(), ffn.scale_a
-        error = relative_error(ffn, heldout)
         second = self._turn(ffn, fitting, heldout, source_DF, dtype)
-        if relative_error(ffn, heldout) >= error:
+        if second.error >= first.error:
             ffn.router.copy_(router_ND)
             ffn.down.copy_(down_DF)
             ffn.scale_a = scale_a
             return first
-        if first is None or second is None:
-            return None
-        damping = second.damping if second.kept else first.damping
-        return RefitResult(first.error_before, second.error_after, damping, kept=first.kept or second.kept)
+        return FitResult(second.error, _both(first.refit, second.refit))
 
     def _turn(
         self,
@@ -66,12 +71,21 @@ class LayerFit:
         source_DF: torch.Tensor,
         dtype: torch.dtype,
         damping: float | None = None,
-    ) -> RefitResult | None:
+    ) -> FitResult:
         if self.router:
             fit_router(ffn, fitting, self.load_limit if ffn.routes else None)
             ffn.router.copy_(ffn.router.to(dtype))
         if self.scale:
             fit_scale(ffn, fitting)
         if not self.refit:
-            return None
-        return refit_down(ffn, fitting, heldout, dtype=dtype, around_DF=source_DF, damping=damping)
+            return FitResult(relative_error(ffn, heldout), None)
+        refit = refit_down(ffn, fitting, heldout, dtype=dtype, around_DF=source_DF, damping=damping)
+        return FitResult(refit.error_after, refit)
+
+
+def _both(first: RefitResult | None, second: RefitResult | None) -> RefitResult | None:
+    """Two refits as one."""
+    if first is None or second is None:
+        return None
+    damping = second.damping if second.kept else first.damping
+    return RefitResult(first.error_before, second.error_after, damping, kept=first.kept or second.kept)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from factorctl.calibration.closed_form import expert_load, near_ties, relative_error
+from factorctl.calibration.closed_form import expert_load, near_ties
 from factorctl.calibration.compressed_stream import CalibrationStream
 from factorctl.calibration.layer_fit import LayerFit
 from factorctl.checkpoint.reader import CheckpointReader, all_finite
@@ -135,15 +135,15 @@ class LayerFactory:
         assert self.stream is not None
         ffn, tokens = self._module(layer, tensors), self.stream.tokens
         fitting, heldout = tokens.split(round(len(tokens) * (1 - HELDOUT_SHARE)))
-        refit = self.fit.apply(ffn, fitting, heldout, tensors["down"].dtype)
+        fitted = self.fit.apply(ffn, fitting, heldout, tensors["down"].dtype)
         if self.fit.router:
             self._write_back(tensors, "router", ffn)
         if self.fit.scale:
             record["fitted_a"] = ffn.scale_a
-        if refit is not None:
-            record["refit"] = asdict(refit)
+        if fitted.refit is not None:
+            record["refit"] = asdict(fitted.refit)
             self._write_back(tensors, "down", ffn)
-        record["output_error"] = relative_error(ffn, heldout)
+        record["output_error"] = fitted.error
         if ffn.routes:
             logits_TN = ffn.router_logits(tokens.x_TD)
             record["near_ties"] = near_ties(logits_TN, ffn.top_k)

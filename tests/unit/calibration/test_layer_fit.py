@@ -10,7 +10,7 @@ from test_calibration_closed_form import make_ffn, make_tokens
 
 from factorctl.calibration import layer_fit
 from factorctl.calibration.closed_form import RefitResult, fit_router, refit_down, relative_error
-from factorctl.calibration.layer_fit import FIRST_TURN_DAMPING, LayerFit
+from factorctl.calibration.layer_fit import FIRST_TURN_DAMPING, FitResult, LayerFit
 from factorctl.calibration.tokens import Tokens
 from factorctl.ffn.layer import FactoredFFN
 
@@ -23,10 +23,10 @@ def test_two_turns_are_at_least_as_good_as_one() -> None:
     fit_router(once, fitting.spread(500))
     one = refit_down(once, fitting.spread(500), heldout)
     result = replace(ALL, scale=False).apply(ffn, fitting, heldout)
-    assert result is not None
-    assert result.error_before == pytest.approx(one.error_before)
-    assert result.error_after <= one.error_after
-    assert relative_error(ffn, heldout) == pytest.approx(result.error_after, rel=1e-4)
+    assert result.refit is not None
+    assert result.refit.error_before == pytest.approx(one.error_before)
+    assert result.refit.error_after == result.error <= one.error_after
+    assert relative_error(ffn, heldout) == pytest.approx(result.error, rel=1e-4)
 
 
 @pytest.mark.parametrize("refit", [False, True])
@@ -52,9 +52,8 @@ def test_a_second_turn_that_does_not_help_leaves_the_first_one_s_values(
     assert torch.equal(ffn.router, once.router)
     assert torch.equal(ffn.down, once.down)
     assert ffn.scale_a == once.scale_a
-    assert (result is not None) == refit
-    if result is not None:
-        assert relative_error(ffn, heldout) == pytest.approx(result.error_after, rel=1e-4)
+    assert (result.refit is not None) == refit
+    assert relative_error(ffn, heldout) == pytest.approx(result.error, rel=1e-4)
 
 
 def test_the_first_turn_does_with_half_of_the_tokens_and_one_damping(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,8 +74,9 @@ def test_the_second_turn_helps_a_router_without_a_refit_too() -> None:
     ffn, once = make_ffn(shared=5, top_k=3), make_ffn(shared=5, top_k=3)
     fitting, heldout = make_tokens(ffn, 1200).split(1000)
     fit_router(once, fitting)
-    assert LayerFit(router=True).apply(ffn, fitting, heldout) is None
-    assert relative_error(ffn, heldout) < relative_error(once, heldout)
+    result = LayerFit(router=True).apply(ffn, fitting, heldout)
+    assert result.refit is None
+    assert result.error == relative_error(ffn, heldout) < relative_error(once, heldout)
 
 
 def test_both_refits_are_pulled_toward_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,13 +106,14 @@ def test_where_nothing_is_routed_one_turn_is_enough(top_k: int, monkeypatch: pyt
 def test_what_is_fitted_is_rounded_to_what_will_be_stored() -> None:
     ffn = make_ffn(shared=5)
     fitting, heldout = make_tokens(ffn, 1200).split(1000)
-    ALL.apply(ffn, fitting, heldout, torch.bfloat16)
+    result = ALL.apply(ffn, fitting, heldout, torch.bfloat16)
     assert torch.equal(ffn.router, ffn.router.bfloat16().float())
+    assert relative_error(ffn, heldout) == pytest.approx(result.error, rel=1e-4)
 
 
 def test_without_steps_the_layer_stays_as_it_is() -> None:
     ffn = make_ffn(shared=5)
     before = {name: value.clone() for name, value in ffn.named_parameters()}
     fitting, heldout = make_tokens(ffn, 600).split(500)
-    assert LayerFit().apply(ffn, fitting, heldout) is None
+    assert LayerFit().apply(ffn, fitting, heldout) == FitResult(relative_error(ffn, heldout), None)
     assert all(torch.equal(value, before[name]) for name, value in ffn.named_parameters())
