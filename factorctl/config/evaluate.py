@@ -61,7 +61,10 @@ class EvalConfig(CommonConfig):
     calibration: Annotated[
         str | None, Option("Text that controls are calibrated on. [default: the checkpoint's, or self]")
     ] = None
-    calibration_tokens: Annotated[int, Option("Tokens of it.", kind=TOKENS, least=1)] = 16_384
+    calibration_tokens: Annotated[
+        int | None,
+        Option("Tokens of it. [default: as many as the checkpoint's, or 16,384]", kind=TOKENS, least=1),
+    ] = None
     fidelity: Annotated[bool, Option("Hold every factored FFN against its dense one.")] = True
     against: Annotated[str | None, Option("Model to compare with. [default: the dense source in the manifest]")] = None
     """In the same forms as `checkpoint`."""
@@ -85,3 +88,9 @@ class EvalConfig(CommonConfig):
         Path | None,
         Option("Directory of results.json, answers and picture. [default: in the workspace]", short="-o", role="place"),
     ] = None
+
+    @property
+    def calibrated_on(self) -> int:
+        """Tokens for controls, once the checkpoint has told how many it was calibrated on itself."""
+        assert self.calibration_tokens is not None, "resolved"
+        return self.calibration_tokens

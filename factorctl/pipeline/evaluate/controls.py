@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config.evaluate import Controls, EvalConfig
-from factorctl.config.factorize import FactorizeConfig
+from factorctl.config.factorize import CALIBRATION_TOKENS, FactorizeConfig
 from factorctl.config.shape import FactorShape
 from factorctl.data.spec import parse_data_spec
 from factorctl.data.tokenizing import tokenize_documents
@@ -99,7 +99,7 @@ class ControlKit:
             num_experts=2,
             calibration=calibration,
             text_field=text_field,
-            calibration_tokens=self.config.calibration_tokens,
+            calibration_tokens=self.config.calibrated_on,
             seed=self.config.seed,
         )
         description = dict(self.reference.description)
@@ -116,7 +116,7 @@ class ControlKit:
         found = tokenize_documents(
             spec,
             self.tokenizer,
-            max_tokens=READ_PER_TOKEN * self.config.calibration_tokens,
+            max_tokens=READ_PER_TOKEN * self.config.calibrated_on,
             max_document_tokens=TEXT_TOKENS,
             seed=self.config.seed,
             progress=self.progress,
@@ -126,6 +126,13 @@ class ControlKit:
     def load(self, model: ComparedModel, top_k: int | None = None) -> PreTrainedModel:
         with self.progress.stage(f"Loading {model.id}"):
             return load_model(model, dtype=self.dtype, device=self.device, top_k=top_k)
+
+
+def calibration_tokens(config: EvalConfig, model: ComparedModel) -> int:
+    """`--calibration-tokens`, else as many as `factorize` recorded: controls are to have no better and no worse."""
+    recorded = model.manifest.config.get("calibration_tokens") if model.manifest is not None else None
+    known = recorded if isinstance(recorded, int) and not isinstance(recorded, bool) and recorded > 0 else None
+    return config.calibration_tokens or known or CALIBRATION_TOKENS["cpu"]
 
 
 def calibration_text(config: EvalConfig, model: ComparedModel) -> tuple[str, str | None]:
@@ -238,7 +245,7 @@ def knowledge_factor(kit: ControlKit) -> Iterator[Runner]:
         fit = fit_domains(
             model,
             kit.texts,
-            kit.config.calibration_tokens,
+            kit.config.calibrated_on,
             list(factored_ffns(model)),
             oracle_teachers(kit),
             seed=kit.config.seed,

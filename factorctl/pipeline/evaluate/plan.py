@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from factorctl.pipeline.common.subjects import (
 )
 from factorctl.pipeline.common.time_estimate import gemm_rate
 from factorctl.pipeline.common.workspace import refuse_directory, report_directory
-from factorctl.pipeline.evaluate.controls import CONTROLS, calibration_text, chosen_controls
+from factorctl.pipeline.evaluate.controls import CONTROLS, calibration_text, calibration_tokens, chosen_controls
 from factorctl.pipeline.evaluate.parts import Measurement
 from factorctl.pipeline.evaluate.texts import EvalText, read_text, text_names
 from factorctl.progress import Progress
@@ -105,7 +105,7 @@ class EvalPlan:
             if (version := CONTROLS[subject].version) > 1:
                 common["version"] = version
             if CONTROLS[subject].calibrates:
-                common |= {"calibration": self.calibration, "calibration_tokens": self.config.calibration_tokens}
+                common |= {"calibration": self.calibration, "calibration_tokens": self.config.calibrated_on}
         return common
 
     def _text_identity(self, text: EvalText) -> dict[str, Any]:
@@ -143,6 +143,7 @@ def plan_evaluation(config: EvalConfig, progress: Progress) -> EvalPlan:
     remarks: list[str] = []
     device = torch_device(config.device)
     model = find_checkpoint(config, progress)
+    config = replace(config, calibration_tokens=calibration_tokens(config, model))
     reference = find_reference(config, model, progress)
     tokenizer = shared_tokenizer(model, reference)
     out = report_directory(config.out, config.workspace, str(model.path.resolve()), "eval")
@@ -270,7 +271,7 @@ def expected_seconds(plan: EvalPlan) -> float:
     overlap = plan.window / plan.stride
     scored = overlap * sum(text.tokens for text in plan.texts)
     scored += DOCUMENT_TOKENS * sum(min(task.documents, plan.config.limit or task.documents) for task in plan.tasks)
-    calibrated = plan.config.calibration_tokens * sum(2 for name in plan.controls if CONTROLS[name].calibrates)
+    calibrated = plan.config.calibrated_on * sum(2 for name in plan.controls if CONTROLS[name].calibrates)
     tokens = len(plan.subjects) * scored + calibrated
     return 2 * CheckpointReader(plan.reference.path).num_values * tokens / gemm_rate(plan.device)
 

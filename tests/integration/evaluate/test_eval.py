@@ -15,11 +15,13 @@ from support.tiny import factorize_quietly, make_tokenizer, weights_only
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import factorctl
+from factorctl.config.evaluate import EvalConfig
 from factorctl.data.sampling import sample_documents
 from factorctl.evaluation.perplexity import TextDocument, score_text
 from factorctl.models.loading import load_dense
 from factorctl.pipeline.evaluate.control_models import fine_shape
 from factorctl.pipeline.evaluate.controls import CONTROLS
+from factorctl.pipeline.evaluate.plan import plan_evaluation, resolved_config
 from factorctl.pipeline.evaluate.report import report_tables
 from factorctl.progress import SilentProgress
 
@@ -101,6 +103,17 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         )
     )
     return root / "made", root / "own.jsonl"
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(None, 1024), (512, 512)])
+def test_controls_are_calibrated_on_as_many_tokens_as_the_checkpoint(
+    asked: int | None, taken: int, planted: tuple[Path, Path]
+) -> None:
+    made, own = planted
+    config = EvalConfig(checkpoint=made, data=(str(own),), controls="fast", calibration_tokens=asked, device="cpu")
+    plan = plan_evaluation(config, SilentProgress())
+    assert plan.config.calibrated_on == taken
+    assert resolved_config(plan)["calibration_tokens"] == taken
 
 
 def test_random_and_oracle_routing_bracket_the_router(planted: tuple[Path, Path], tmp_path: Path) -> None:
