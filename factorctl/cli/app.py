@@ -80,7 +80,9 @@ def _main(
 def main() -> None:
     """Run the command line; anything but a FactorctlError is a bug and keeps its traceback."""
     quieten_libraries()
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    signal.signal(signal.SIGTERM, _on_signal)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, _on_signal)
     try:
         app()
     except FactorctlError as error:
@@ -96,18 +98,27 @@ def main() -> None:
         if end.code == ExitCode.INTERRUPTED:  # what typer makes of a KeyboardInterrupt, without a word
             _exit_interrupted()
         raise
+    except Exception:
+        if _received:  # a library that is interrupted while it is imported makes an ImportError of it
+            _exit_interrupted()
+        raise
 
 
-_terminated: list[int] = []
+_received: list[int] = []
+GOING_ON_ALONE = frozenset({"factorize", "export", "run", "demo", "frontier"})
+"""Verbs whose same command goes on where it stopped. `finetune` and `eval` take --resume, and say so themselves."""
 
 
-def _on_sigterm(received: int, _frame: FrameType | None) -> None:
+def _on_signal(received: int, _frame: FrameType | None) -> None:
     """SIGTERM unwinds like Ctrl-C, so that locks and temporary files are cleaned up."""
-    _terminated.append(received)
+    _received.append(received)
     raise KeyboardInterrupt
 
 
 def _exit_interrupted() -> NoReturn:
-    word = "terminated" if _terminated else "interrupted"
-    sys.stderr.write(f"{word}; finished parts are kept: run the same command again to go on\n")
-    sys.exit(128 + _terminated[0] if _terminated else ExitCode.INTERRUPTED)
+    terminated = signal.SIGTERM in _received
+    word = "terminated" if terminated else "interrupted"
+    goes_on = not GOING_ON_ALONE.isdisjoint(sys.argv[1:2])
+    hint = "; finished parts are kept: run the same command again to go on" if goes_on else ""
+    sys.stderr.write(f"{word}{hint}\n")
+    sys.exit(128 + signal.SIGTERM if terminated else ExitCode.INTERRUPTED)
