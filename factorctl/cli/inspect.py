@@ -42,21 +42,22 @@ def inspect(
         "shared neurons": factored["shared_size"],
         "active FFN": f"{factored.get('active_ffn_fraction', 0):.1%}",
         "gate, scale": f"{factored['gate']}, {factored['scale']}",
-        "layers": len(result.layers),
+        "layers": len(result.layers) or None,
         "source": f"{source['id']} ({source['kind']}, {source.get('model_type')})",
         "source revision": source.get("revision"),
         "parent manifest": result.parent or "none: made from the dense source",
         "strategy": f"{strategy.get('name')} {strategy.get('version')}" if strategy else None,
         "strategy reference": strategy.get("reference"),
         "identity error": result.identity_error,
-        "calibration": _calibration(result.calibration),
+        "calibration": _calibration(result.calibration) if result.stage == "factorize" else None,
         "largest load": None if result.largest_load is None else f"{result.largest_load:.1f} even shares",
         "idle experts": _idle(result.idle_experts),
         "files": f"{result.files}, {gigabytes(result.bytes)}",
         "manifest sha256": result.manifest_sha256,
         "libraries": ", ".join(f"{name} {version}" for name, version in result.libraries.items()),
     }
-    show(result, output=output, tables=[facts_table(str(path), facts)])
+    known = {name: fact for name, fact in facts.items() if fact is not None}
+    show(result, output=output, tables=[facts_table(str(path), known)])
 
 
 def _idle(experts: list[tuple[int, int]] | None) -> str | None:
@@ -95,7 +96,9 @@ def verify(
     if result.tensors is not None:
         lines.append(f"{result.tensors} tensors, every one accounted for")
     if result.identity_error is not None:
-        lines.append(f"all experts on against dense: relative error {result.identity_error:.1e}")
+        dense = "dense" if result.holds_dense_values else "the same neurons in one dense FFN"
+        changed = "" if result.holds_dense_values else "; they are no longer the source's, after a refit or training"
+        lines.append(f"all experts on against {dense}: relative error {result.identity_error:.1e}{changed}")
     show(result, output=output, closing=lines)
 
 

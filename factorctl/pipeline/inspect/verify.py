@@ -15,6 +15,7 @@ from factorctl.models.building import empty_factored_model
 from factorctl.models.filling import stored_tensors
 from factorctl.models.identity import IDENTITY_TOLERANCE, identity_error
 from factorctl.models.loading import NativeCheckpoint, open_checkpoint, read_factored_ffn
+from factorctl.pipeline.common.recorded_source import holds_dense_values
 from factorctl.progress import Progress
 
 
@@ -28,6 +29,9 @@ class Verification:
     bytes: int
     tensors: int | None
     identity_error: float | None
+    """All experts on against the same neurons as one dense FFN, the worst layer."""
+    holds_dense_values: bool
+    """Whether those neurons are still the source's: False once a refit or training changed them."""
 
 
 def verify_checkpoint(path: Path, *, identity: bool, progress: Progress) -> Verification:
@@ -49,7 +53,15 @@ def verify_checkpoint(path: Path, *, identity: bool, progress: Progress) -> Veri
         raise UsageError(
             "--identity needs a native checkpoint", "an export is checked against its parent when it is made"
         )
-    return Verification(str(path), manifest.sha256, len(manifest.files), manifest.total_bytes, tensors, error)
+    return Verification(
+        str(path),
+        manifest.sha256,
+        len(manifest.files),
+        manifest.total_bytes,
+        tensors,
+        error,
+        holds_dense_values(manifest),
+    )
 
 
 def _identity_error(checkpoint: NativeCheckpoint, progress: Progress) -> float:

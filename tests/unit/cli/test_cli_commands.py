@@ -231,7 +231,9 @@ def test_verify_a_whole_checkpoint(checkpoint: Path) -> None:
     text = cli("verify", checkpoint, "--identity")
     assert "all hashes match" in text.stdout
     assert "every one accounted for" in text.stdout
-    assert "all experts on against dense" in text.stdout
+    assert "all experts on against the same neurons in one dense FFN: " in text.stdout
+    assert "they are no longer the source's, after a refit or training" in text.stdout
+    assert result["holds_dense_values"] is False
 
 
 def flip_a_bit(copy: Path) -> str:

@@ -20,3 +20,10 @@ def test_what_a_stage_says_of_itself_does_not_push_out_the_remaining_time(
     assert "eta" in bar
     assert " ".join(below).startswith("lm 4.232  kd 0.2266  par 1.095")
     assert " ".join(below).endswith("idlest 30.1% (layer 0 expert 1)")
+
+
+def test_a_note_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = RichProgress()
+    for _ in range(2):
+        progress.note("calibrating on text sampled from the model itself")
+    assert capsys.readouterr().err.count("sampled from the model itself") == 1
