@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from factorctl.cli.command import Asked
@@ -81,15 +82,17 @@ def _in_parts(seconds: Mapping[str, float]) -> str:
 def _show_result(result: FactorizeResult, output: OutputFormat) -> None:
     from factorctl.cli.render import facts_table, gigabytes, show
 
+    refitted = result.refit_layers_kept is not None
+    measured = "worst layer, before the refit" if refitted else "worst layer"
     facts: dict[str, object] = {
         "notation": result.notation,
         "experts": f"{result.num_experts} of {result.expert_size} neurons, {result.top_k} active",
         "shared neurons": result.shared_size,
         "active FFN": f"{result.active_ffn_fraction:.1%}",
         "strategy": result.strategy,
-        "identity error": f"{result.identity_error:.1e} (all experts on against dense, worst layer)",
+        "identity error": f"{result.identity_error:.1e} (all experts on against dense, {measured})",
     }
-    if result.refit_layers_kept is not None:
+    if refitted:
         facts["refit"] = f"lowered the held-out error in {result.refit_layers_kept} of {result.num_layers} layers"
     if result.idle_experts:
         facts["idle experts"] = f"{result.idle_experts}, holding what hardly any token needs; inspect names them"
@@ -99,8 +102,8 @@ def _show_result(result: FactorizeResult, output: OutputFormat) -> None:
         "written to": result.checkpoint,
     }
     closing = [
-        f"Next: factorctl inspect {result.checkpoint}",
-        f"      factorctl finetune {result.checkpoint} --data TEXT",
-        f"      factorctl eval {result.checkpoint} --data TEXT --controls",
+        f"Next: factorctl inspect {quote(result.checkpoint)}",
+        f"      factorctl finetune {quote(result.checkpoint)} --data TEXT",
+        f"      factorctl eval {quote(result.checkpoint)} --data TEXT --controls",
     ]
     show(result, output=output, tables=[facts_table(f"Factorized {result.source}", facts)], closing=closing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from factorctl.cli.command import Asked
@@ -90,7 +91,7 @@ def _show_result(result: FinetuneResult, output: OutputFormat) -> None:
         "written to": result.checkpoint,
     }
     tables = [perplexities, facts_table("Finetuned", facts)]
-    show(result, output=output, tables=tables, closing=[f"Next: factorctl eval {result.checkpoint} --data TEXT"])
+    show(result, output=output, tables=tables, closing=[f"Next: factorctl eval {quote(result.checkpoint)} --data TEXT"])
 
 
 def _duration(seconds: float) -> str:

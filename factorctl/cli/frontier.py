@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from factorctl.cli.command import Asked
@@ -75,7 +76,7 @@ def _show_result(result: FrontierResult, output: OutputFormat) -> None:
             f"chosen: {chosen.point}, decode {chosen.decode.median:.2f}x, prefill {chosen.prefill.median:.2f}x when "
             f"made and timed once more, {chosen.accuracy_kept:.1%} of the accuracy kept"
         )
-        closing.append(f"Next: factorctl run {chosen.recipe}")
+        closing.append(f"Next: factorctl run {quote(str(chosen.recipe))}")
     else:
         closing.append("Next: the same command with a budget: --speed-up 1.3, --active 0.5 or --keep 0.9")
     closing += [f"written: {path}" for path in result.written]

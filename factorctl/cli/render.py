@@ -51,6 +51,7 @@ class RichProgress:
         self._console = stderr()
         self._bars: Progress | None = None
         self._depth = 0
+        self._noted: set[str] = set()
 
     @contextmanager
     def stage(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
@@ -79,6 +80,10 @@ class RichProgress:
                 self._bars = None
 
     def note(self, message: str) -> None:
+        """Print it, once: what holds for several models is not told again for each."""
+        if message in self._noted:
+            return
+        self._noted.add(message)
         self._console.print(f"[dim]note:[/dim] {escape(message)}", highlight=False, soft_wrap=True)
 
 

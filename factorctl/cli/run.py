@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -97,6 +98,6 @@ def _show_demo(result: DemoResult, output: OutputFormat) -> None:
     ]
     closing = [
         "A minute of training recovers a part; quality grows with tokens: factorctl finetune --tokens 40M",
-        f"Next: factorctl eval {result.checkpoint} --controls --data YOUR_TEXT",
+        f"Next: factorctl eval {quote(result.checkpoint)} --controls --data YOUR_TEXT",
     ]
     show(result, output=output, tables=tables, closing=closing)

@@ -26,10 +26,15 @@ def prepare_push(repo: str, *, private: bool) -> str:
         raise UsageError(f"--push {repo!r} is no hub id", "for example your-name/model-1R4E2K") from None
     except LocalTokenNotFoundError:
         raise UsageError(f"--push {repo} needs a login", "run `hf auth login`") from None
-    except _UNREACHABLE as error:
+    except HfHubHTTPError as error:  # itself an HTTPError of the transport: first
         raise ResourceError(
             f"the hub does not take {repo}: {in_one_line(error)}",
             "run `hf auth login` with a token that may write, or export without --push and upload later",
+        ) from None
+    except _UNREACHABLE as error:
+        raise ResourceError(
+            f"the hub cannot be reached for {repo}: {in_one_line(error)}",
+            "export without --push and upload later with `hf upload`",
         ) from None
 
 

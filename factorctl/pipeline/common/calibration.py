@@ -20,6 +20,8 @@ from factorctl.pipeline.common.tokenizers import load_tokenizer
 from factorctl.progress import Progress
 
 BLOCK_LENGTH = 512
+FEW_PER_INPUT = 2
+"""Tokens per input of a router below which what is fitted to them is worth a warning."""
 
 
 def calibration_blocks(
@@ -32,7 +34,13 @@ def calibration_blocks(
     """
     if config.calibration == "self":
         progress.note("calibrating on text sampled from the model itself; give --calibration DATA for your own")
-    return source_blocks(source, dense, description, config, progress)
+    blocks = source_blocks(source, dense, description, config, progress)
+    if blocks.train.size < FEW_PER_INPUT * dense.hidden_size:
+        progress.note(
+            f"calibrated on {blocks.train.size:,} tokens (whole blocks), for routers of {dense.hidden_size:,} inputs: "
+            f"so few say little about other text; give --calibration-tokens {FEW_PER_INPUT * dense.hidden_size} or more"
+        )
+    return blocks
 
 
 def source_blocks(

@@ -39,6 +39,8 @@ from factorctl.training.selection import to_unit_spread
 from factorctl.training.state import Progressed, incomplete_states, newest_state, remove_states, restore_state
 
 REHEARSED_STEPS = 3
+REHEARSAL_SECONDS = 20.0
+"""Where steps are that slow, no further one is timed: warming up is little beside them. Several processes keep step."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,9 @@ def _rehearsed(plan: FinetunePlan, progress: Progress) -> Rehearsal:
             positions_BL = torch.arange(length, device=plan.device).repeat(rows, 1)
             seconds.append(_timed_step(distiller, optimizers, ids_BL, positions_BL))
             task.advance()
-    speed = rows * length * plan.batch.world_size / min(seconds[1:])
+            if sum(seconds) > REHEARSAL_SECONDS and plan.batch.world_size == 1:
+                break
+    speed = rows * length * plan.batch.world_size / min(seconds[1:] or seconds)
     heldout_passes = 2 * config.heldout_tokens / 2  # two measurements, each about half the work of a step
     return Rehearsal(
         checkpoint=str(plan.checkpoint.path),

@@ -101,6 +101,7 @@ def _profiled(config: ProfileConfig, progress: Progress) -> ProfileResult:
     device = torch_device(config.device)
     checkpoint = open_checkpoint(config.checkpoint or newest_checkpoint(config.workspace))
     dtype = compute_dtype(config.dtype, checkpoint.path, device, remarks)
+    flag_long_prompts(config, checkpoint, remarks)
     hardware = look_at_hardware(device, dtype)
     flag_busy(hardware, config, remarks)
     if hardware.no_kernel:
@@ -143,6 +144,16 @@ def _profiled(config: ProfileConfig, progress: Progress) -> ProfileResult:
         tuning=tuning,
         written=[str(path) for path in (config.out, config.html, config.plots) if path is not None],
     )
+
+
+def flag_long_prompts(config: ProfileConfig, checkpoint: NativeCheckpoint, remarks: list[str]) -> None:
+    """Mark lengths that the model was not made for: they can be timed, and will not be met."""
+    context = getattr(checkpoint.dense.config, "max_position_embeddings", None)
+    longest = max(config.prompt) + config.decode_tokens
+    if context is not None and longest > context:
+        remarks.append(
+            f"{longest:,} tokens were timed; the model's context is {context:,}: --prompt {context // 2} is within it"
+        )
 
 
 def flag_busy(hardware: Hardware, config: ProfileConfig, remarks: list[str]) -> None:

@@ -19,6 +19,7 @@ from support.tiny import leftovers, make_source
 from factorctl.checkpoint.manifest import check_files, read_manifest
 from factorctl.checkpoint.reader import CheckpointReader
 from factorctl.config.export import ExportConfig
+from factorctl.errors import ResourceError
 from factorctl.exporting import push as push_module
 from factorctl.exporting.check import stock_process
 from factorctl.exporting.check.comparison import Agreement
@@ -212,6 +213,20 @@ def test_an_upload_that_breaks_off_leaves_the_export_and_says_how_to_go_on(
         export_unchecked(ExportConfig(checkpoint=native, out=out, push="someone/tiny"))
     assert f"hf upload someone/tiny {out}" in str(broken.value)
     assert read_manifest(out).kind == "export"
+
+
+def test_no_network_is_called_no_network_before_anything_is_converted(
+    native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unplugged(FakeHub):
+        def create_repo(self, repo: str, **options: Any) -> SimpleNamespace:
+            raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(push_module, "HfApi", Unplugged)
+    with pytest.raises(ResourceError, match="the hub cannot be reached for someone/tiny: Name or service") as caught:
+        export_unchecked(ExportConfig(checkpoint=native, out=tmp_path / "out", push="someone/tiny"))
+    assert caught.value.hint == "export without --push and upload later with `hf upload`"
+    assert not (tmp_path / "out").exists()
 
 
 def test_reports_on_the_checkpoint_enter_the_card(native: Path, tmp_path: Path) -> None:

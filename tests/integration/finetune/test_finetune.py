@@ -286,6 +286,16 @@ def test_a_rehearsal_writes_nothing(checkpoint: Path, text: Path, tmp_path: Path
     assert found.expected_memory["teacher"] == found.expected_memory["trained weights"] - 2 * 4 * 32 * 4
 
 
+def test_a_rehearsal_of_slow_steps_times_one(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[float] = []
+    monkeypatch.setattr("factorctl.pipeline.finetune.run._timed_step", lambda *_: steps.append(400.0) or 400.0)
+    found = rehearse(config(checkpoint, text, tmp_path / "tuned"), SilentProgress())
+    assert len(steps) == 1
+    assert found.tokens_per_second == pytest.approx(128 / 400, abs=0.05)
+
+
 BAD: dict[str, tuple[dict[str, Any], type[FactorctlError], str]] = {
     "no tokens": ({"tokens": 0}, UsageError, "--tokens 0 leaves nothing to train on"),
     "too many experts": ({"top_k": 9}, UsageError, "--top-k 9 does not fit 4 experts"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -331,7 +332,9 @@ def test_the_command_line_measures_draws_and_the_recipe_runs(
     assert chosen["perplexity"] > 0
     table = cli(*command)
     assert "What each split keeps and wins" in table.stdout
-    assert f"Next: factorctl run {out / 'recipe.toml'}" in " ".join(table.stdout.split("\n")).replace("  ", " ")
+    assert f"Next: factorctl run {shlex.quote(str(out / 'recipe.toml'))}" in " ".join(table.stdout.split("\n")).replace(
+        "  ", " "
+    )
 
 
 def test_a_context_too_short_for_the_prompt_is_told(config: FrontierConfig) -> None:

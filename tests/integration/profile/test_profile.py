@@ -16,6 +16,7 @@ from factorctl.cli.render import report_table, show
 from factorctl.config.profile import ProfileConfig
 from factorctl.errors import ResourceError, UsageError
 from factorctl.ffn.tuned import cache_file, read_tuned
+from factorctl.models.loading import open_checkpoint
 from factorctl.pipeline.common import devices
 from factorctl.pipeline.profile import run as pipeline
 from factorctl.pipeline.profile.html_report import html_page
@@ -134,6 +135,14 @@ def test_a_profile_without_latency_has_no_empty_tables(checkpoint: Path) -> None
 
 def test_figures_are_short_without_powers_of_ten() -> None:
     assert [figure(value) for value in (0.0123456, 1.5, 999.87, 71_680.4)] == ["0.01235", "1.5", "999.9", "71,680"]
+
+
+def test_prompts_beyond_the_context_are_timed_and_said_to_be(checkpoint: Path) -> None:
+    context = open_checkpoint(checkpoint).dense.config.max_position_embeddings
+    _, notes = run(small(checkpoint, latency=False, prompt=(8, context)))
+    assert any(note.startswith(f"{context + 2:,} tokens were timed, and the model's context is ") for note in notes)
+    _, notes = run(small(checkpoint, latency=False))
+    assert not any("context" in note for note in notes)
 
 
 def test_random_tokens_are_said_to_be_random(checkpoint: Path) -> None:
