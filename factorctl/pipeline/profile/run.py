@@ -152,7 +152,7 @@ def flag_long_prompts(config: ProfileConfig, checkpoint: NativeCheckpoint, remar
     longest = max(config.prompt) + config.decode_tokens
     if context is not None and longest > context:
         remarks.append(
-            f"{longest:,} tokens were timed; the model's context is {context:,}: --prompt {context // 2} is within it"
+            f"prompts reach {longest:,} tokens, the model's context {context:,}: --prompt {context // 2} is within it"
         )
 
 

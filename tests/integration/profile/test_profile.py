@@ -140,7 +140,8 @@ def test_figures_are_short_without_powers_of_ten() -> None:
 def test_prompts_beyond_the_context_are_timed_and_said_to_be(checkpoint: Path) -> None:
     context = open_checkpoint(checkpoint).dense.config.max_position_embeddings
     _, notes = run(small(checkpoint, latency=False, prompt=(8, context)))
-    assert any(note.startswith(f"{context + 2:,} tokens were timed, and the model's context is ") for note in notes)
+    told = f"prompts reach {context + 2:,} tokens, the model's context {context:,}: "
+    assert any(note.startswith(told) for note in notes)
     _, notes = run(small(checkpoint, latency=False))
     assert not any("context" in note for note in notes)
 
