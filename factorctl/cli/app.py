@@ -80,6 +80,7 @@ def _main(
 def main() -> None:
     """Run the command line; anything but a FactorctlError is a bug and keeps its traceback."""
     quieten_libraries()
+    _received.clear()
     signal.signal(signal.SIGTERM, _on_signal)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
         signal.signal(signal.SIGINT, _on_signal)
