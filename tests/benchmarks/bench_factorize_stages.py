@@ -13,12 +13,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from reporting import header, report_path, write_report
+from reporting import header, report_path, timed, write_report
 
 from factorctl.calibration import layer_fit
 from factorctl.calibration.compressed_stream import CalibrationStream
@@ -53,9 +53,9 @@ def main() -> int:
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--shared-fraction", type=float)
     arguments = parser.parse_args()
-    seconds: Counter[str] = Counter()
+    spent: dict[str, list[float]] = {}
     for stage, (owner, name) in STAGES.items():
-        setattr(owner, name, timed(getattr(owner, name), stage, seconds))
+        setattr(owner, name, timed(getattr(owner, name), stage, spent))
     before = dense_pass(arguments.model, arguments.calibration_tokens)
     with tempfile.TemporaryDirectory() as directory:
         made = factorize(
@@ -72,22 +72,12 @@ def main() -> int:
             progress_listener(quiet=True),
         )
     dense = min(before, dense_pass(arguments.model, arguments.calibration_tokens))
+    seconds = Counter({stage: sum(times) for stage, times in spent.items()})
     lines = table(made.notation, made.seconds, seconds, dense, arguments.calibration_tokens)
     write_report(
         report_path("factorize-stages-demo"), header("Where factorize's time goes") + "\n".join(["", *lines, ""])
     )
     return 0
-
-
-def timed(call: Callable[..., Any], stage: str, seconds: Counter[str]) -> Callable[..., Any]:
-    def wrapped(*args: Any, **options: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return call(*args, **options)
-        finally:
-            seconds[stage] += time.perf_counter() - started  # type: ignore[assignment]
-
-    return wrapped
 
 
 @torch.no_grad()

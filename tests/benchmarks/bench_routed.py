@@ -12,12 +12,10 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from factorctl_plugins import routed
-from reporting import header, report_path, write_report
+from reporting import header, report_path, timed, write_report
 
 from factorctl.contracts import DenseFFN, LayerStats, Partition, PartitionSpec, TokenSample, validate
 from factorctl.ffn.dense import cast_ffn, dense_hidden
@@ -41,16 +39,17 @@ def main() -> int:
     ffn, sample = layer_of(arguments.neurons, arguments.hidden_size, arguments.tokens)
     shared = arguments.neurons // 4
     spec = PartitionSpec(arguments.experts, layer=0, seed=0, top_k=arguments.experts // 4, shared_size=shared)
-    seconds, calls = Counter[str](), Counter[str]()
+    spent: dict[str, list[float]] = {}
     for step, name in STEPS.items():
-        setattr(routed, name, timed(getattr(routed, name), step, seconds, calls))
-    routed.Router.fit = timed(routed.Router.fit, "router", seconds, calls)  # type: ignore[method-assign]
+        setattr(routed, name, timed(getattr(routed, name), step, spent))
+    routed.Router.fit = timed(routed.Router.fit, "router", spent)  # type: ignore[method-assign]
     started = time.perf_counter()
     found = routed.Routed().partition(ffn, LayerStats(tokens=arguments.tokens, sample=sample), spec)
-    total, peak, spent, rounds = time.perf_counter() - started, peak_memory(), Counter(seconds), calls["transport"]
+    total, peak = time.perf_counter() - started, peak_memory()
+    rounds, seconds = len(spent["transport"]), Counter({step: sum(times) for step, times in spent.items()})
     validate(found, num_neurons=arguments.neurons, num_experts=arguments.experts, shared_size=shared)
     captured = share_captured(ffn, sample, found, spec)
-    write_report(report_path("routed"), render(arguments, spent, rounds, total, peak, captured))
+    write_report(report_path("routed"), render(arguments, seconds, rounds, total, peak, captured))
     return 0 if total < BAR_SECONDS and peak < BAR_BYTES else 1
 
 
@@ -95,18 +94,6 @@ def share_captured(ffn: DenseFFN, sample: TokenSample, found: Partition, spec: P
         router.fit(fitted, groups_F, spec.num_experts)
         shares.append(routed.captured_mass(judging, router, groups_F, spec) / float(judging.s_TF.sum()))
     return shares[0], shares[1]
-
-
-def timed(call: Callable[..., Any], step: str, seconds: Counter[str], calls: Counter[str]) -> Callable[..., Any]:
-    def wrapped(*args: Any, **options: Any) -> Any:
-        calls[step] += 1
-        started = time.perf_counter()
-        try:
-            return call(*args, **options)
-        finally:
-            seconds[step] += time.perf_counter() - started  # type: ignore[assignment]
-
-    return wrapped
 
 
 def render(

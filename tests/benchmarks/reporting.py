@@ -8,9 +8,11 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from factorctl.processor import processor_name
 
@@ -40,6 +42,19 @@ Python {platform.python_version()}, {versions}.
 
     {command}
 """
+
+
+def timed(call: Callable[..., Any], step: str, spent: dict[str, list[float]]) -> Callable[..., Any]:
+    """`call`, whose seconds are added to those of `step` each time."""
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return call(*args, **options)
+        finally:
+            spent.setdefault(step, []).append(time.perf_counter() - started)
+
+    return wrapped
 
 
 def write_report(path: Path, text: str) -> None:
