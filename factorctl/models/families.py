@@ -95,6 +95,12 @@ class DenseModel:
         return int(self.config.intermediate_size)
 
     @property
+    def context(self) -> int | None:
+        """The longest text that the model was made for; None where its configuration sets no limit."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    @property
     def activation(self) -> str:
         return activation_of(self.family, self.config)
 

@@ -78,4 +78,4 @@ def source_blocks(
 
 def calibration_block_length(dense: DenseModel) -> int:
     """Tokens of a block, and of a document of `self`."""
-    return min(BLOCK_LENGTH, int(getattr(dense.config, "max_position_embeddings", BLOCK_LENGTH)))
+    return BLOCK_LENGTH if dense.context is None else min(BLOCK_LENGTH, dense.context)

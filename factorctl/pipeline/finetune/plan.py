@@ -153,7 +153,7 @@ def target_spec(base: FactoredSpec, config: FinetuneConfig) -> FactoredSpec:
 
 
 def _check_lengths(config: FinetuneConfig, checkpoint: NativeCheckpoint) -> None:
-    context = getattr(checkpoint.dense.config, "max_position_embeddings", None)
+    context = checkpoint.dense.context
     if config.block_length < 2 or (context is not None and config.block_length > context):
         limit = "2 tokens or more" if context is None else f"2 to {context} tokens, the model's context"
         raise UsageError(f"--block-length {config.block_length} is out of range", f"choose {limit}")

@@ -145,7 +145,7 @@ def plan_frontier(config: FrontierConfig, progress: Progress) -> FrontierPlan:
     device = torch_device(config.device)
     remarks: list[str] = []
     dtype = compute_dtype(config.dtype, base.source.path, device, remarks)
-    context = int(getattr(base.dense.config, "max_position_embeddings", WINDOW))
+    context = WINDOW if base.dense.context is None else base.dense.context
     if config.prompt + DECODE_TOKENS > context:
         raise UsageError(
             f"--prompt {config.prompt} and {DECODE_TOKENS} tokens of decoding are more than the model's context",

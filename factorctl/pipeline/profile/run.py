@@ -148,7 +148,7 @@ def _profiled(config: ProfileConfig, progress: Progress) -> ProfileResult:
 
 def flag_long_prompts(config: ProfileConfig, checkpoint: NativeCheckpoint, remarks: list[str]) -> None:
     """Mark lengths that the model was not made for: they can be timed, and will not be met."""
-    context = getattr(checkpoint.dense.config, "max_position_embeddings", None)
+    context = checkpoint.dense.context
     longest = max(config.prompt) + config.decode_tokens
     if context is not None and longest > context:
         remarks.append(

@@ -138,7 +138,7 @@ def test_figures_are_short_without_powers_of_ten() -> None:
 
 
 def test_prompts_beyond_the_context_are_timed_and_said_to_be(checkpoint: Path) -> None:
-    context = open_checkpoint(checkpoint).dense.config.max_position_embeddings
+    context = open_checkpoint(checkpoint).dense.context
     _, notes = run(small(checkpoint, latency=False, prompt=(8, context)))
     told = f"prompts reach {context + 2:,} tokens, the model's context {context:,}: "
     assert any(note.startswith(told) for note in notes)
